@@ -1,0 +1,62 @@
+"""The grid barrier of a persistent kernel: every program waits until all have arrived.
+
+`sync_ptr` is an int32 buffer of SYNC_WORDS zeros. Arrivals only ever count up within a launch, so barrier number i
+(from 1) is open once i * n_programs have arrived. The last program to leave the kernel zeroes the counters for the
+next launch. No wait is endless: a program that gives up records the barrier's number at ABORT and pushes the arrivals
+beyond every target, so that all programs run out of the kernel; the record stays until the host clears it.
+"""
+
+import triton
+import triton.language as tl
+
+from common.arch import drain_stores
+
+# Each word on its own 128-byte line: polling one must not slow the others.
+ARRIVALS = tl.constexpr(0)
+EXITS = tl.constexpr(32)
+ABORT = tl.constexpr(64)
+SYNC_WORDS = 96
+
+OPEN_ALL = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def grid_barrier(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, ARCH: tl.constexpr):
+    """Wait at barrier `index` (1, 2, ...). All stores before it, of any program, are visible after it."""
+    target = index * n_programs
+    drain_stores(ARCH)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(sync_ptr + ARRIVALS, 1, sem="release", scope="gpu") + 1
+    spins = 0
+    # Polling relaxed: an acquire per poll would invalidate the cache each time, and Triton 3.6 hoists a volatile load.
+    while (arrived < target) & (spins < SPIN_LIMIT):
+        arrived = tl.atomic_add(sync_ptr + ARRIVALS, 0, sem="relaxed", scope="gpu")
+        spins += 1
+    # The acquire's result must be used, or Triton 3.6 drops the acquire on sm_90.
+    arrived = tl.atomic_add(sync_ptr + ARRIVALS, 0, sem="acquire", scope="gpu")
+    if arrived < target:
+        tl.atomic_cas(sync_ptr + ABORT, 0, index, sem="relaxed", scope="gpu")
+        tl.atomic_max(sync_ptr + ARRIVALS, OPEN_ALL, sem="relaxed", scope="gpu")
+    tl.debug_barrier()
+
+
+@triton.jit
+def arrive_last(counter_ptr, n_expected, ARCH: tl.constexpr):
+    """Count an arrival; True for the one that completes `n_expected`, which then sees all stores before the others'.
+
+    The last one zeroes the counter again, so the next use must be ordered after this one by a barrier.
+    """
+    drain_stores(ARCH)
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n_expected - 1
+    tl.debug_barrier()
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last
+
+
+@triton.jit
+def leave_grid(sync_ptr, n_programs, ARCH: tl.constexpr):
+    """Called once by each program at its end."""
+    if arrive_last(sync_ptr + EXITS, n_programs, ARCH):
+        tl.store(sync_ptr + ARRIVALS, 0)

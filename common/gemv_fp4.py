@@ -1,0 +1,106 @@
+"""Rows of an MXFP4 matrix times a vector, accumulated in float32.
+
+Blocks are int32 words [rows, K / 8], eight E2M1 elements each; scales are E8M0 bytes [rows, K / 32].
+`gemv_fp4` takes float32 activations, `gemv_fp4_fp8` MXFP8 ones. The latter gives the same numbers two ways:
+`tl.dot_scaled`, which gfx950 runs on its scaled matrix cores, or dequantized float32 products, which are exact too.
+"""
+
+import triton
+import triton.language as tl
+
+from common.fp4 import HALF_BIAS, e2m1_words_to_float32
+from common.quant import GROUP, e8m0_to_float32, load_mxfp8
+
+DOT_N = tl.constexpr(16)  # columns of the smallest scaled MFMA tile: the vector is the first, the rest are zeros
+
+
+@triton.jit
+def gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0. x_ptr float32 [K]."""
+    acc = tl.zeros([BLOCK_M, BLOCK_K // GROUP], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        offsets, mask = _group_offsets(k0, K, BLOCK_K)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        acc += _grouped_products(blocks_ptr, scales_ptr, x, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def gemv_fp4_fp8(
+    blocks_ptr,
+    scales_ptr,
+    x_ptr,
+    x_scale_ptr,
+    row0,
+    n_rows,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT_SCALED: tl.constexpr,
+):
+    """The same for x in MXFP8: x_ptr float8e4nv [K], x_scale_ptr uint8 [K / 32]."""
+    if DOT_SCALED:
+        acc = tl.zeros([BLOCK_M, DOT_N], tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            acc = _dot_scaled(acc, blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_K // GROUP], tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            offsets, mask = _group_offsets(k0, K, BLOCK_K)
+            x = load_mxfp8(x_ptr, x_scale_ptr, offsets, mask)
+            acc += _grouped_products(blocks_ptr, scales_ptr, x, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def _group_offsets(k0, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Offsets k0 .. k0 + BLOCK_K as [groups, 4 words, 8 elements], and which lie below K."""
+    group = tl.arange(0, BLOCK_K // GROUP)[:, None, None] * GROUP
+    offsets = k0 + group + tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    return offsets, offsets < K
+
+
+@triton.jit
+def _grouped_products(
+    blocks_ptr, scales_ptr, x, row0, n_rows, k0, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Sums of W * x over each scale group, float32 [BLOCK_M, BLOCK_K / 32]; x float32 [BLOCK_K / 32, 4, 8]."""
+    local = tl.arange(0, BLOCK_M)
+    group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
+    mask = (row0 + local < n_rows)[:, None] & (group < K // GROUP)[None, :]
+    word = local[:, None, None] * (K // 8) + group[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    words = tl.load(blocks_ptr + tl.cast(row0, tl.int64) * (K // 8) + word, mask=mask[:, :, None], other=0)
+    scale_ptr = scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
+    scales = tl.load(scale_ptr + local[:, None] * (K // GROUP) + group[None, :], mask=mask, other=0)
+    products = e2m1_words_to_float32(words) * (x * HALF_BIAS)[None, :, :, :]
+    return tl.sum(tl.sum(products, axis=3), axis=2) * HALF_BIAS * e8m0_to_float32(scales)
+
+
+@triton.jit
+def _dot_scaled(
+    acc,
+    blocks_ptr,
+    scales_ptr,
+    x_ptr,
+    x_scale_ptr,
+    row0,
+    n_rows,
+    k0,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc [BLOCK_M, DOT_N] += W[:, k0 : k0 + BLOCK_K] @ x, whose vector stands in column 0."""
+    local = tl.arange(0, BLOCK_M)[:, None]
+    rows = row0 + local < n_rows
+    byte = (k0 // 2 + tl.arange(0, BLOCK_K // 2))[None, :]
+    bytes_ptr = blocks_ptr.to(tl.pointer_type(tl.uint8)) + tl.cast(row0, tl.int64) * (K // 2)
+    w = tl.load(bytes_ptr + local * (K // 2) + byte, mask=rows & (byte < K // 2), other=0)
+    group = (tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP)[None, :]
+    scale_ptr = scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
+    w_scale = tl.load(scale_ptr + local * (K // GROUP) + group, mask=rows & (group < K // GROUP), other=0)
+    k = (k0 + tl.arange(0, BLOCK_K))[:, None]
+    column = tl.arange(0, DOT_N)
+    x = tl.load(x_ptr + k + column[None, :] * 0, mask=(k < K) & (column == 0)[None, :], other=0.0)
+    x_scale = tl.load(x_scale_ptr + group + column[:, None] * 0, mask=(group < K // GROUP) & (column == 0)[:, None], other=0)
+    return tl.dot_scaled(w, w_scale, "e2m1", x, x_scale, "e4m3", acc)

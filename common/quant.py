@@ -1,0 +1,37 @@
+"""E8M0 scales and MXFP8 activations (OCP Microscaling Formats v1.0)."""
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(32)  # elements that share a scale
+E4M3_MAX = tl.constexpr(448.0)
+E4M3_EMAX = tl.constexpr(8)  # exponent of E4M3's largest binade
+
+
+@triton.jit
+def e8m0_to_float32(e8m0):
+    """2^(e8m0 - 127) of an integer tensor 0 .. 255 as float32; 255 is NaN."""
+    e8m0 = e8m0.to(tl.int32)
+    bits = tl.where(e8m0 == 0, 1 << 22, e8m0 << 23)  # 2^-127 is a subnormal float32
+    return tl.where(e8m0 == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize_mxfp8(x):
+    """Quantize float32 x [N, GROUP] row by row: E4M3 elements [N, GROUP] and E8M0 scales uint8 [N].
+
+    The scale is 2^(floor(log2(max |x|)) - 8); elements beyond +-448 saturate, as the specification asks.
+    """
+    amax = tl.max(tl.abs(x), axis=1)
+    exponent = (amax.to(tl.int32, bitcast=True) >> 23) & 0xFF  # floor(log2(amax)) + 127
+    e8m0 = tl.maximum(exponent - E4M3_EMAX, 0)
+    to_unit = ((254 - e8m0) << 23).to(tl.float32, bitcast=True)  # 2^(127 - e8m0)
+    scaled = tl.clamp(x * to_unit[:, None], -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return scaled.to(tl.float8e4nv), e8m0.to(tl.uint8)
+
+
+@triton.jit
+def load_mxfp8(x_ptr, scale_ptr, offsets, mask):
+    """Dequantize E4M3 x at `offsets`, with E8M0 scales at offsets // GROUP, to float32; zeros where masked."""
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return x * e8m0_to_float32(tl.load(scale_ptr + offsets // GROUP, mask=mask, other=0))

@@ -1,0 +1,267 @@
+"""What the code must know of a GPT-OSS model: its sizes, its constants, and the names and shapes of its tensors."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from host.errors import InputError
+
+MXFP4_GROUP = 32  # elements that share one E8M0 scale
+MAX_LAYERS = 1024  # a damaged file may ask for billions, and each layer costs memory before any shape is checked
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+LAYER_KINDS = ("sliding_attention", "full_attention")
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN parameters (Peng et al. 2023, arXiv:2309.00071), as `rope_parameters` or `rope_scaling` hold them."""
+
+    theta: float = 150000.0
+    factor: float = 32.0
+    original_context: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = False
+    attention_factor: float | None = None
+
+    @property
+    def concentration(self) -> float:
+        """Multiplies both cos and sin."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT-OSS model; the defaults are those of gpt-oss-120b."""
+
+    n_layers: int = 36
+    n_experts: int = 128
+    experts_per_token: int = 4
+    hidden_size: int = 2880
+    intermediate_size: int = 2880
+    n_heads: int = 64
+    n_kv_heads: int = 8
+    head_dim: int = 64
+    vocab_size: int = 201088
+    sliding_window: int = 128
+    layer_is_sliding: tuple[bool, ...] = (True, False) * 18
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    yarn: YarnConfig = YarnConfig()
+    stop_ids: tuple[int, ...] = (200002, 199999, 200012)
+
+    @property
+    def q_size(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        return self.q_size + 2 * self.kv_size
+
+    @property
+    def padded_group(self) -> int:
+        """Query heads per KV head, as rows of a matrix product's smallest tile."""
+        return max(16, 1 << (self.n_heads // self.n_kv_heads - 1).bit_length())
+
+    @property
+    def sm_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of this layer sees, itself included; 0 means all."""
+        return self.sliding_window if self.layer_is_sliding[layer] else 0
+
+    def cut(self, n_layers: int) -> "ModelConfig":
+        """The same model with only its first layers. InputError if it has fewer."""
+        if not 1 <= n_layers <= self.n_layers:
+            raise InputError(f"--layers {n_layers}: the model has layers 1 to {self.n_layers}")
+        return ModelConfig(
+            **{**self.__dict__, "n_layers": n_layers, "layer_is_sliding": self.layer_is_sliding[:n_layers]}
+        )
+
+
+GPT_OSS_120B = ModelConfig()
+GPT_OSS_20B = ModelConfig(n_layers=24, n_experts=32, layer_is_sliding=(True, False) * 12)
+PRESETS = {"120b": GPT_OSS_120B, "20b": GPT_OSS_20B}
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of each tensor of a checkpoint in the published layout; dtypes as safetensors spells them."""
+    hidden, inter, experts = config.hidden_size, config.intermediate_size, config.n_experts
+    tensors = {
+        "model.embed_tokens.weight": ((config.vocab_size, hidden), "BF16"),
+        "model.norm.weight": ((hidden,), "BF16"),
+        "lm_head.weight": ((config.vocab_size, hidden), "BF16"),
+    }
+    for layer in range(config.n_layers):
+        attn, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = ((hidden,), "BF16")
+        tensors[f"model.layers.{layer}.post_attention_layernorm.weight"] = ((hidden,), "BF16")
+        for proj, rows in (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size)):
+            tensors[f"{attn}.{proj}_proj.weight"] = ((rows, hidden), "BF16")
+            tensors[f"{attn}.{proj}_proj.bias"] = ((rows,), "BF16")
+        tensors[f"{attn}.o_proj.weight"] = ((hidden, config.q_size), "BF16")
+        tensors[f"{attn}.o_proj.bias"] = ((hidden,), "BF16")
+        tensors[f"{attn}.sinks"] = ((config.n_heads,), "BF16")
+        tensors[f"{mlp}.router.weight"] = ((experts, hidden), "BF16")
+        tensors[f"{mlp}.router.bias"] = ((experts,), "BF16")
+        for proj, rows, k in (("gate_up", 2 * inter, hidden), ("down", hidden, inter)):
+            groups = k // MXFP4_GROUP
+            tensors[f"{mlp}.experts.{proj}_proj_blocks"] = ((experts, rows, groups, MXFP4_GROUP // 2), "U8")
+            tensors[f"{mlp}.experts.{proj}_proj_scales"] = ((experts, rows, groups), "U8")
+            tensors[f"{mlp}.experts.{proj}_proj_bias"] = ((experts, rows), "BF16")
+    return tensors
+
+
+def check_token(token_id: int, config: ModelConfig) -> None:
+    """InputError unless the id is in the vocabulary."""
+    if not 0 <= token_id < config.vocab_size:
+        raise InputError(f"token id {token_id} lies outside the vocabulary of {config.vocab_size}")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read `config.json` and, if there is one, `generation_config.json` of a checkpoint folder.
+
+    InputError names the file and the key if it is not a GPT-OSS model of a supported size.
+    """
+    path = Path(folder) / "config.json"
+    config = config_from_dict(_read_json(path), str(path))
+    generation = Path(folder) / "generation_config.json"
+    if not generation.exists():
+        return config
+    stop_ids = _stop_ids(_read_json(generation), config.vocab_size, str(generation))
+    return ModelConfig(**{**config.__dict__, "stop_ids": tuple(dict.fromkeys(stop_ids + config.stop_ids))})
+
+
+def config_from_dict(raw: dict, source: str) -> ModelConfig:
+    """Check and translate the keys of a `config.json`; `source` names it in errors. Raises InputError."""
+    if raw.get("model_type") != "gpt_oss":
+        raise InputError(f"{source}: model_type is {raw.get('model_type')!r}, not 'gpt_oss'")
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "mxfp4":
+        raise InputError(f"{source}: quantization_config is {quantization!r}, its quant_method must be 'mxfp4'")
+    for key, only in (("tie_word_embeddings", False), ("attention_bias", True), ("hidden_act", "silu")):
+        if raw.get(key, only) != only:
+            raise InputError(f"{source}: {key} is {raw[key]!r}, only {only!r} is supported")
+
+    def size(key: str, default: int | None = None) -> int:
+        return _size(raw, key, source, default)
+
+    n_layers = size("num_hidden_layers")
+    if n_layers > MAX_LAYERS:
+        raise InputError(f"{source}: num_hidden_layers is {n_layers}, at most {MAX_LAYERS} are supported")
+    n_heads, n_kv_heads, head_dim = size("num_attention_heads"), size("num_key_value_heads"), size("head_dim")
+    n_experts, experts_per_token = size("num_local_experts"), size("num_experts_per_tok")
+    hidden, inter, vocab = size("hidden_size"), size("intermediate_size"), size("vocab_size")
+    for key, value in (("hidden_size", hidden), ("intermediate_size", inter)):
+        if value % MXFP4_GROUP:
+            raise InputError(f"{source}: {key} is {value}, not a multiple of {MXFP4_GROUP}")
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise InputError(f"{source}: head_dim is {head_dim}, not a power of two of at least 16")
+    if n_heads % n_kv_heads:
+        raise InputError(
+            f"{source}: num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}"
+        )
+    if experts_per_token > n_experts:
+        raise InputError(f"{source}: num_experts_per_tok {experts_per_token} exceeds num_local_experts {n_experts}")
+    return ModelConfig(
+        n_layers=n_layers,
+        n_experts=n_experts,
+        experts_per_token=experts_per_token,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        sliding_window=size("sliding_window", 128),
+        layer_is_sliding=_layer_is_sliding(raw, n_layers, source),
+        max_position_embeddings=size("max_position_embeddings", 131072),
+        rms_norm_eps=_number(raw, "rms_norm_eps", source, 1e-5),
+        swiglu_limit=_number(raw, "swiglu_limit", source, 7.0),
+        yarn=_yarn(raw, source),
+        stop_ids=_stop_ids(raw, vocab, source),
+    )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return raw
+
+
+def _size(raw: dict, key: str, source: str, default: int | None = None) -> int:
+    value = raw.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise InputError(f"{source}: {key} is {value!r}, not a positive integer")
+    return value
+
+
+def _number(raw: dict, key: str, source: str, default: float | None = None) -> float:
+    value = raw.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MAX_FLOAT32:
+        raise InputError(f"{source}: {key} is {value!r}, not a positive number")
+    return float(value)
+
+
+def _stop_ids(raw: dict, vocab_size: int, source: str) -> tuple[int, ...]:
+    ids = raw.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise InputError(f"{source}: eos_token_id is {raw['eos_token_id']!r}, not a token id or a list of them")
+    if any(i >= vocab_size for i in ids):
+        raise InputError(f"{source}: eos_token_id {ids} lies outside vocab_size {vocab_size}")
+    return tuple(ids)
+
+
+def _layer_is_sliding(raw: dict, n_layers: int, source: str) -> tuple[bool, ...]:
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        kinds = [LAYER_KINDS[layer % 2] for layer in range(n_layers)]
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not all(kind in LAYER_KINDS for kind in kinds):
+        raise InputError(f"{source}: layer_types must hold {n_layers} of {' or '.join(map(repr, LAYER_KINDS))}")
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _yarn(raw: dict, source: str) -> YarnConfig:
+    """The keys of `rope_parameters`, or of the older `rope_scaling` with `rope_theta` beside it."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "yarn":
+        raise InputError(f"{source}: rope_parameters (or rope_scaling) does not describe YaRN")
+    for key in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
+        if rope.get(key) is not None:
+            raise InputError(f"{source}: {key} is {rope[key]!r}, it is not supported")
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise InputError(f"{source}: truncate is {truncate!r}, neither true nor false")
+    theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", source, 150000.0)
+    if theta <= 1.0:
+        raise InputError(f"{source}: rope_theta is {theta!r}, not above 1")
+    beta_fast, beta_slow = _number(rope, "beta_fast", source, 32.0), _number(rope, "beta_slow", source, 1.0)
+    if beta_fast < beta_slow:
+        raise InputError(f"{source}: beta_fast {beta_fast} is below beta_slow {beta_slow}")
+    return YarnConfig(
+        theta=theta,
+        factor=_number(rope, "factor", source),
+        original_context=_size(rope, "original_max_position_embeddings", source, raw.get("initial_context_length")),
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        truncate=truncate,
+        attention_factor=None if rope.get("attention_factor") is None else _number(rope, "attention_factor", source),
+    )

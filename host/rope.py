@@ -1,0 +1,41 @@
+"""YaRN rotary tables, computed once on the host and read by every step."""
+
+import math
+
+import torch
+
+from host.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+    """float32 [head_dim / 2] in radians per position (YaRN, arXiv:2309.00071, section 3.2).
+
+    Dimensions that turn more than beta_fast times over the original context keep their frequency, those that turn
+    less than beta_slow times are slowed by `factor`, and a linear ramp lies between. `truncate` floors and ceils
+    the ramp's ends, which GPT-OSS does not.
+    """
+    yarn, dim = config.yarn, config.head_dim
+    base = yarn.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+    def dimension_that_turns(times: float) -> float:
+        return dim * math.log(yarn.original_context / (times * 2 * math.pi)) / (2 * math.log(yarn.theta))
+
+    low, high = dimension_that_turns(yarn.beta_fast), dimension_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return (1.0 / base) * (1 - ramp) + (1.0 / (yarn.factor * base)) * ramp
+
+
+def rope_tables(
+    config: ModelConfig, n_positions: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [n_positions, head_dim / 2], both multiplied by YaRN's concentration.
+
+    The angle is a float32 product, as in the published code: at position 131071 it is off by up to 0.004 rad from
+    the exact one, and a model must be run with the angles that it was trained with.
+    """
+    positions = torch.arange(n_positions, dtype=torch.float32)
+    angles = torch.outer(positions, inverse_frequencies(config)).to(device)
+    return angles.cos() * config.yarn.concentration, angles.sin() * config.yarn.concentration
