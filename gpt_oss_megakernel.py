@@ -10,10 +10,11 @@ state and launches it; `main` is the command line.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,18 @@ from triton.runtime.interpreter import InterpretedFunction
 import common
 from common import GROUP
 from host import cpu_interpreter
+from host.checkpoint import Checkpoint, RandomCheckpoint
+from host.cli import (
+    DEFAULT_MODEL,
+    ArgumentParser,
+    add_prompt_arguments,
+    device_name,
+    logits_writer,
+    positive_int,
+    prompt_ids_from,
+    run_main,
+    stream_generation,
+)
 from host.config import MXFP4_GROUP, PRESETS, ModelConfig, check_token
 from host.errors import InputError, MegakernelAborted
 from host.launch import Tuning, next_power_of_2, program_count, tuning_for
@@ -36,9 +49,8 @@ from host.limits import check_context, check_memory
 from host.rope import rope_tables
 from host.weights import Weights, load_weights
 from load_hf import open_checkpoint
+from tokenizer_util import Tokenizer
 
-EMIT_TOKEN = tl.constexpr(1)
-EMIT_LOGITS = tl.constexpr(2)
 PHASES = ("QKV", "attention", "O projection", "router", "gate-up", "down")  # each ends with a barrier
 
 
@@ -293,7 +305,7 @@ def expert_gemv(
 
 @triton.jit
 def head_phase(
-    w, s, emit, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr
+    w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """Each program's largest logit of W_head @ rmsnorm(x); the logits themselves only when asked for."""
     H: tl.constexpr = CONFIG.hidden_size
@@ -305,7 +317,7 @@ def head_phase(
     for tile in range(pid, tl.cdiv(V, M), n_programs):
         row = tile * M + tl.arange(0, M)
         logits = common.gemv_bf16(w.lm_head, s.x, tile * M, V, H, M, TUNING.head_k, w.final_norm, rstd)
-        if emit & EMIT_LOGITS:
+        if want_logits:
             tl.store(s.logits + row, logits, mask=row < V)
         best, best_index = common.keep_larger(best, best_index, tl.where(row < V, logits, float("-inf")), row)
     value, index = common.reduce_argmax(best, best_index)
@@ -325,12 +337,13 @@ def argmax_phase(s, position, pid, n_programs, BLOCK_P: tl.constexpr):
             tl.store(s.tokens + position + 1, token)
 
 
-@triton.jit(do_not_specialize=["position", "emit", "n_layers", "n_programs"])
+@triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
 def megakernel(
     w,
     s,
     position,
-    emit,
+    want_token,
+    want_logits,
     n_layers,
     max_context,
     n_programs,
@@ -341,8 +354,8 @@ def megakernel(
 ):
     """Decode the token at `position`: w is Weights, s is State, CONFIG a ModelConfig, TUNING a Tuning.
 
-    `emit` says what to make of the final hidden state: EMIT_TOKEN, EMIT_LOGITS, both, or 0 for prompt tokens, which
-    only fill the cache.
+    want_token and want_logits (0 or 1) say what to make of the final hidden state; without either, for a prompt's
+    tokens, the LM head is left out.
     """
     pid = tl.program_id(0)
     BLOCK_H: tl.constexpr = triton.next_power_of_2(CONFIG.hidden_size)
@@ -381,10 +394,10 @@ def megakernel(
         down_phase(w, s, layer, experts, weights, pid, n_programs, CONFIG, TUNING, QUANT)
         common.grid_barrier(s.sync, barrier + 5, n_programs, SPINS, ARCH)
 
-    if emit != 0:
-        head_phase(w, s, emit, pid, n_programs, CONFIG, TUNING, BLOCK_H)
+    if want_token | want_logits:
+        head_phase(w, s, want_logits, pid, n_programs, CONFIG, TUNING, BLOCK_H)
         common.grid_barrier(s.sync, 2 + n_layers * 6, n_programs, SPINS, ARCH)
-        if emit & EMIT_TOKEN:
+        if want_token:
             argmax_phase(s, position, pid, n_programs, BLOCK_P)
     common.leave_grid(s.sync, n_programs, ARCH)
 
@@ -477,61 +490,77 @@ class MegaModel:
     def step(self, token_id: int, position: int) -> int:
         """Feed a token at a position whose predecessors were fed; returns the most likely next token."""
         self._write_tokens([token_id], position)
-        self._launch(position, EMIT_TOKEN)
+        self._launch(position, token=True)
         return self._token(self.state.tokens[position + 1])
 
     def logits(self, token_id: int, position: int) -> torch.Tensor:
         """The same, but returns the next token's logits, float32 [vocab], a copy on the model's device."""
         self._write_tokens([token_id], position)
-        self._launch(position, EMIT_LOGITS)
+        self._launch(position, logits=True)
         self._check_barriers()
         return self.state.logits.clone()
 
     def hidden(self, token_id: int, position: int, n_layers: int) -> torch.Tensor:
         """The same, but returns the residual stream after the first n_layers, float32 [hidden], a copy."""
         self._write_tokens([token_id], position)
-        self._launch(position, 0, n_layers)
+        self._launch(position, n_layers=n_layers)
         self._check_barriers()
         return self.state.x.clone()
 
-    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Yield the ids that follow the prompt, a stop id last. Ends early when the context is full."""
+    def generate(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        on_logits: Callable[[torch.Tensor], None] | None = None,
+    ) -> Iterator[int]:
+        """Yield the ids that follow the prompt, a stop id last. Ends early when the context is full.
+
+        `on_logits` receives the logits, float32 [vocab], of each position fed, the prompt's included.
+        """
         if not prompt_ids:
             raise InputError("the prompt is empty")
         self._write_tokens(prompt_ids, 0)
         last = len(prompt_ids) - 1
         for position in range(last):
-            self._launch(position, 0)
-        end = min(last + max_new_tokens, self.max_context)
-        for token in self._decode_from(last, end):
+            self._launch(position, logits=on_logits is not None)
+            if on_logits:
+                self._check_barriers()
+                on_logits(self.state.logits)
+        for token in self._decode(last, min(last + max_new_tokens, self.max_context), on_logits):
             yield token
             if token in self.config.stop_ids:
                 return
 
-    def _decode_from(self, start: int, end: int) -> Iterator[int]:
+    def _decode(self, start: int, end: int, on_logits: Callable[[torch.Tensor], None] | None) -> Iterator[int]:
         """Launch positions start .. end - 1, each on the token before it, and yield their tokens.
 
         On a GPU the next launch is queued before a token is read back, so that the device never waits for the host.
         """
-        unread: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        queued: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         for position in range(start, end):
-            self._launch(position, EMIT_TOKEN)
-            if self.device.type == "cpu":
-                yield self._token(self.state.tokens[position + 1])
+            self._launch(position, token=True, logits=on_logits is not None)
+            if on_logits or self.device.type == "cpu":
+                token_id = self._token(self.state.tokens[position + 1])
+                if on_logits:
+                    on_logits(self.state.logits)
+                yield token_id
                 continue
-            copy = torch.empty((), dtype=torch.int32, pin_memory=True)
-            copy.copy_(self.state.tokens[position + 1], non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            unread.append((copy, copied))
-            if len(unread) > 1:
-                yield self._read(*unread.popleft())
-        while unread:
-            yield self._read(*unread.popleft())
+            queued.append(self._read_back(position + 1))
+            if len(queued) > 1:
+                yield self._wait_for(*queued.popleft())
+        while queued:
+            yield self._wait_for(*queued.popleft())
 
-    def _read(self, copy: torch.Tensor, copied: "torch.cuda.Event") -> int:
+    def _read_back(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event]:
+        token = torch.empty((), dtype=torch.int32, pin_memory=True)
+        token.copy_(self.state.tokens[position], non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return token, copied
+
+    def _wait_for(self, token: torch.Tensor, copied: torch.cuda.Event) -> int:
         copied.synchronize()
-        return self._token(copy)
+        return self._token(token)
 
     def _write_tokens(self, token_ids: list[int], position: int) -> None:
         """Put tokens at positions from `position` on; later ones become -1, "not decoded"."""
@@ -545,12 +574,13 @@ class MegaModel:
         ids = torch.tensor(token_ids, dtype=torch.int32)
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
-    def _launch(self, position: int, emit: int | tl.constexpr, n_layers: int | None = None) -> None:
+    def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         megakernel[(self.num_programs,)](
             self.weights,
             self.state,
             position,
-            getattr(emit, "value", emit),
+            int(token),
+            int(logits),
             self.config.n_layers if n_layers is None else n_layers,
             self.max_context,
             self.num_programs,
@@ -586,6 +616,51 @@ def barrier_name(barrier: int, n_layers: int) -> str:
     return f"the {PHASES[phase]} phase of layer {layer}" if layer < n_layers else "the LM head"
 
 
+def parse_arguments() -> argparse.Namespace:
+    """The command line; InputError where it is wrong."""
+    parser = ArgumentParser(description="GPT-OSS decoded by one persistent kernel launch per token.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped model")
+    source.add_argument("--random-weights", choices=PRESETS, help="full-size random weights made on the device, for timing")
+    add_prompt_arguments(parser)
+    parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized in the kernel")
+    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
+    parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident together")
+    return parser.parse_args()
+
+
+def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
+    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids."""
+    if not args.random_weights:
+        checkpoint = open_checkpoint(args.model, args.layers)
+        return checkpoint, Tokenizer.from_folder(checkpoint.folder)
+    config = PRESETS[args.random_weights]
+    config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
+    if args.prompt is None and args.chat is None and args.prompt_ids is None:
+        args.prompt_ids = [0]
+    return RandomCheckpoint(config, device=usable_device(None), name=f"random {args.random_weights}"), None
+
+
+def main() -> None:
+    args = parse_arguments()
+    checkpoint, tokenizer = open_model(args)
+    prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
+    model = MegaModel(
+        checkpoint, args.quant, args.max_context, num_programs=args.num_programs, show_progress=sys.stderr.isatty()
+    )
+    with logits_writer(args.logits_out, checkpoint.config.vocab_size) as on_logits:
+        stream_generation(
+            model.generate(prompt_ids, args.max_new_tokens, on_logits),
+            prompt_ids,
+            tokenizer,
+            checkpoint.config,
+            args.max_new_tokens,
+            device=device_name(model.device),
+            path="quant" if args.quant else "default",
+            as_json=args.json,
+        )
+
+
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or the one Triton was set up for when this module was imported. Raises InputError."""
     interpreted = isinstance(megakernel, InterpretedFunction)
@@ -595,3 +670,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     if interpreted:
         cpu_interpreter.install()
     return device
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -4,7 +4,7 @@ from common.arch import drain_stores
 from common.argmax import keep_larger, reduce_argmax
 from common.attention import attend_cache, attend_one, finish_with_sink, merge_states
 from common.barrier import ABORT, ARRIVALS, SYNC_WORDS, arrive_last, grid_barrier, leave_grid
-from common.fp4 import e2m1_words_to_float32
+from common.fp4 import e2m1_to_float32
 from common.gemv_bf16 import gemv_bf16
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.quant import GROUP, e8m0_to_float32, load_mxfp8, quantize_mxfp8
@@ -22,7 +22,7 @@ __all__ = [
     "attend_cache",
     "attend_one",
     "drain_stores",
-    "e2m1_words_to_float32",
+    "e2m1_to_float32",
     "e8m0_to_float32",
     "finish_with_sink",
     "gemv_bf16",

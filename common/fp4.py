@@ -1,4 +1,4 @@
-"""MXFP4: E2M1 elements, eight to an int32 word, lowest nibble first."""
+"""E2M1, the 4-bit elements of MXFP4 (OCP Microscaling Formats v1.0)."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,6 @@ HALF_BIAS = tl.constexpr(2.0**63)
 
 
 @triton.jit
-def e2m1_words_to_float32(words):
-    """int32 [...] -> float32 [..., 8]: the eight elements of each word times 2^-126."""
-    nibble = tl.expand_dims(words, -1) >> (4 * tl.arange(0, 8))
+def e2m1_to_float32(nibble):
+    """The E2M1 element in the low four bits of each int32, times 2^-126, as float32. Higher bits are ignored."""
     return (((nibble & 8) << 28) | ((nibble & 7) << 22)).to(tl.float32, bitcast=True)

@@ -8,20 +8,49 @@ Blocks are int32 words [rows, K / 8], eight E2M1 elements each; scales are E8M0 
 import triton
 import triton.language as tl
 
-from common.fp4 import HALF_BIAS, e2m1_words_to_float32
+from common.fp4 import HALF_BIAS, e2m1_to_float32
 from common.quant import GROUP, e8m0_to_float32, load_mxfp8
 
 DOT_N = tl.constexpr(16)  # columns of the smallest scaled MFMA tile: the vector is the first, the rest are zeros
 
 
 @triton.jit
-def gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0. x_ptr float32 [K]."""
+def gemv_fp4(
+    blocks_ptr,
+    scales_ptr,
+    x_ptr,
+    row0,
+    n_rows,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    x_scale_ptr=None,
+):
+    """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0.
+
+    x_ptr float32 [K], or float8e4nv [K] with x_scale_ptr uint8 [K / 32].
+    """
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    blocks_ptr += tl.cast(row0, tl.int64) * (K // 8)
+    scales_ptr += tl.cast(row0, tl.int64) * (K // GROUP)
     acc = tl.zeros([BLOCK_M, BLOCK_K // GROUP], tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        offsets, mask = _group_offsets(k0, K, BLOCK_K)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-        acc += _grouped_products(blocks_ptr, scales_ptr, x, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
+        word = tl.arange(0, BLOCK_K // 8) + k0 // 8
+        valid = word < K // 8
+        mask = (row0 + rows < n_rows) & valid[None, :]
+        words = tl.load(blocks_ptr + rows * (K // 8) + word[None, :], mask=mask, other=0)
+        products = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
+        for i in tl.static_range(8):
+            if x_scale_ptr is None:
+                x = tl.load(x_ptr + word * 8 + i, mask=valid, other=0.0)
+            else:
+                x = load_mxfp8(x_ptr, x_scale_ptr, word * 8 + i, valid)
+            products += e2m1_to_float32(words >> (4 * i)) * (x * HALF_BIAS)[None, :]
+        group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
+        group_mask = (row0 + rows < n_rows) & (group < K // GROUP)[None, :]
+        scales = tl.load(scales_ptr + rows * (K // GROUP) + group[None, :], mask=group_mask, other=0)
+        sums = tl.sum(tl.reshape(products, (BLOCK_M, BLOCK_K // GROUP, GROUP // 8)), axis=2)
+        acc += sums * HALF_BIAS * e8m0_to_float32(scales)
     return tl.sum(acc, axis=1)
 
 
@@ -38,42 +67,14 @@ def gemv_fp4_fp8(
     BLOCK_K: tl.constexpr,
     DOT_SCALED: tl.constexpr,
 ):
-    """The same for x in MXFP8: x_ptr float8e4nv [K], x_scale_ptr uint8 [K / 32]."""
+    """The same for x in MXFP8, on scaled matrix cores where DOT_SCALED says so."""
     if DOT_SCALED:
         acc = tl.zeros([BLOCK_M, DOT_N], tl.float32)
         for k0 in range(0, K, BLOCK_K):
             acc = _dot_scaled(acc, blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
+        return tl.sum(acc, axis=1)
     else:
-        acc = tl.zeros([BLOCK_M, BLOCK_K // GROUP], tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            offsets, mask = _group_offsets(k0, K, BLOCK_K)
-            x = load_mxfp8(x_ptr, x_scale_ptr, offsets, mask)
-            acc += _grouped_products(blocks_ptr, scales_ptr, x, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
-    return tl.sum(acc, axis=1)
-
-
-@triton.jit
-def _group_offsets(k0, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Offsets k0 .. k0 + BLOCK_K as [groups, 4 words, 8 elements], and which lie below K."""
-    group = tl.arange(0, BLOCK_K // GROUP)[:, None, None] * GROUP
-    offsets = k0 + group + tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    return offsets, offsets < K
-
-
-@triton.jit
-def _grouped_products(
-    blocks_ptr, scales_ptr, x, row0, n_rows, k0, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Sums of W * x over each scale group, float32 [BLOCK_M, BLOCK_K / 32]; x float32 [BLOCK_K / 32, 4, 8]."""
-    local = tl.arange(0, BLOCK_M)
-    group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
-    mask = (row0 + local < n_rows)[:, None] & (group < K // GROUP)[None, :]
-    word = local[:, None, None] * (K // 8) + group[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    words = tl.load(blocks_ptr + tl.cast(row0, tl.int64) * (K // 8) + word, mask=mask[:, :, None], other=0)
-    scale_ptr = scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
-    scales = tl.load(scale_ptr + local[:, None] * (K // GROUP) + group[None, :], mask=mask, other=0)
-    products = e2m1_words_to_float32(words) * (x * HALF_BIAS)[None, :, :, :]
-    return tl.sum(tl.sum(products, axis=3), axis=2) * HALF_BIAS * e8m0_to_float32(scales)
+        return gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K, x_scale_ptr)
 
 
 @triton.jit

@@ -125,7 +125,7 @@ def _random_bytes(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
 
 
 def config_to_dict(config: ModelConfig) -> dict:
-    """A `config.json` that `host.config.config_from_dict` reads back to the same configuration, as does transformers."""
+    """A `config.json` from which `host.config` and transformers read the same configuration back."""
     yarn = config.yarn
     rope = {
         "rope_type": "yarn",

@@ -16,7 +16,9 @@ import torch
 
 from host.config import ModelConfig, check_token
 from host.errors import InputError
-from tokenizer_util import Tokenizer, encode_chat
+
+DEMO_CHAT = "Recite sonnet 18."
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -79,71 +81,87 @@ def device_name(device: torch.device) -> str:
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """--prompt or --prompt-ids, --chat, --max-new-tokens, --json, --logits-out."""
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    """--prompt, --chat or --prompt-ids, --max-new-tokens, --max-context, --json, --logits-out."""
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--chat", metavar="TEXT", help=f"message to answer, in harmony's chat format; default: {DEMO_CHAT!r}")
     prompt.add_argument("--prompt-ids", metavar="IDS", type=token_id_list, help="the prompt as token ids: 12,34,56")
-    parser.add_argument("--chat", action="store_true", help="make --prompt a user's message in the harmony chat format")
     parser.add_argument("--max-new-tokens", metavar="N", type=positive_int, default=256, help="default: %(default)s")
+    parser.add_argument(
+        "--max-context", metavar="N", type=positive_int, default=4096, help="positions of the KV cache; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text as it appears")
     parser.add_argument(
         "--logits-out",
         metavar="FILE.npy",
         type=Path,
-        help="write the logits that each new token was chosen from: float32 [new tokens, vocabulary]",
+        help="write float32 logits [steps, vocabulary], a row for each position fed, the prompt's included",
     )
 
 
-def prompt_ids_from(
-    args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig, max_context: int
-) -> list[int]:
-    """The prompt that `add_prompt_arguments` describes. `tokenizer` may be None for --prompt-ids.
+def prompt_ids_from(args: argparse.Namespace, tokenizer, config: ModelConfig) -> list[int]:
+    """The prompt that `add_prompt_arguments` describes, the demo's if there is none.
 
-    InputError if it is empty, leaves no room in the context, or has an id outside the vocabulary.
+    `tokenizer` (tokenizer_util.Tokenizer) may be None for --prompt-ids. InputError if the prompt is empty, does not
+    fit --max-context, or has an id outside the vocabulary.
     """
-    ids, flag = _encode_prompt(args, tokenizer)
+    flag, ids = _encode_prompt(args, tokenizer)
     if not ids:
         raise InputError(f"{flag}: the prompt is empty")
     for token_id in ids:
         check_token(token_id, config)
-    if len(ids) > max_context:
-        raise InputError(f"{flag}: {len(ids)} tokens do not fit in a context of {max_context}; see --max-context")
+    if len(ids) > args.max_context:
+        raise InputError(f"{flag}: {len(ids)} tokens do not fit in a context of {args.max_context}; see --max-context")
     return ids
 
 
-def _encode_prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[list[int], str]:
+def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]:
     if args.prompt_ids is not None:
-        if args.chat:
-            raise InputError("--chat: needs --prompt, not --prompt-ids")
-        return args.prompt_ids, "--prompt-ids"
+        return "--prompt-ids", args.prompt_ids
+    flag = "--chat" if args.prompt is None else "--prompt"
     if tokenizer is None:
-        raise InputError("--prompt: this model has no tokenizer; use --prompt-ids")
-    if not args.prompt:
-        return [], "--prompt"
-    return encode_chat(tokenizer, args.prompt) if args.chat else tokenizer.encode(args.prompt), "--prompt"
+        raise InputError(f"{flag}: this model has no tokenizer; use --prompt-ids")
+    if args.prompt is not None:
+        return flag, tokenizer.encode(args.prompt)
+    text = DEMO_CHAT if args.chat is None else args.chat
+    return flag, tokenizer.encode_chat(text) if text.strip() else []
 
 
 @contextlib.contextmanager
-def logits_writer(path: Path | None) -> Iterator[Callable[[torch.Tensor], None] | None]:
-    """A function that takes the logits [vocabulary] of one token after the other; on leaving, the file holds them.
+def logits_writer(path: Path | None, vocab_size: int) -> Iterator[Callable[[torch.Tensor], None] | None]:
+    """A function that appends logits [vocab_size] to an .npy file; without a path it is None.
 
-    The file is opened at once, so that a wrong path is an InputError before the work and not after it. Without a path
-    the function is None.
+    The rows go to a file beside `path`, which takes its place at the end: an interrupted run leaves nothing behind.
+    InputError if the file cannot be written, or the disk is full.
     """
     if path is None:
         yield None
         return
-    rows: list[np.ndarray] = []
-    with _open_for_writing(path) as file:
-        yield lambda logits: rows.append(logits.float().cpu().numpy().copy())
-        np.save(file, np.stack(rows) if rows else np.empty((0, 0), np.float32))
-
-
-def _open_for_writing(path: Path) -> BinaryIO:
+    part = path.with_name(path.name + ".part")
+    n_rows = 0
     try:
-        return open(path, "wb")
+        with open(part, "wb") as file:
+            # NumPy pads the header so that the number of rows can grow in place.
+            _write_npy_header(file, 0, vocab_size)
+
+            def append(logits: torch.Tensor) -> None:
+                nonlocal n_rows
+                file.write(logits.float().cpu().numpy().tobytes())
+                n_rows += 1
+
+            yield append
+            file.seek(0)
+            _write_npy_header(file, n_rows, vocab_size)
+        part.replace(path)
     except OSError as error:
         raise InputError(f"--logits-out {path}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_npy_header(file: BinaryIO, n_rows: int, n_columns: int) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (n_rows, n_columns)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 @dataclass
@@ -162,7 +180,7 @@ class Generation:
 def stream_generation(
     tokens: Iterable[int],
     prompt_ids: list[int],
-    tokenizer: Tokenizer | None,
+    tokenizer,
     config: ModelConfig,
     max_new_tokens: int,
     device: str,

@@ -1,0 +1,44 @@
+"""Mends and extends Triton's CPU interpreter (TRITON_INTERPRET=1): right numbers, quick, and grids that run concurrently.
+
+    os.environ["TRITON_INTERPRET"] = "1"      # before triton or a module with kernels is imported
+    from host import cpu_interpreter
+    cpu_interpreter.install()
+    kernel[(8,)](...)                         # the eight programs take turns: barriers that spin work
+
+    with cpu_interpreter.simulate(seed=1, detect_races=True) as simulation:
+        kernel[(8,)](...)
+    assert not simulation.races
+"""
+
+import triton
+
+from host.cpu_interpreter.launch import Simulation, simulate
+from host.cpu_interpreter.scheduler import GridDeadlock
+
+__all__ = ["GridDeadlock", "Simulation", "install", "simulate"]
+
+_KNOWN_VERSIONS = ("3.6.", "3.9.")
+
+
+def install():
+    """Mends the interpreter for the life of the process; a second call does nothing.
+
+    Raises RuntimeError when this version of Triton is not known, or when TRITON_INTERPRET=1 came too late.
+    """
+    from triton.runtime import interpreter
+
+    if getattr(interpreter, "_mended", False):
+        return
+    if not triton.__version__.startswith(_KNOWN_VERSIONS):
+        known = ", ".join(version + "x" for version in _KNOWN_VERSIONS)
+        raise RuntimeError(f"the CPU interpreter knows Triton {known}, not {triton.__version__}")
+    if not triton.knobs.runtime.interpret or not isinstance(triton.language.sum, interpreter.InterpretedFunction):
+        raise RuntimeError("set TRITON_INTERPRET=1 before triton or a module with kernels is imported")
+    from host.cpu_interpreter import fast_paths, language, launch, numerics, reductions
+
+    numerics.install()
+    language.install()
+    reductions.install()
+    launch.install()
+    fast_paths.install()
+    interpreter._mended = True

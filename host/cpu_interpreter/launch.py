@@ -1,0 +1,186 @@
+"""Launches grids: arguments in, programs scheduled, atomics and memory accesses reported to the scheduler and detector."""
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import random
+
+import numpy as np
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+
+from host.cpu_interpreter import races
+from host.cpu_interpreter.scheduler import Grid
+
+Builder = interpreter.InterpreterBuilder
+_DEADLOCK_LIMIT = 1000
+
+
+@dataclasses.dataclass
+class Simulation:
+    """How launches run, and what came of them."""
+
+    random: random.Random
+    detect_races: bool
+    deadlock_limit: int | None
+    watch: dict
+    races: list = dataclasses.field(default_factory=list)
+    switches: int = 0
+
+
+_simulation = None
+
+
+@contextlib.contextmanager
+def simulate(seed=0, detect_races=False, deadlock_limit=_DEADLOCK_LIMIT, watch=None):
+    """Configures the launches inside the `with` block; gives a Simulation.
+
+    seed: the order in which programs take turns; the same seed gives the same order.
+    detect_races: fill `.races` with one line for each pair of code places whose accesses race. Followed is the memory of
+        the tensors that are passed to the launch, also inside tuples, and of those in `watch`.
+    deadlock_limit: GridDeadlock is raised when each live program has polled that often while nothing changed memory;
+        None: never, for kernels that bound their spinning themselves.
+    watch: {name: tensor, or a tuple, list or dict of tensors} that kernels reach through a table of addresses.
+    """
+    global _simulation
+    previous = _simulation
+    _simulation = Simulation(random.Random(seed), detect_races, deadlock_limit, watch or {})
+    try:
+        yield _simulation
+    finally:
+        _simulation = previous
+
+
+class _Executor(interpreter.GridExecutor):
+    """Stock: runs programs one after another, and copies every argument's storage onto itself after a launch."""
+
+    def __call__(self, *args, **kwargs):
+        parameters = inspect.signature(self.fn).parameters
+        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
+        for hook in self.pre_run_hooks:
+            hook(*args, **kwargs)
+        arguments = inspect.getcallargs(self.fn, *args, **kwargs)
+        for name, value in arguments.items():
+            for tensor_name, tensor in races.named_tensors(name, value):
+                if tensor.device.type != "cpu":
+                    raise RuntimeError(f"interpreted kernels take CPU tensors, and {tensor_name} is on {tensor.device}")
+        shape = self.grid(arguments) if callable(self.grid) else self.grid
+        shape = tuple(int(extent) for extent in shape)
+        shape += (1,) * (3 - len(shape))
+        converted = {
+            name: value if name in self.constexprs else interpreter._implicit_cvt(value)
+            for name, value in arguments.items()
+        }
+        simulation = _simulation or Simulation(random.Random(0), False, _DEADLOCK_LIMIT, {})
+        grid = Grid(shape, lambda: self.fn(**converted), simulation.random, simulation.deadlock_limit)
+        if simulation.detect_races:
+            grid.detector = races.RaceDetector(arguments | simulation.watch, math.prod(shape), simulation.races)
+        try:
+            grid.run()
+        finally:
+            simulation.switches += grid.switches
+
+
+# ---------------------------------------------------------------- memory operations
+
+_stock_load = Builder.create_masked_load
+_stock_store = Builder.create_masked_store
+_stock_rmw = Builder.create_atomic_rmw
+_stock_cas = Builder.create_atomic_cas
+
+_UNCHANGED = {
+    ir.ATOMIC_OP.ADD: lambda old, value: value == 0,
+    ir.ATOMIC_OP.FADD: lambda old, value: value == 0,
+    ir.ATOMIC_OP.OR: lambda old, value: old | value == old,
+    ir.ATOMIC_OP.AND: lambda old, value: old & value == old,
+    ir.ATOMIC_OP.XOR: lambda old, value: value == 0,
+    ir.ATOMIC_OP.XCHG: lambda old, value: old == value,
+    ir.ATOMIC_OP.MAX: lambda old, value: value <= old,
+    ir.ATOMIC_OP.UMAX: lambda old, value: value <= old,
+    ir.ATOMIC_OP.MIN: lambda old, value: value >= old,
+    ir.ATOMIC_OP.UMIN: lambda old, value: value >= old,
+}
+
+
+def _width(pointer_handle):
+    return max(1, pointer_handle.get_element_ty().primitive_bitwidth // 8)
+
+
+def _load(self, pointers, mask, other, *policy, **options):
+    grid = Grid.active
+    is_volatile = options.get("is_volatile", policy[-1] if policy else False) is True
+    if grid is not None:
+        if is_volatile:
+            grid.switch()
+        if grid.detector is not None:
+            kind = races.VOLATILE_LOAD if is_volatile else races.LOAD
+            grid.detector.access(kind, grid.running.number, pointers.data, mask.data, _width(pointers))
+    return _stock_load(self, pointers, mask, other, *policy, **options)
+
+
+def _store(self, pointers, value, mask, *policy):
+    grid = Grid.active
+    if grid is not None:
+        grid.memory_changed()
+        if grid.detector is not None:
+            grid.detector.access(races.STORE, grid.running.number, pointers.data, mask.data, _width(pointers))
+    return _stock_store(self, pointers, value, mask, *policy)
+
+
+def _atomic(grid, pointers, mask, semantics, operate, find_changes):
+    if grid is None:
+        return operate()
+    grid.switch()
+    old = operate()
+    changed = find_changes(old.data)
+    if grid.detector is not None:
+        program = grid.running.number
+        stored = changed is not None
+        grid.detector.atomic(program, pointers.data, mask, semantics, stored, _width(pointers))
+    if changed:
+        grid.memory_changed()
+        grid.switch()
+    return old
+
+
+def _atomic_rmw(self, operation, pointers, value, mask, semantics, scope):
+    lanes = mask.data
+
+    def memory_changes(old):
+        return bool((lanes & ~_UNCHANGED[operation](old, value.data)).any())
+
+    return _atomic(
+        Grid.active,
+        pointers,
+        lanes,
+        semantics,
+        lambda: _stock_rmw(self, operation, pointers, value, mask, semantics, scope),
+        memory_changes,
+    )
+
+
+def _atomic_cas(self, pointers, expected, value, semantics, scope):
+    def memory_changes(old):
+        swapped = old == expected.data
+        if not swapped.any():
+            return None
+        return bool((swapped & (old != value.data)).any())
+
+    return _atomic(
+        Grid.active,
+        pointers,
+        None,
+        semantics,
+        lambda: _stock_cas(self, pointers, expected, value, semantics, scope),
+        memory_changes,
+    )
+
+
+def install():
+    Grid.detector = None
+    interpreter.GridExecutor = _Executor
+    Builder.create_masked_load = _load
+    Builder.create_masked_store = _store
+    Builder.create_atomic_rmw = _atomic_rmw
+    Builder.create_atomic_cas = _atomic_cas

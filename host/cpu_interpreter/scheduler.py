@@ -1,0 +1,185 @@
+"""Runs the programs of a grid concurrently: one thread a program, one of them running at a time, in a seeded order.
+
+The running program may lose its turn at every atomic and at every volatile load.
+"""
+
+import os
+import sys
+import threading
+
+import numpy as np
+import triton
+from triton.runtime import interpreter
+
+_SKIPPED_FOLDERS = (os.path.dirname(triton.__file__), os.path.dirname(np.__file__), os.path.dirname(__file__))
+
+
+class GridDeadlock(RuntimeError):
+    """All live programs of a grid spin: none can ever see another value. The message says where each stands."""
+
+
+class _ProgramEnded(BaseException):
+    """Unwinds the remaining programs of a grid after one of them failed."""
+
+
+def kernel_sites(frame):
+    """[(file, line), ...] of the kernel code that a frame is in, innermost first."""
+    sites = []
+    while frame is not None and frame.f_code is not Grid._program_main.__code__:
+        name = frame.f_code.co_filename
+        if not name.startswith(_SKIPPED_FOLDERS):
+            sites.append((name, frame.f_lineno))
+        elif frame.f_code is Grid.run.__code__:
+            break
+        frame = frame.f_back
+    return tuple(sites)
+
+
+def describe_sites(sites):
+    """'barrier.py:12, called from kernel.py:240'."""
+    return ", called from ".join(f"{os.path.basename(name)}:{line}" for name, line in sites) or "no kernel code"
+
+
+class _Program:
+    __slots__ = ("number", "grid_index", "thread", "turn", "idle_turns", "seen_version")
+
+    def __init__(self, number, grid_index):
+        self.number = number
+        self.grid_index = grid_index
+        self.thread = None
+        self.turn = threading.Lock()
+        self.turn.acquire()
+        self.idle_turns = 0
+        self.seen_version = -1
+
+
+class Grid:
+    """The programs of one launch.
+
+    A turn of a program is *idle* when no program changed memory since its last one. A program with two idle turns on end
+    that nothing has changed for since is only polling: it is passed over until memory changes, unless all are like that.
+    When every live program has had `deadlock_limit` idle turns on end, with no change to memory by anyone, that is a
+    deadlock. (A stricter proof is impossible without looking into the programs: a loop that polls a bounded number of
+    times and then gives up is no deadlock. For such loops raise the limit, or set it to None.)
+    """
+
+    active = None
+
+    def __init__(self, shape, body, random, deadlock_limit):
+        builder = interpreter.interpreter_builder
+        builder.set_grid_dim(*shape)
+        self.builder = builder
+        self.body = body
+        self.random = random
+        self.deadlock_limit = deadlock_limit
+        self.programs = [_Program(number, index) for number, index in enumerate(np.ndindex(*shape))]
+        self.live = list(self.programs)
+        self.running = None
+        self.version = 0
+        self.switches = 0
+        self.error = None
+        self.aborting = False
+        self.finished = threading.Lock()
+
+    def run(self):
+        """Runs all programs to their end; raises what the first failing one raised."""
+        previous, Grid.active = Grid.active, self
+        try:
+            if len(self.programs) == 1:
+                self.running = self.programs[0]
+                self.builder.grid_idx = self.running.grid_index
+                with np.errstate(all="ignore"):
+                    self.body()
+            elif self.programs:
+                self._run_threads()
+        finally:
+            Grid.active = previous
+
+    def _run_threads(self):
+        self.finished.acquire()
+        try:
+            self._give_turn(self._choose())
+            self.finished.acquire()
+        except BaseException:  # an interrupt: the running program stops at its next switch
+            self.aborting = True
+            self.finished.acquire()
+            raise
+        finally:
+            for program in self.programs:
+                if program.thread is not None:
+                    program.thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _program_main(self, program):
+        try:
+            with np.errstate(all="ignore"):
+                self.body()
+        except _ProgramEnded:
+            pass
+        except BaseException as error:
+            if self.error is None:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(f"in program {program.grid_index}")
+                self.error = error
+            self.aborting = True
+        self.live.remove(program)
+        if self.aborting:
+            self.live = [other for other in self.live if other.thread is not None]
+        if self.live:
+            self._give_turn(self._choose())
+        else:
+            self.finished.release()
+
+    def _give_turn(self, program):
+        self.running = program
+        self.builder.grid_idx = program.grid_index
+        if program.thread is None:
+            program.thread = threading.Thread(target=self._program_main, args=(program,), daemon=True)
+            program.thread.start()
+        else:
+            program.turn.release()
+
+    def _choose(self):
+        version = self.version
+        useful = [p for p in self.live if p.idle_turns < 2 or p.seen_version != version]
+        candidates = useful or self.live
+        return candidates[int(self.random.random() * len(candidates))]
+
+    def switch(self):
+        """Called by the running program where another may go on instead; returns when it is its turn again."""
+        if self.aborting:
+            raise _ProgramEnded
+        program = self.running
+        self.switches += 1
+        if program.seen_version == self.version:
+            program.idle_turns += 1
+            if self.deadlock_limit is not None and program.idle_turns >= self.deadlock_limit:
+                self._check_deadlock()
+        else:
+            program.idle_turns = 0
+            program.seen_version = self.version
+        chosen = self._choose()
+        if chosen is not program:
+            self._give_turn(chosen)
+            program.turn.acquire()
+            if self.aborting:
+                raise _ProgramEnded
+
+    def memory_changed(self):
+        self.version += 1
+
+    def _check_deadlock(self):
+        if any(p.seen_version != self.version or p.idle_turns < self.deadlock_limit for p in self.live):
+            return
+        frames = sys._current_frames()
+        places = []
+        for program in sorted(self.live, key=lambda p: p.number):
+            ident = threading.get_ident() if program is self.running else program.thread.ident
+            places.append(f"program {program.grid_index} at {describe_sites(kernel_sites(frames[ident]))}")
+        ended = len(self.programs) - len(self.live)
+        raise GridDeadlock(
+            f"deadlock: nothing changed memory while each live program polled {self.deadlock_limit} times: "
+            + "; ".join(places)
+            + (f"; {ended} of {len(self.programs)} programs have ended" if ended else "")
+        )

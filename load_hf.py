@@ -1,0 +1,228 @@
+"""Find a GPT-OSS checkpoint in the published layout, check it, and read its tensors one at a time."""
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, errors, snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from host.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from host.config import ModelConfig, expected_tensors, read_config
+from host.errors import InputError
+
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", INDEX_NAME)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HFCheckpoint:
+    """A checkpoint folder whose tensors were all checked against its configuration, but not read yet.
+
+    Tensors are bfloat16 or uint8 views of the memory-mapped file, so host memory holds only the pages in use;
+    a shard stays mapped for as long as one of its tensors is alive.
+    """
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    shards: dict[str, tuple[str, ...]]  # shard file name -> the tensors to read from it, in the order of the file
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of this published name. Raises KeyError if the model has no such tensor."""
+        for shard, names in self.shards.items():
+            if name in names:
+                with _open_shard(self.folder / shard) as file:
+                    return file.get_tensor(name)
+        raise KeyError(name)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All (name, tensor), shard by shard and in the order of the file within each."""
+        for shard, names in self.shards.items():
+            with _open_shard(self.folder / shard) as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+
+
+def open_checkpoint(model: str | Path, n_layers: int | None = None) -> HFCheckpoint:
+    """Check a checkpoint, given as a folder or a hub id, by its headers alone; no tensor is read.
+
+    With n_layers only the first layers are used, and shards that hold nothing of them may be absent.
+    Raises InputError, naming the file and tensor, if a tensor is missing, unknown, or of another shape or dtype,
+    or if a file is missing or damaged.
+    """
+    folder = resolve(model)
+    full = read_config(folder)
+    config = full if n_layers is None else full.cut(n_layers)
+    known, wanted = expected_tensors(full), expected_tensors(config)
+    source, shard_of = _weight_map(folder)
+    for name in shard_of:
+        if name not in known:
+            raise InputError(f"{source}: unknown tensor {name!r}: not part of the model that config.json describes")
+    for name in wanted:
+        if name not in shard_of:
+            raise InputError(f"{source}: tensor {name} is missing")
+    shards = {}
+    for shard in dict.fromkeys(shard_of[name] for name in wanted):
+        stored = _read_header(folder / shard)
+        _check_shard(folder / shard, stored, shard_of, wanted)
+        shards[shard] = tuple(name for name in stored if name in wanted)
+    return HFCheckpoint(str(model), folder, config, dict(sorted(shards.items())))
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a checkpoint, given as that folder or as a hub id `org/name`.
+
+    A complete snapshot in the hub's cache is used without asking the network; otherwise the needed files are
+    downloaded, with progress bars. Raises InputError if there is no such folder or repository.
+    """
+    path = Path(model)
+    try:
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise InputError(f"{model}: is a file, not a checkpoint folder")
+    except OSError as error:
+        raise InputError(f"{model}: {error.strerror}") from None
+    if not HUB_ID.fullmatch(str(model)):
+        raise InputError(f"{str(model)!r}: no such folder, and not a hub id of the form org/name")
+    return _cached_snapshot(str(model)) or _download(str(model))
+
+
+def _cached_snapshot(repo_id: str) -> Path | None:
+    """A complete snapshot in the hub's cache: the one that `main` points to, or else the newest."""
+    repo = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    main = repo / "refs" / "main"
+    try:
+        snapshots = sorted((repo / "snapshots").iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        commit = main.read_bytes().strip().decode("ascii", "replace") if main.is_file() else ""
+    except OSError:
+        return None
+    snapshots.sort(key=lambda folder: folder.name != commit)
+    return next(filter(_is_complete, snapshots), None)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return not _missing_files(folder)
+    except InputError:
+        return False
+
+
+def _missing_files(folder: Path) -> list[str]:
+    """The files that a checkpoint folder should have and has not. InputError if its index is damaged."""
+    needed = ["config.json", "tokenizer.json"]
+    if (folder / INDEX_NAME).is_file():
+        needed += dict.fromkeys(_read_index(folder / INDEX_NAME).values())
+    elif not (folder / WEIGHTS_NAME).is_file():
+        needed.append(INDEX_NAME)
+    return [name for name in needed if not (folder / name).is_file()]
+
+
+def _download(repo_id: str) -> Path:
+    """The snapshot's folder in the hub's cache. InputError, before any weights are fetched, if it is no GPT-OSS.
+
+    Only the shards of the index are fetched: the published repositories hold the weights twice more, in original/
+    and metal/.
+    """
+    folder = _fetch(repo_id, SMALL_FILES)
+    read_config(folder)
+    index = folder / INDEX_NAME
+    _fetch(repo_id, set(_read_index(index).values()) if index.is_file() else {WEIGHTS_NAME})
+    missing = _missing_files(folder)
+    if missing:
+        raise InputError(f"{repo_id}: the repository lacks {missing[0]}")
+    return folder
+
+
+def _fetch(repo_id: str, file_names: Collection[str]) -> Path:
+    failure = f"{repo_id}: no such folder, and not to be had from the Hugging Face hub"
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(file_names)))
+    except errors.GatedRepoError:
+        raise InputError(f"{failure}: access is gated; accept its terms there and run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{failure}: no such repository, or a private one") from None
+    except Exception as error:  # the hub client lets the errors of its transports and of its checks through
+        raise InputError(f"{failure}: {_first_line(error)}") from error
+
+
+def _weight_map(folder: Path) -> tuple[Path, dict[str, str]]:
+    """The file that lists the tensors, and for each tensor the shard that holds it. Raises InputError."""
+    index, weights = folder / INDEX_NAME, folder / WEIGHTS_NAME
+    if index.exists():
+        return index, _read_index(index)
+    if weights.exists():
+        return weights, dict.fromkeys(_read_header(weights), WEIGHTS_NAME)
+    raise InputError(f"{folder}: holds neither {INDEX_NAME} nor {WEIGHTS_NAME}")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> name of the shard, which is a plain file name. Raises InputError."""
+    try:
+        raw = json.loads(index.read_bytes(), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise InputError(f"{index}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{index}: not valid JSON ({_first_line(error)})") from None
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: holds no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or "/" in shard or shard in ("", ".", "..") or not shard.isprintable():
+            raise InputError(f"{index}: tensor {name!r} lies in {shard!r}, which names no file of this folder")
+    return weight_map
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return result
+
+
+def _open_shard(path: Path) -> safe_open:
+    """Maps the file; get_tensor then gives views of it. Raises InputError."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, though the checkpoint lists it") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from None
+
+
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of each tensor of a shard, in the order of the file. Raises InputError."""
+    with _open_shard(path) as file:
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+def _check_shard(
+    path: Path,
+    stored: dict[str, tuple[tuple[int, ...], str]],
+    shard_of: dict[str, str],
+    wanted: dict[str, tuple[tuple[int, ...], str]],
+) -> None:
+    """InputError if the shard does not hold exactly what the index says, or a wanted tensor is of another kind."""
+    for name in stored:
+        if shard_of.get(name) != path.name:
+            where = f"places it in {shard_of[name]}" if name in shard_of else "does not list it"
+            raise InputError(f"{path}: holds tensor {name!r}, but the index {where}")
+    for name, shard in shard_of.items():
+        if shard == path.name and name not in stored:
+            raise InputError(f"{path}: tensor {name} is missing, though the index places it there")
+    for name, (shape, dtype) in stored.items():
+        if name in wanted and (shape, dtype) != wanted[name]:
+            expected_shape, expected_dtype = wanted[name]
+            raise InputError(
+                f"{path}: tensor {name} is {dtype} {list(shape)}, expected {expected_dtype} {list(expected_shape)}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,325 @@
+"""GPT-OSS in plain PyTorch: the definition of the model that the kernel is tested against.
+
+Two contracts. Default: float32 throughout, except that K (after RoPE) and V are rounded to the cache's type when they
+enter it, and that rounded value is used everywhere, by the token's own query too. `quant`: the same, and the input of
+each expert matrix (the normed hidden state, the SwiGLU output) is rounded to MXFP8.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from host.config import ModelConfig, expected_tensors
+from host.errors import InputError
+from host.rope import rope_tables
+
+# OCP Microscaling Formats v1.0: an E2M1 nibble is sign, two exponent bits, one mantissa bit; an E8M0 byte is 2^(byte - 127).
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E8M0_VALUES = (*(2.0 ** (byte - 127) for byte in range(255)), math.nan)
+MXFP8_GROUP = 32
+E4M3_MAX = 448.0
+E4M3_MAX_EXPONENT = 8  # 448 = 1.75 * 2^8
+
+Recorder = Callable[[str, Tensor], None]
+
+KEEP_BYTES = 2**30  # a model below this size is dequantized once and kept
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., hidden] divided by its root mean square, times weight [hidden]."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [tokens, heads, head_dim] by cos and sin [tokens, head_dim / 2]; element i pairs with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, window: int, sm_scale: float) -> Tensor:
+    """Causal attention of the last tokens of a sequence over all of it: float [tokens, n_heads * head_dim].
+
+    q [tokens, n_heads, head_dim] belongs to the last `tokens` of keys and values [n_keys, n_kv_heads, head_dim]. A query
+    sees `window` keys, its own included; 0 means all before it. A head's sink [n_heads] is one more logit, not scaled,
+    that takes its share of the softmax and brings no value.
+    """
+    tokens, n_heads, head_dim = q.shape
+    n_keys, n_kv_heads, _ = keys.shape
+    age = torch.arange(n_keys - tokens, n_keys, device=q.device)[:, None] - torch.arange(n_keys, device=q.device)
+    visible = (age >= 0) & (age < (window or n_keys))
+    grouped = q.view(tokens, n_kv_heads, n_heads // n_kv_heads, head_dim)
+    logits = torch.einsum("tghd,kgd->ghtk", grouped, keys) * sm_scale
+    logits = logits.masked_fill(~visible, -math.inf)
+    sinks = sinks.view(n_kv_heads, -1, 1, 1).expand(-1, -1, tokens, 1)
+    weights = torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
+    return torch.einsum("ghtk,kgd->tghd", weights, values).reshape(tokens, n_heads * head_dim)
+
+
+def route(router_logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """router_logits [tokens, n_experts] -> chosen experts int64 and their weights, both [tokens, experts_per_token].
+
+    The largest logits win, the lower index on a tie, in falling order; the softmax is over the chosen ones only.
+    """
+    values, indices = router_logits.sort(dim=-1, descending=True, stable=True)
+    return indices[:, :experts_per_token], values[:, :experts_per_token].softmax(-1)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    """gate is clamped from above only; up from both sides, and shifted by 1."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """blocks uint8 [..., K / 32, 16] and scales uint8 [..., K / 32] -> float32 [..., K], exact.
+
+    The low nibble is the even element.
+    """
+    values = torch.tensor(E2M1_VALUES, device=blocks.device)
+    nibbles = torch.stack((blocks & 0xF, blocks >> 4), dim=-1).flatten(-2)
+    return (values[nibbles.int()] * _e8m0_to_float(scales)[..., None]).flatten(-2)
+
+
+def mxfp8_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [..., K] -> elements float8_e4m3fn [..., K] and scales uint8 (E8M0) [..., K / 32].
+
+    OCP MX v1.0, section 6.3: the shared exponent is floor(log2(max|x|)) - 8 and at least -127; the elements are
+    x / 2^exponent, saturated to +-448 and rounded to nearest even. NaN stays NaN.
+    """
+    groups = x.float().unflatten(-1, (-1, MXFP8_GROUP))
+    biased_exponent = groups.abs().amax(-1).view(torch.int32) >> 23  # of float32: floor(log2) + 127, 0 if subnormal
+    scales = (biased_exponent - E4M3_MAX_EXPONENT).clamp(min=0).to(torch.uint8)
+    inverse = _e8m0_to_float(254 - scales)[..., None]
+    # clamped, as the cast alone saturates in some versions of PyTorch and gives NaN in others
+    elements = (groups * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return elements.flatten(-2), scales
+
+
+def quantize_mxfp8(x: Tensor) -> Tensor:
+    """float32 [..., K] -> float32 [..., K]: what is left of x after a round trip through MXFP8."""
+    elements, scales = mxfp8_bytes(x)
+    return (elements.float().unflatten(-1, (-1, MXFP8_GROUP)) * _e8m0_to_float(scales)[..., None]).flatten(-2)
+
+
+def _e8m0_to_float(scales: Tensor) -> Tensor:
+    return torch.tensor(E8M0_VALUES, dtype=torch.float32, device=scales.device)[scales.int()]
+
+
+class MxFp4Matrices:
+    """[expert] -> float matrix [rows, K] of the MXFP4 tensors of all experts; only what is asked for is dequantized."""
+
+    def __init__(self, blocks: Tensor, scales: Tensor, device: torch.device, dtype: torch.dtype):
+        self._blocks, self._scales, self._device, self._dtype = blocks, scales, device, dtype
+
+    def __getitem__(self, expert: int) -> Tensor:
+        blocks, scales = self._blocks[expert].to(self._device), self._scales[expert].to(self._device)
+        return dequantize_mxfp4(blocks, scales).to(self._dtype)
+
+
+def expert_activations(
+    x: Tensor, chosen: Tensor, gate_up: Tensor | MxFp4Matrices, bias: Tensor, config: ModelConfig
+) -> Tensor:
+    """SwiGLU outputs [tokens, top_k, intermediate] of the chosen experts [tokens, top_k] for x [tokens, hidden].
+
+    gate_up [n_experts, 2 * intermediate, hidden], bias [n_experts, 2 * intermediate]: even rows gate, odd rows up.
+    """
+    act = x.new_empty(*chosen.shape, config.intermediate_size)
+    for expert in chosen.unique().tolist():
+        token, rank = (chosen == expert).nonzero(as_tuple=True)
+        rows = linear(x[token], gate_up[expert], bias[expert])
+        act[token, rank] = swiglu(rows[:, 0::2], rows[:, 1::2], config.swiglu_limit, config.swiglu_alpha)
+    return act
+
+
+def combine_experts(act: Tensor, chosen: Tensor, weights: Tensor, down: Tensor | MxFp4Matrices, bias: Tensor) -> Tensor:
+    """Down projections of act [tokens, top_k, intermediate], summed with the router's weights: [tokens, hidden].
+
+    down [n_experts, hidden, intermediate], bias [n_experts, hidden], which is weighted too.
+    """
+    out = act.new_zeros(act.shape[0], bias.shape[-1])
+    for expert in chosen.unique().tolist():
+        token, rank = (chosen == expert).nonzero(as_tuple=True)
+        rows = linear(act[token, rank], down[expert], bias[expert])
+        out[token] += weights[token, rank, None] * rows
+    return out
+
+
+def full_float32(function: Callable) -> Callable:
+    """Runs `function` without TF32, whatever the process has set."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return wrapper
+
+
+def _ignore(name: str, value: Tensor) -> None:
+    pass
+
+
+class Weights:
+    """A checkpoint's tensors as numbers on a device: kept if the model is small, else read anew at each use."""
+
+    def __init__(self, checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+        values = sum((2 if kind == "U8" else 1) * math.prod(shape) for shape, kind in expected_tensors(config).values())
+        self._kept = {} if values * dtype.itemsize < KEEP_BYTES else None
+
+    def tensor(self, name: str) -> Tensor:
+        return self._keep(name, lambda: self._checkpoint.tensor(name).to(self._device, self._dtype))
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """Some rows of a matrix; one that is not kept is not converted as a whole."""
+        if self._kept is not None:
+            return self.tensor(name)[indices]
+        matrix = self._checkpoint.tensor(name)
+        return matrix[indices.to(matrix.device)].to(self._device, self._dtype)
+
+    def expert_matrices(self, name: str) -> Tensor | MxFp4Matrices:
+        """What [expert] of is a float matrix; `name` without _blocks and _scales."""
+
+        def read() -> MxFp4Matrices:
+            blocks, scales = self._checkpoint.tensor(f"{name}_blocks"), self._checkpoint.tensor(f"{name}_scales")
+            return MxFp4Matrices(blocks, scales, self._device, self._dtype)
+
+        return read() if self._kept is None else self._keep(name, lambda: read()[:])
+
+    def _keep(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        if self._kept is None:
+            return read()
+        if name not in self._kept:
+            self._kept[name] = read()
+        return self._kept[name]
+
+
+class Reference:
+    """The model over a KV cache, one sequence.
+
+    The cache is zero after construction and reset(). A token at a position sees all earlier positions (in a sliding
+    layer those in its window), and those that were never fed count as zero keys and values; the kernel does the same.
+    """
+
+    def __init__(
+        self,
+        checkpoint,
+        quant: bool = False,
+        kv_dtype: torch.dtype | None = torch.bfloat16,
+        max_context: int = 4096,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        n_layers: int | None = None,
+    ):
+        """checkpoint: anything with .config and .tensor(name). kv_dtype None keeps K and V unrounded.
+
+        max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first ones.
+        """
+        self.config = checkpoint.config if n_layers is None else checkpoint.config.cut(n_layers)
+        self.quant, self.dtype, self.max_context = quant, dtype, max_context
+        self.device = torch.device(device or "cpu")
+        self._weights = Weights(checkpoint, self.config, self.device, dtype)
+        self._cos, self._sin = (table.to(dtype) for table in rope_tables(self.config, max_context, self.device))
+        shape = (self.config.n_layers, max_context, self.config.n_kv_heads, self.config.head_dim)
+        self._keys = torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device)
+        self._values = torch.zeros_like(self._keys)
+
+    def reset(self) -> None:
+        """Forgets the sequence."""
+        self._keys.zero_()
+        self._values.zero_()
+
+    @torch.no_grad()
+    @full_float32
+    def forward(self, token_ids: Iterable[int], position: int = 0, trace: dict[str, Tensor] | None = None) -> Tensor:
+        """Logits [tokens, vocab_size] in the reference's dtype, float32 by default, after each of the tokens.
+
+        The tokens stand at position, position + 1, ...; their keys and values enter the cache. `trace` receives
+        intermediates by name, under "layers.{n}.": qkv (with biases, before RoPE) [tokens, qkv_size], attention
+        (before the output projection) [tokens, q_size], attn_residual (hidden state after it) [tokens, hidden],
+        router_logits [tokens, n_experts], expert_act (before quantization) [tokens, top_k, intermediate], output
+        (hidden state after the layer) [tokens, hidden]. InputError if a position exceeds max_context.
+        """
+        ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self.device)
+        if position < 0 or position + len(ids) > self.max_context:
+            raise InputError(
+                f"positions {position} to {position + len(ids) - 1} do not fit in a context of {self.max_context} tokens"
+            )
+        record = _ignore if trace is None else trace.__setitem__
+        weight = self._weights.tensor
+        x = self._weights.rows("model.embed_tokens.weight", ids)
+        for layer in range(self.config.n_layers):
+            x = self._attention_block(layer, x, position, record)
+            x = self._expert_block(layer, x, record)
+            record(f"layers.{layer}.output", x)
+        return linear(rms_norm(x, weight("model.norm.weight"), self.config.rms_norm_eps), weight("lm_head.weight"))
+
+    def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, on_logits: Callable[[Tensor], None] | None = None
+    ) -> Iterator[int]:
+        """Yields greedy tokens (the lowest id on a tie) until a stop id, which is yielded too, or a full context.
+
+        Starts a new sequence. `on_logits` receives the logits [vocab_size] of each position fed, the prompt's included.
+        """
+        self.reset()
+        fed, position = list(prompt_ids), 0
+        for _ in range(max_new_tokens):
+            if position + len(fed) > self.max_context and position:
+                return
+            logits = self.forward(fed, position)
+            for row in logits if on_logits is not None else ():
+                on_logits(row)
+            position += len(fed)
+            fed = [int(logits[-1].argmax())]  # the first one on a tie
+            yield fed[0]
+            if fed[0] in self.config.stop_ids:
+                return
+
+    def _attention_block(self, layer: int, x: Tensor, position: int, record: Recorder) -> Tensor:
+        config, tokens, end = self.config, len(x), position + len(x)
+        weight, attn = self._weights.tensor, f"model.layers.{layer}.self_attn"
+        normed = rms_norm(x, weight(f"model.layers.{layer}.input_layernorm.weight"), config.rms_norm_eps)
+        q, k, v = (
+            linear(normed, weight(f"{attn}.{p}_proj.weight"), weight(f"{attn}.{p}_proj.bias")).view(
+                tokens, -1, config.head_dim
+            )
+            for p in "qkv"
+        )
+        record(f"layers.{layer}.qkv", torch.cat((q, k, v), dim=1).flatten(1))
+        cos, sin = self._cos[position:end], self._sin[position:end]
+        self._keys[layer, position:end] = apply_rope(k, cos, sin).to(self._keys.dtype)
+        self._values[layer, position:end] = v.to(self._values.dtype)
+        window = config.window(layer)
+        oldest = max(0, position - window + 1) if window else 0
+        keys, values = self._keys[layer, oldest:end].to(x.dtype), self._values[layer, oldest:end].to(x.dtype)
+        mixed = attention(apply_rope(q, cos, sin), keys, values, weight(f"{attn}.sinks"), window, config.sm_scale)
+        record(f"layers.{layer}.attention", mixed)
+        x = x + linear(mixed, weight(f"{attn}.o_proj.weight"), weight(f"{attn}.o_proj.bias"))
+        record(f"layers.{layer}.attn_residual", x)
+        return x
+
+    def _expert_block(self, layer: int, x: Tensor, record: Recorder) -> Tensor:
+        config, weight, mlp = self.config, self._weights.tensor, f"model.layers.{layer}.mlp"
+        matrices = self._weights.expert_matrices
+        normed = rms_norm(x, weight(f"model.layers.{layer}.post_attention_layernorm.weight"), config.rms_norm_eps)
+        router_logits = linear(normed, weight(f"{mlp}.router.weight"), weight(f"{mlp}.router.bias"))
+        record(f"layers.{layer}.router_logits", router_logits)
+        chosen, weights = route(router_logits, config.experts_per_token)
+        quantize = self._quantize if self.quant else lambda values: values
+        gate_up, bias = matrices(f"{mlp}.experts.gate_up_proj"), weight(f"{mlp}.experts.gate_up_proj_bias")
+        act = expert_activations(quantize(normed), chosen, gate_up, bias, config)
+        record(f"layers.{layer}.expert_act", act)
+        down, bias = matrices(f"{mlp}.experts.down_proj"), weight(f"{mlp}.experts.down_proj_bias")
+        return x + combine_experts(quantize(act), chosen, weights, down, bias)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return quantize_mxfp8(x).to(self.dtype)

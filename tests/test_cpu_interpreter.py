@@ -1,0 +1,820 @@
+"""host.cpu_interpreter against torch's casts and products, numpy in float64, and kernels whose faults are known."""
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from host import cpu_interpreter
+
+FP8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
+
+
+def random_float32_bits(count, exponents=range(256)):
+    generator = np.random.default_rng(0)
+    bits = generator.integers(0, 1 << 32, count, np.uint64).astype(np.uint32) & 0x807FFFFF
+    return torch.from_numpy((bits | generator.choice(list(exponents), count).astype(np.uint32) << 23).view(np.float32))
+
+
+def assert_same_bits(actual, expected):
+    """Equal down to the sign of zero; any NaN equals any NaN."""
+    actual, expected = actual.double(), expected.double()
+    nan = expected.isnan()
+    assert torch.equal(actual.isnan(), nan)
+    assert torch.equal(actual[~nan], expected[~nan])
+    assert torch.equal(actual[~nan].signbit(), expected[~nan].signbit())
+
+
+@triton.jit
+def cast_kernel(source, target, N: tl.constexpr, DTYPE: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(target + at, tl.load(source + at).to(DTYPE))
+
+
+def cast(values, dtype, torch_dtype):
+    """Casts a flat tensor of any size to the Triton dtype, in an interpreted kernel."""
+    size = triton.next_power_of_2(values.numel())
+    padded = torch.zeros(size, dtype=values.dtype)
+    padded[: values.numel()] = values
+    out = torch.zeros(size, dtype=torch_dtype)
+    cast_kernel[(1,)](padded, out, size, dtype)
+    return out[: values.numel()]
+
+
+# ---------------------------------------------------------------- casts
+
+
+def all_bf16():
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16)
+
+
+def midpoints(exact):
+    """The float32 ties between neighbours of a format's values, and the float32 numbers next to them on both sides."""
+    ordered = exact.float()[exact.float().isfinite()].unique().double()
+    ties = ((ordered[1:] + ordered[:-1]) / 2).float()
+    infinity = torch.full_like(ties, float("inf"))
+    return torch.cat([ties, ties.nextafter(infinity), ties.nextafter(-infinity)])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"),
+    [(tl.float32, torch.float32), (tl.float16, torch.float16), (tl.float64, torch.float64)],
+)
+def test_every_bf16_casts_to_wider_and_other_floats(dtype, torch_dtype):
+    assert_same_bits(cast(all_bf16(), dtype, torch_dtype), all_bf16().to(torch_dtype))
+
+
+def test_bf16_casts_to_integers():
+    values = torch.linspace(-300, 300, 1024).bfloat16()
+    assert torch.equal(cast(values, tl.int32, torch.int32), values.int())
+
+
+@pytest.mark.parametrize("torch_dtype", [torch.int32, torch.int64, torch.uint8])
+def test_integers_cast_to_bf16(torch_dtype):
+    limit = 256 if torch_dtype == torch.uint8 else 1 << 24
+    values = torch.randint(0, limit, (4096,)).to(torch_dtype)
+    assert_same_bits(cast(values, tl.bfloat16, torch.bfloat16), values.double().float().bfloat16())
+
+
+def test_float32_casts_to_bf16_to_nearest_even():
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-45, 9.1835e-41])
+    for values in (random_float32_bits(1 << 17), midpoints(all_bf16()), special):
+        assert_same_bits(cast(values, tl.bfloat16, torch.bfloat16), values.bfloat16())
+
+
+def test_float64_casts_to_bf16_with_one_rounding():
+    tie = 1 + 2.0**-8
+    values = torch.tensor([tie, tie + 2.0**-40, tie - 2.0**-40, -tie - 2.0**-40], dtype=torch.float64)
+    expected = torch.tensor([1.0, 1 + 2.0**-7, 1.0, -1 - 2.0**-7])
+    assert_same_bits(cast(values, tl.bfloat16, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_fp8_casts_to_other_floats(dtype):
+    torch_dtype, _ = FP8[dtype]
+    values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch_dtype)
+    for target, torch_target in ((tl.float32, torch.float32), (tl.float16, torch.float16), (tl.bfloat16, torch.bfloat16)):
+        assert_same_bits(cast(values, target, torch_target), values.float().to(torch_target))
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_floats_cast_to_fp8_to_nearest_even_and_saturate(dtype):
+    torch_dtype, largest = FP8[dtype]
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch_dtype)
+    special = torch.tensor([0.0, -0.0, torch.nan, largest, largest * 1.01, -largest * 1.04, 1e30, -1e30, 1e-45, -1e-45])
+    near = random_float32_bits(1 << 16, range(127 - 18, 127 + 18))
+    for values in (random_float32_bits(1 << 15), near, midpoints(every), special):
+        expected = values.clamp(-largest, largest).to(torch_dtype).float()
+        assert_same_bits(cast(values, dtype, torch_dtype).float(), expected)
+        half = values.half()
+        expected = half.float().clamp(-largest, largest).to(torch_dtype).float()
+        assert_same_bits(cast(half, dtype, torch_dtype).float(), expected)
+    infinities = cast(torch.tensor([torch.inf, -torch.inf]), dtype, torch_dtype).float()
+    assert infinities.tolist() == [largest, -largest]
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@triton.jit
+def arithmetic_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr, OP: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    y = tl.load(y_ptr + at)
+    if OP == "add":
+        z = x + y
+    elif OP == "sub":
+        z = x - y
+    elif OP == "mul":
+        z = x * y
+    elif OP == "div":
+        z = x / y
+    elif OP == "minimum":
+        z = tl.minimum(x, y)
+    elif OP == "maximum":
+        z = tl.maximum(x, y)
+    elif OP == "fma":
+        z = tl.fma(x, y, x)
+    elif OP == "less":
+        z = x < y
+    elif OP == "equal":
+        z = x == y
+    elif OP == "abs":
+        z = tl.abs(x)
+    elif OP == "where":
+        z = tl.where(x < y, x, 2.0)
+    elif OP == "constant":
+        z = x * 1.1 + 3
+    tl.store(out_ptr + at, z.to(out_ptr.dtype.element_ty))
+
+
+ARITHMETIC = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": lambda x, y: x.float() / y.float(),
+    "minimum": torch.fmin,
+    "maximum": torch.fmax,
+    "fma": lambda x, y: (x.double() * y.double() + x.double()).float().to(x.dtype),
+    "less": torch.lt,
+    "equal": torch.eq,
+    "abs": lambda x, y: x.abs(),
+    "where": lambda x, y: torch.where(x < y, x, torch.tensor(2.0, dtype=x.dtype)),
+    "constant": lambda x, y: x * torch.tensor(1.1, dtype=x.dtype) + 3,
+}
+
+
+@pytest.mark.parametrize("operation", ARITHMETIC)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_arithmetic(operation, dtype):
+    torch.manual_seed(0)
+    x, y = (torch.randn(4096).to(dtype) for _ in range(2))
+    y[::16] = x[::16]
+    x[1], y[2] = torch.nan, torch.nan
+    expected = ARITHMETIC[operation](x, y)
+    out = torch.zeros(4096)
+    arithmetic_kernel[(1,)](x, y, out, 4096, operation)
+    assert_same_bits(out, expected)
+
+
+def test_fma_rounds_once():
+    x = torch.tensor([1 + 2.0**-12, 1 + 2.0**-23, 3.0, -1 - 2.0**-12]).repeat(4)
+    y = torch.tensor([1 + 2.0**-12, 1 - 2.0**-23, 1 / 3, 1 + 2.0**-12]).repeat(4)
+    out = torch.zeros(16)
+    arithmetic_kernel[(1,)](x, y, out, 16, "fma")
+    # Products are exact in float64; longdouble's 64 bits hold these sums exactly.
+    exact = x.numpy().astype(np.longdouble) * y.numpy().astype(np.longdouble) + x.numpy().astype(np.longdouble)
+    assert_same_bits(out, torch.from_numpy(exact.astype(np.float32)))
+
+
+@triton.jit
+def integer_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    y = tl.load(y_ptr + at)
+    tl.store(out_ptr + at, x // y)
+    tl.store(out_ptr + N + at, x % y)
+    tl.store(out_ptr + 2 * N + at, (x << 3) ^ (y | 5) & x)
+    tl.store(out_ptr + 3 * N + at, x >> 2)
+    tl.store(out_ptr + 4 * N + at, tl.where((x > 3) & (y <= 7), 7 - x, y))
+    tl.store(out_ptr + 5 * N + at, x * 2147483647)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_integers_divide_towards_zero_and_wrap(dtype):
+    generator = np.random.default_rng(0)
+    low = 0 if dtype == np.uint32 else -(1 << 30)
+    x = generator.integers(low, 1 << 30, 256).astype(dtype)
+    y = generator.integers(1, 50, 256).astype(dtype)
+    out = np.zeros((6, 256), dtype)
+    integer_kernel[(1,)](*(torch.from_numpy(a) for a in (x, y, out)), 256)
+    quotient = np.trunc(x.astype(np.float64) / y).astype(dtype)
+    expected = [quotient, x - quotient * y, (x << 3) ^ ((y | 5) & x), x >> 2, np.where((x > 3) & (y <= 7), 7 - x, y)]
+    assert np.array_equal(out, np.stack([*expected, x * dtype(2147483647)]))
+
+
+# ---------------------------------------------------------------- matrix products
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    b = tl.load(b_ptr + k[:, None] * N + n[None, :])
+    c_at = c_ptr + m[:, None] * N + n[None, :]
+    tl.store(c_at, tl.dot(a, b, tl.load(c_at)))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_dot(dtype):
+    torch.manual_seed(0)
+    a, b = torch.randn(16, 64).to(dtype), torch.randn(64, 32).to(dtype)
+    c = torch.randn(16, 32)
+    expected = a.double() @ b.double() + c.double()
+    dot_kernel[(1,)](a, b, c, 16, 32, 64)
+    # 64 float32 sums of values up to about 30: an error of 64 ulps of 2^-19 bounds any order of summation.
+    torch.testing.assert_close(c.double(), expected, rtol=0, atol=64 * 2.0**-19)
+
+
+@triton.jit
+def dot_scaled_kernel(
+    a_ptr,
+    a_scale_ptr,
+    b_ptr,
+    b_scale_ptr,
+    c_ptr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    A_FORMAT: tl.constexpr,
+    B_FORMAT: tl.constexpr,
+    A_K_PACK: tl.constexpr,
+    B_K_PACK: tl.constexpr,
+):
+    A_PACK: tl.constexpr = 2 if A_FORMAT == "e2m1" else 1
+    B_PACK: tl.constexpr = 2 if B_FORMAT == "e2m1" else 1
+    A_ROWS: tl.constexpr = M if A_K_PACK else M // A_PACK
+    A_COLUMNS: tl.constexpr = K // A_PACK if A_K_PACK else K
+    B_ROWS: tl.constexpr = K // B_PACK if B_K_PACK else K
+    B_COLUMNS: tl.constexpr = N if B_K_PACK else N // B_PACK
+    a = tl.load(a_ptr + tl.arange(0, A_ROWS)[:, None] * A_COLUMNS + tl.arange(0, A_COLUMNS)[None, :])
+    b = tl.load(b_ptr + tl.arange(0, B_ROWS)[:, None] * B_COLUMNS + tl.arange(0, B_COLUMNS)[None, :])
+    m, n, groups = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K // 32)
+    a_scale = None
+    if a_scale_ptr is not None:
+        a_scale = tl.load(a_scale_ptr + m[:, None] * (K // 32) + groups[None, :])
+    b_scale = None
+    if b_scale_ptr is not None:
+        b_scale = tl.load(b_scale_ptr + n[:, None] * (K // 32) + groups[None, :])
+    c_at = c_ptr + m[:, None] * N + n[None, :]
+    c = tl.dot_scaled(
+        a, a_scale, A_FORMAT, b, b_scale, B_FORMAT, tl.load(c_at), lhs_k_pack=A_K_PACK, rhs_k_pack=B_K_PACK
+    )
+    tl.store(c_at, c)
+
+
+def e2m1_value(code):
+    """OCP MX v1.0: sign, 2 exponent bits with bias 1, 1 mantissa bit."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    magnitude = mantissa * 0.5 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
+    return -magnitude if code & 8 else magnitude
+
+
+def random_elements(shape, element_format, pack_axis):
+    """Random elements of a format: what the kernel takes, and the numbers in float64. `pack_axis` None: not packed."""
+    if element_format == "e2m1":
+        codes = torch.randint(0, 16, shape, dtype=torch.uint8)
+        values = torch.tensor([e2m1_value(code) for code in range(16)], dtype=torch.float64)[codes.long()]
+        low, high = (codes[tuple(slice(i, None, 2) if d == pack_axis else slice(None) for d in (0, 1))] for i in (0, 1))
+        return (low | high << 4).contiguous(), values
+    dtypes = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "bf16": torch.bfloat16, "fp16": torch.float16}
+    elements = torch.randn(shape).to(dtypes[element_format])
+    return elements, elements.double()
+
+
+@pytest.mark.parametrize(
+    ("formats", "shape", "packs"),
+    [
+        (("e2m1", "e4m3"), (16, 16, 128), (True, True)),
+        (("e2m1", "e4m3"), (32, 16, 256), (True, True)),
+        (("e2m1", "e4m3"), (32, 16, 128), (False, True)),
+        (("e4m3", "e2m1"), (16, 32, 128), (True, True)),
+        (("e4m3", "e2m1"), (16, 32, 256), (True, False)),
+        (("e2m1", "e2m1"), (16, 16, 64), (False, False)),
+        (("e5m2", "e4m3"), (16, 16, 64), (True, True)),
+        (("e2m1", "bf16"), (16, 16, 128), (True, True)),
+        (("fp16", "e2m1"), (16, 16, 64), (True, True)),
+        (("bf16", "e5m2"), (16, 16, 64), (True, True)),
+    ],
+)
+def test_dot_scaled(formats, shape, packs):
+    torch.manual_seed(0)
+    m, n, k = shape
+    a, a_values = random_elements((m, k), formats[0], 1 if packs[0] else 0)
+    b, b_values = random_elements((k, n), formats[1], 0 if packs[1] else 1)
+    scales = [torch.randint(120, 134, (rows, k // 32), dtype=torch.uint8) for rows in (m, n)]
+    scales = [None if f in ("bf16", "fp16") else scale for f, scale in zip(formats, scales)]
+    if scales[0] is not None:
+        a_values = a_values * torch.exp2(scales[0].double() - 127).repeat_interleave(32, 1)
+    if scales[1] is not None:
+        b_values = b_values * torch.exp2(scales[1].double() - 127).repeat_interleave(32, 1).T
+    c = torch.randn(m, n)
+    expected = c.double() + a_values @ b_values
+    dot_scaled_kernel[(1,)](a, scales[0], b, scales[1], c, m, n, k, *formats, *packs)
+    # Any order of K float32 sums errs by at most K ulps of the sum of magnitudes.
+    bound = k * 2.0**-24 * (a_values.abs() @ b_values.abs() + 1)
+    assert ((c.double() - expected).abs() <= bound).all()
+
+
+def test_scale_255_is_nan_and_scale_0_the_smallest():
+    a, _ = random_elements((16, 64), "e2m1", 1)
+    a[:] = 0x22  # all ones
+    b = torch.ones(64, 16).to(torch.float8_e4m3fn)
+    scales = torch.full((16, 2), 127, dtype=torch.uint8)
+    scales[3, 1], scales[4] = 255, 0
+    c = torch.zeros(16, 16)
+    plain = torch.full((16, 2), 127, dtype=torch.uint8)
+    dot_scaled_kernel[(1,)](a, scales, b, plain, c, 16, 16, 64, "e2m1", "e4m3", True, True)
+    assert c[3].isnan().all()
+    assert (c[4].double() == 64 * 2.0**-127).all()
+    assert (c[[0, 1, 2, *range(5, 16)]] == 64).all()
+
+
+# ---------------------------------------------------------------- control flow and arguments
+
+
+@triton.jit
+def plus(x, extra: tl.constexpr):
+    return x + extra
+
+
+@triton.jit
+def plus_and_product(x, y):
+    total = plus(x, 0) + y
+    return total, x * y
+
+
+class Pair(NamedTuple):
+    data: torch.Tensor
+    count: int
+
+
+@triton.jit
+def control_kernel(pair, scale, flag, limits_ptr, out_ptr, MAYBE: tl.constexpr, N: tl.constexpr):
+    stop = tl.load(limits_ptr)
+    total = 0.0
+    for i in range(1, stop, 2):
+        total += tl.load(pair.data + i).to(tl.float32) + i.to(tl.float32)
+    for i in tl.range(stop):
+        total = plus(total, 1)
+    for i in tl.static_range(0, N, step=2):
+        half: tl.constexpr = i // 2
+        if half == 0:
+            total += tl.sum(tl.zeros((2 << half,), tl.float32), axis=0)
+    left, right = plus_and_product(total, scale)
+    if MAYBE is not None:
+        right += MAYBE
+    if flag:
+        left = -left
+    while right < 100:
+        right = right * 2
+    tl.store(out_ptr, left)
+    tl.store(out_ptr + 1, right)
+    tl.store(out_ptr + 2, pair.count + (1 if stop == 7 and not flag else 0))
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("maybe", [None, 5])
+def test_control_flow(flag, maybe):
+    data, out = torch.arange(8, dtype=torch.bfloat16), torch.zeros(3)
+    control_kernel[(1,)](Pair(data, 11), 0.5, flag, torch.tensor([7], dtype=torch.int32), out, maybe, 6)
+    total = sum(2 * i for i in (1, 3, 5)) + 7
+    right = total * 0.5 + (maybe or 0)
+    while right < 100:
+        right *= 2
+    sign = -1 if flag else 1
+    assert out.tolist() == [sign * (total + 0.5), right, 11 + (not flag)]
+
+
+@triton.jit
+def first_largest(value1, index1, value2, index2):
+    keep = value1 > value2 or (value1 == value2 and not index1 > index2)
+    return tl.where(keep, value1, value2), tl.where(keep, index1, index2)
+
+
+@triton.jit
+def first_of(a, b):
+    return a
+
+
+@triton.jit
+def product_of(a, b):
+    return a * b
+
+
+@triton.jit
+def reduce_kernel(x_ptr, out_ptr, index_ptr, M: tl.constexpr, N: tl.constexpr):
+    m = tl.arange(0, M)
+    at = m[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + at)
+    columns = tl.broadcast_to(tl.arange(0, N)[None, :], (M, N))
+    value, index = tl.reduce((x, columns), 1, first_largest)
+    tl.store(out_ptr + m, value.to(tl.float32))
+    tl.store(index_ptr + m, index)
+    tl.store(out_ptr + M + m, tl.reduce(x, 1, first_of).to(tl.float32))
+    tl.store(out_ptr + 2 * M + m, tl.max(x, axis=1).to(tl.float32))
+    tl.store(out_ptr + 3 * M + m, tl.sum(x, axis=1).to(tl.float32))
+    tl.store(index_ptr + M + m, tl.argmax(x, axis=1))
+    tl.store(out_ptr + 4 * M, tl.max(x).to(tl.float32))
+
+
+@triton.jit
+def scan_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.cumsum(x, 0))
+    tl.store(out_ptr + N + at, tl.associative_scan(x, 0, first_of))
+    tl.store(out_ptr + 2 * N + at, tl.associative_scan(x, 0, first_of, reverse=True))
+    tl.store(out_ptr + 3 * N + at, tl.associative_scan(x, 0, product_of))
+    tl.store(out_ptr + 4 * N + at, tl.sort(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reductions(dtype):
+    torch.manual_seed(0)
+    m, n = 8, 64
+    x = torch.randint(-20, 20, (m, n)).to(dtype)  # ties; all sums are exact in float32, and rounded once for bf16
+    out, index = torch.zeros(4 * m + 1), torch.zeros(2 * m, dtype=torch.int32)
+    reduce_kernel[(1,)](x, out, index, m, n)
+    largest = x.float().max(1).values
+    first = (x.float() == largest[:, None]).int().argmax(1)
+    assert torch.equal(out[:m], largest)
+    assert torch.equal(index[:m].long(), first)
+    assert torch.equal(out[m : 2 * m], x[:, 0].float())
+    assert torch.equal(out[2 * m : 3 * m], largest)
+    assert torch.equal(out[3 * m : 4 * m], x.float().sum(1).to(dtype).float())
+    assert torch.equal(index[m:].long(), first)
+    assert out[-1] == x.float().max()
+
+
+def test_scans():
+    torch.manual_seed(0)
+    x = torch.randint(1, 3, (16,)).float()
+    out = torch.zeros(5, 16)
+    scan_kernel[(1,)](x, out, 16)
+    expected = [x.cumsum(0), x[0].expand(16), x[-1].expand(16), x.cumprod(0), x.sort().values]
+    assert torch.equal(out, torch.stack(expected))
+
+
+@triton.jit
+def masked_copy_kernel(x_ptr, out_ptr, rows, columns, stride, M: tl.constexpr, N: tl.constexpr):
+    m, n = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    mask = (m < rows) & (n < columns)
+    x = tl.load(x_ptr + m * stride + n, mask=mask, other=0.0)
+    tl.store(out_ptr + m * N + n, x, mask=m < rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+@pytest.mark.parametrize("extents", [(16, 32), (7, 31), (0, 5), (2, 1)])
+def test_large_and_small_masked_blocks(dtype, extents):
+    rows, columns = extents
+    x = torch.randint(0, 100, (16, 40)).to(dtype)
+    out = torch.full((16, 32), 77).to(dtype)
+    masked_copy_kernel[(1,)](x, out, rows, columns, 40, 16, 32)
+    expected = torch.full((16, 32), 77).to(dtype)
+    expected[:rows] = 0
+    expected[:rows, :columns] = x[:rows, :columns]
+    assert torch.equal(out, expected)
+
+
+@triton.jit
+def unaligned_kernel(bytes_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    pointers = (bytes_ptr + at * 5).to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.store(out_ptr + at, tl.load(pointers))
+
+
+def test_unaligned_loads():
+    data = torch.randint(0, 256, (512 * 5,), dtype=torch.uint8)
+    out = torch.zeros(512, dtype=torch.int32)
+    unaligned_kernel[(1,)](data, out, 512)
+    expected = [int.from_bytes(bytes(data[5 * i : 5 * i + 4].tolist()), "little", signed=True) for i in range(512)]
+    assert out.tolist() == expected
+
+
+@triton.jit
+def asm_kernel(out_ptr):
+    zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+    tl.store(out_ptr, zero)
+
+
+def test_inline_assembly_is_refused_clearly():
+    with pytest.raises(NotImplementedError, match="keep it behind a constexpr"):
+        asm_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+# ---------------------------------------------------------------- concurrent programs
+
+
+@triton.jit
+def grid_barrier(counter_ptr, target, RELEASE: tl.constexpr, ACQUIRE: tl.constexpr):
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem=RELEASE)
+    while tl.atomic_add(counter_ptr, 0, sem="relaxed") < target:
+        pass
+    seen = tl.atomic_add(counter_ptr, 0, sem=ACQUIRE)
+    tl.debug_barrier()
+    return seen
+
+
+@triton.jit
+def rotate_kernel(
+    buffers,
+    counter_ptr,
+    order_ptr,
+    STEPS: tl.constexpr,
+    N: tl.constexpr,
+    FAULT: tl.constexpr,
+    RELEASE: tl.constexpr,
+    ACQUIRE: tl.constexpr,
+):
+    """Each step copies the neighbour's block from one buffer to the other; a barrier between the steps."""
+    pid = tl.program_id(0)
+    count = tl.num_programs(0)
+    at = tl.arange(0, N)
+    tl.store(order_ptr + tl.atomic_add(counter_ptr + 1, 1, sem="relaxed"), pid)
+    for step in tl.static_range(STEPS):
+        source, target = buffers[step % 2], buffers[(step + 1) % 2]
+        values = tl.load(source + (pid + 1) % count * N + at)
+        if FAULT != "late store":
+            tl.store(target + pid * N + at, values + 1)
+        if not (FAULT == "no barrier" and step == 1):
+            grid_barrier(counter_ptr, (step + 1) * count, RELEASE, ACQUIRE)
+        if FAULT == "late store":
+            tl.store(target + pid * N + at, values + 1)
+
+
+def rotate(programs, seed, fault=None, release="release", acquire="acquire", detect_races=True, steps=3):
+    buffers = (torch.arange(programs * 4, dtype=torch.float32), torch.zeros(programs * 4))
+    counter = torch.zeros(2, dtype=torch.int32)
+    if fault == "no barrier":
+        counter[0] = programs  # the later barriers do not wait for the missing one
+    order = torch.zeros(programs, dtype=torch.int32)
+    with cpu_interpreter.simulate(seed=seed, detect_races=detect_races) as simulation:
+        rotate_kernel[(programs,)](buffers, counter, order, steps, 4, fault, release, acquire)
+    return buffers[steps % 2], order.tolist(), simulation
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_right_barrier_works_and_has_no_races(seed):
+    result, _, simulation = rotate(8, seed)
+    assert torch.equal(result, torch.arange(32).roll(-12) + 3.0)
+    assert simulation.races == []
+    assert simulation.switches > 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "release", "acquire"),
+    [
+        ("no barrier", "release", "acquire"),
+        ("late store", "release", "acquire"),
+        (None, "relaxed", "acquire"),
+        (None, "release", "relaxed"),
+        (None, "acquire", "acquire"),
+        (None, "release", "release"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wrong_barrier_races(fault, release, acquire, seed):
+    _, _, simulation = rotate(4, seed, fault, release, acquire)
+    assert simulation.races
+    race = simulation.races[0]
+    assert "buffers[" in race
+    assert "test_cpu_interpreter.py:" in race
+    assert "races with" in race
+
+
+def test_the_seed_decides_the_order():
+    orders = [rotate(8, seed, detect_races=False)[1] for seed in range(5)]
+    assert orders == [rotate(8, seed, detect_races=False)[1] for seed in range(5)]
+    assert len({tuple(order) for order in orders}) > 1
+    assert all(sorted(order) == list(range(8)) for order in orders)
+
+
+@triton.jit
+def merge_kernel(parts_ptr, counter_ptr, out_ptr, SEMANTICS: tl.constexpr):
+    """Each program leaves a part; the last to arrive adds them up."""
+    pid = tl.program_id(0)
+    count = tl.num_programs(0)
+    tl.store(parts_ptr + pid, (pid + 1).to(tl.float32))
+    arrived = tl.atomic_add(counter_ptr, 1, sem=SEMANTICS)
+    if arrived == count - 1:
+        total = 0.0
+        for other in range(count):
+            total += tl.load(parts_ptr + other)
+        tl.store(out_ptr, total)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("semantics", "clean"), [("acq_rel", True), ("relaxed", False), ("release", False), ("acquire", False)]
+)
+def test_last_arriver_merge(seed, semantics, clean):
+    out = torch.zeros(1)
+    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+        merge_kernel[(6,)](torch.zeros(6), torch.zeros(1, dtype=torch.int32), out, semantics)
+    assert out.item() == 21
+    assert (simulation.races == []) == clean
+    assert all("parts_ptr" in race for race in simulation.races)
+
+
+@triton.jit
+def release_sequence_kernel(data_ptr, flag_ptr, out_ptr):
+    """Program 0 releases 1, program 1 adds 1 relaxed, program 2 acquires 2: ordered after program 0."""
+    pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(data_ptr, 5.0)
+        tl.atomic_add(flag_ptr, 1, sem="release")
+    elif pid == 1:
+        while tl.atomic_add(flag_ptr, 0, sem="relaxed") < 1:
+            pass
+        tl.atomic_add(flag_ptr, 1, sem="relaxed")
+    else:
+        while tl.atomic_cas(flag_ptr, 2, 3, sem="acquire") != 2:
+            pass
+        tl.store(out_ptr, tl.load(data_ptr))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_relaxed_atomic_continues_the_release_sequence(seed):
+    out = torch.zeros(1)
+    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+        release_sequence_kernel[(3,)](torch.zeros(1), torch.zeros(1, dtype=torch.int32), out)
+    assert out.item() == 5
+    assert simulation.races == []
+
+
+@triton.jit
+def mixed_access_kernel(flag_ptr, KIND: tl.constexpr):
+    pid = tl.program_id(0)
+    if pid == 0:
+        tl.atomic_add(flag_ptr, 1)
+    elif KIND == "atomic":
+        tl.atomic_add(flag_ptr, 1, sem="relaxed")
+    elif KIND == "load":
+        tl.load(flag_ptr)
+    elif KIND == "volatile load":
+        tl.load(flag_ptr, volatile=True)
+    elif KIND == "store":
+        tl.store(flag_ptr, 3)
+    elif KIND == "other half":
+        tl.store((flag_ptr + 1).to(tl.pointer_type(tl.int16), bitcast=True), tl.full((), 1, tl.int16))
+    elif KIND == "same half":
+        tl.store(flag_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + 1, tl.full((), 1, tl.int16))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("kind", "races"),
+    [
+        ("atomic", False),
+        ("load", True),
+        ("volatile load", False),
+        ("store", True),
+        ("other half", False),
+        ("same half", True),
+    ],
+)
+def test_plain_accesses_race_with_atomics(kind, races, seed):
+    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+        mixed_access_kernel[(2,)](torch.zeros(2, dtype=torch.int32), kind)
+    assert bool(simulation.races) == races
+    assert all("atomic" in race and "flag_ptr+" in race for race in simulation.races)
+
+
+@triton.jit
+def table_kernel(table_ptr):
+    pointer = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
+    tl.store(pointer + 3, tl.program_id(0).to(tl.float32))
+
+
+def test_watched_tensors_are_followed_through_a_table_of_addresses():
+    data = torch.zeros(8)
+    table = torch.tensor([data.data_ptr()])
+    with cpu_interpreter.simulate(detect_races=True) as simulation:
+        table_kernel[(2,)](table)
+    assert simulation.races == []
+    with cpu_interpreter.simulate(detect_races=True, watch={"scratch": {"hidden": data}}) as simulation:
+        table_kernel[(2,)](table)
+    assert len(simulation.races) == 1
+    assert "scratch['hidden']+12" in simulation.races[0]
+
+
+@triton.jit
+def two_flags_kernel(flags_ptr, out_ptr, TURNS: tl.constexpr):
+    """Programs of even number wait for flag 0, of odd number for flag 1; nobody sets them. TURNS: give up then."""
+    pid = tl.program_id(0)
+    turns = 0
+    if pid % 2 == 0:
+        while tl.atomic_add(flags_ptr, 0, sem="relaxed") == 0 and turns != TURNS:
+            turns += 1
+    else:
+        while tl.load(flags_ptr + 1, volatile=True) == 0 and turns != TURNS:
+            turns += 1
+    tl.store(out_ptr + pid, turns)
+
+
+@pytest.mark.parametrize("programs", [1, 8])
+def test_deadlock_is_found(programs):
+    flags, out = torch.zeros(2, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    start = time.perf_counter()
+    with pytest.raises(cpu_interpreter.GridDeadlock) as caught:
+        two_flags_kernel[(programs,)](flags, out, -1)
+    assert time.perf_counter() - start < 5  # 0.3 s where nothing else runs
+    message = str(caught.value)
+    for number in range(programs):
+        assert f"program ({number}, 0, 0) at test_cpu_interpreter.py:" in message
+    assert threading.active_count() == 1
+
+
+def test_a_kernel_may_bound_its_spinning_itself():
+    flags, out = torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    with cpu_interpreter.simulate(deadlock_limit=None):
+        two_flags_kernel[(4,)](flags, out, 1500)
+    assert out.tolist() == [1500] * 4
+    with cpu_interpreter.simulate(deadlock_limit=2000):
+        two_flags_kernel[(4,)](flags, out, 1500)
+    with pytest.raises(cpu_interpreter.GridDeadlock), cpu_interpreter.simulate(deadlock_limit=50):
+        two_flags_kernel[(4,)](flags, out, 1500)
+
+
+@triton.jit
+def failing_kernel(counter_ptr):
+    if tl.program_id(0) == 2:
+        tl.static_assert(False, "program 2 fails")
+    grid_barrier(counter_ptr, 4, "release", "acquire")
+
+
+def test_an_exception_in_one_program_ends_the_grid():
+    for _ in range(3):
+        with pytest.raises(AssertionError, match="program 2 fails"):
+            failing_kernel[(4,)](torch.zeros(1, dtype=torch.int32))
+        assert threading.active_count() == 1
+    # A later launch is not affected.
+    assert rotate(4, 0)[2].races == []
+
+
+@triton.jit
+def identify_kernel(out_ptr, counter_ptr):
+    x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    grid_barrier(counter_ptr, count, "release", "acquire")
+    tl.store(out_ptr + x * 6 + y * 3 + z, x * 100 + y * 10 + z)
+
+
+def test_programs_keep_their_number_across_switches():
+    out = torch.zeros(12, dtype=torch.int32)
+    identify_kernel[lambda arguments: (2, 2, 3)](out, torch.zeros(1, dtype=torch.int32))
+    assert out.tolist() == [100 * x + 10 * y + z for x, y, z in itertools.product(range(2), range(2), range(3))]
+
+
+# ---------------------------------------------------------------- installing
+
+
+def run_python(source, interpret):
+    environment = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_variable_must_be_set_before_triton_is_imported():
+    late = "import os, triton.language\nos.environ['TRITON_INTERPRET'] = '1'\n"
+    done = run_python(late + "from host import cpu_interpreter\ncpu_interpreter.install()", interpret=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("RuntimeError: set TRITON_INTERPRET=1 before")
+
+
+def test_an_unknown_version_is_refused_in_one_line():
+    source = "import triton\ntriton.__version__ = '9.1.0'\nfrom host import cpu_interpreter\ncpu_interpreter.install()"
+    done = run_python(source, interpret=True)
+    assert done.returncode == 1
+    assert "knows Triton 3.6.x, 3.9.x, not 9.1.0" in done.stderr.splitlines()[-1]
+
+
+def test_installing_again_changes_nothing():
+    add = tl.tensor.__add__
+    cpu_interpreter.install()
+    assert tl.tensor.__add__ is add

