@@ -44,7 +44,7 @@ from host.cli import (
 )
 from host.config import MXFP4_GROUP, PRESETS, ModelConfig, check_token
 from host.errors import InputError, MegakernelAborted
-from host.launch import Tuning, next_power_of_2, program_count, tuning_for
+from host.launch import Tuning, check_program_count, next_power_of_2, program_count, tuning_for
 from host.limits import check_context, check_memory
 from host.rope import rope_tables
 from host.weights import Weights, load_weights
@@ -58,7 +58,7 @@ class State(NamedTuple):
     """What a step reads and writes on the device besides the weights. float32 unless said."""
 
     tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next
-    k_cache: torch.Tensor  # [layers, kv heads, context, head_dim] bfloat16
+    k_cache: torch.Tensor  # [layers, kv heads, context, head_dim] bfloat16, or what was asked for
     v_cache: torch.Tensor
     cos: torch.Tensor  # [context, head_dim / 2]
     sin: torch.Tensor
@@ -140,8 +140,9 @@ def attention_phase(
             # The current key and value stay in registers: no program waits for the cache to be appended.
             one = kv_head + tl.arange(0, 1)
             k = common.load_rotated(s.qkv + CONFIG.q_size, one, one >= 0, cos_ptr, sin_ptr, D)
-            k = tl.reshape(k, (D,)).to(tl.bfloat16)
-            v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head * D + dim).to(tl.bfloat16)
+            k = tl.reshape(k, (D,)).to(s.k_cache.dtype.element_ty)
+            v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head * D + dim)
+            v = v.to(s.v_cache.dtype.element_ty)
             tl.store(s.k_cache + cache + position.to(tl.int64) * D + dim, k)
             tl.store(s.v_cache + cache + position.to(tl.int64) * D + dim, v)
             m, l, acc = common.attend_one(m, l, acc, q, k.to(tl.float32), v.to(tl.float32), CONFIG.sm_scale)  # noqa: E741
@@ -403,7 +404,13 @@ def megakernel(
 
 
 def new_state(
-    config: ModelConfig, tuning: Tuning, quant: bool, max_context: int, num_programs: int, device: torch.device | str
+    config: ModelConfig,
+    tuning: Tuning,
+    quant: bool,
+    max_context: int,
+    num_programs: int,
+    device: torch.device | str,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> State:
     """Zeroed state for one sequence of up to max_context tokens."""
 
@@ -418,8 +425,8 @@ def new_state(
     windows = [config.window(n) for n in range(config.n_layers)]
     return State(
         tokens=zeros(max_context + 1, dtype=torch.int32),
-        k_cache=zeros(*cache, dtype=torch.bfloat16),
-        v_cache=zeros(*cache, dtype=torch.bfloat16),
+        k_cache=zeros(*cache, dtype=kv_dtype),
+        v_cache=zeros(*cache, dtype=kv_dtype),
         cos=cos,
         sin=sin,
         windows=torch.tensor(windows, dtype=torch.int32, device=device),
@@ -453,9 +460,10 @@ class MegaModel:
         device: torch.device | str | None = None,
         num_programs: int | None = None,
         tuning: Tuning | None = None,
+        kv_dtype: torch.dtype = torch.bfloat16,
         show_progress: bool = False,
     ):
-        """`checkpoint` has `.config` and `.tensors()` (see load_hf.py); the device defaults to the GPU if there is one.
+        """The device defaults to the GPU if there is one; the KV cache holds bfloat16 or, to compare with float32, that.
 
         InputError if the context is longer than the model's, or weights and cache do not fit the device.
         """
@@ -464,11 +472,12 @@ class MegaModel:
         self.quant = quant
         self.max_context = max_context
         self.tuning = tuning or tuning_for(self.device, self.config)
-        self.num_programs = num_programs or program_count(self.device, self.tuning)
+        self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
+        check_program_count(self.num_programs, self.device, self.tuning)
         check_context(self.config, max_context)
-        check_memory(self.config, max_context, self.device)
+        check_memory(self.config, max_context, kv_dtype, self.device)
         self.weights: Weights = load_weights(checkpoint, self.device, show_progress)
-        self.state = new_state(self.config, self.tuning, quant, max_context, self.num_programs, self.device)
+        self.state = new_state(self.config, self.tuning, quant, max_context, self.num_programs, self.device, kv_dtype)
 
     @classmethod
     def from_pretrained(
@@ -636,8 +645,6 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
         return checkpoint, Tokenizer.from_folder(checkpoint.folder)
     config = PRESETS[args.random_weights]
     config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
-    if args.prompt is None and args.chat is None and args.prompt_ids is None:
-        args.prompt_ids = [0]
     return RandomCheckpoint(config, device=usable_device(None), name=f"random {args.random_weights}"), None
 
 
@@ -645,10 +652,10 @@ def main() -> None:
     args = parse_arguments()
     checkpoint, tokenizer = open_model(args)
     prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
-    model = MegaModel(
-        checkpoint, args.quant, args.max_context, num_programs=args.num_programs, show_progress=sys.stderr.isatty()
-    )
     with logits_writer(args.logits_out, checkpoint.config.vocab_size) as on_logits:
+        model = MegaModel(
+            checkpoint, args.quant, args.max_context, num_programs=args.num_programs, show_progress=sys.stderr.isatty()
+        )
         stream_generation(
             model.generate(prompt_ids, args.max_new_tokens, on_logits),
             prompt_ids,
@@ -664,7 +671,10 @@ def main() -> None:
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or the one Triton was set up for when this module was imported. Raises InputError."""
     interpreted = isinstance(megakernel, InterpretedFunction)
-    device = torch.device(device or ("cpu" if interpreted else "cuda"))
+    try:
+        device = torch.device(device or ("cpu" if interpreted else "cuda"))
+    except RuntimeError:
+        raise InputError(f"device {device!r}: PyTorch knows no such device") from None
     if (device.type == "cpu") != interpreted:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from host.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from host.config import ModelConfig, expected_tensors, read_config
 from host.errors import InputError
 
+HUB_REPLY_SECONDS = 10.0
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", INDEX_NAME)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -141,6 +142,8 @@ def _download(repo_id: str) -> Path:
 def _fetch(repo_id: str, file_names: Collection[str]) -> Path:
     failure = f"{repo_id}: no such folder, and not to be had from the Hugging Face hub"
     try:
+        # snapshot_download's own first request waits for ever where packets are lost without a word.
+        HfApi().model_info(repo_id, revision="main", timeout=HUB_REPLY_SECONDS)
         return Path(snapshot_download(repo_id, allow_patterns=list(file_names)))
     except errors.GatedRepoError:
         raise InputError(f"{failure}: access is gated; accept its terms there and run `hf auth login`") from None

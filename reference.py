@@ -230,13 +230,13 @@ class Reference:
         self._weights = Weights(checkpoint, self.config, self.device, dtype)
         self._cos, self._sin = (table.to(dtype) for table in rope_tables(self.config, max_context, self.device))
         shape = (self.config.n_layers, max_context, self.config.n_kv_heads, self.config.head_dim)
-        self._keys = torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device)
-        self._values = torch.zeros_like(self._keys)
+        self.keys = torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device)
+        self.values = torch.zeros_like(self.keys)
 
     def reset(self) -> None:
         """Forgets the sequence."""
-        self._keys.zero_()
-        self._values.zero_()
+        self.keys.zero_()
+        self.values.zero_()
 
     @torch.no_grad()
     @full_float32
@@ -296,11 +296,11 @@ class Reference:
         )
         record(f"layers.{layer}.qkv", torch.cat((q, k, v), dim=1).flatten(1))
         cos, sin = self._cos[position:end], self._sin[position:end]
-        self._keys[layer, position:end] = apply_rope(k, cos, sin).to(self._keys.dtype)
-        self._values[layer, position:end] = v.to(self._values.dtype)
+        self.keys[layer, position:end] = apply_rope(k, cos, sin).to(self.keys.dtype)
+        self.values[layer, position:end] = v.to(self.values.dtype)
         window = config.window(layer)
         oldest = max(0, position - window + 1) if window else 0
-        keys, values = self._keys[layer, oldest:end].to(x.dtype), self._values[layer, oldest:end].to(x.dtype)
+        keys, values = self.keys[layer, oldest:end].to(x.dtype), self.values[layer, oldest:end].to(x.dtype)
         mixed = attention(apply_rope(q, cos, sin), keys, values, weight(f"{attn}.sinks"), window, config.sm_scale)
         record(f"layers.{layer}.attention", mixed)
         x = x + linear(mixed, weight(f"{attn}.o_proj.weight"), weight(f"{attn}.o_proj.bias"))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 
 from host.config import ModelConfig, check_token
-from host.errors import InputError
+from host.errors import InputError, MegakernelAborted
 
 DEMO_CHAT = "Recite sonnet 18."
+RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 
+EXIT_FAILURE = 1
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -33,20 +36,41 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[], None]) -> int:
-    """Calls `main` and returns the process's exit code: 0, 2 after an InputError, 130 after Ctrl-C, 141 if stdout closed."""
+    """Calls `main` and returns the process's exit code.
+
+    0; 2 after an InputError; 1 if the kernel gave up or stdout could not be written; 130 after Ctrl-C; 141 if stdout
+    was closed. Errors are one line on stderr.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
     try:
         main()
         sys.stdout.flush()
         return 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return EXIT_INPUT_ERROR
+    except MegakernelAborted as error:
+        _print_error(str(error))
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _abandon_stdout()
+        _print_error(f"{error.filename or 'stdout'}: {error.strerror}")
+        return EXIT_FAILURE
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+
+
+def _abandon_stdout() -> None:
+    """The interpreter flushes stdout once more at exit, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive_int(text: str) -> int:
@@ -84,11 +108,13 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """--prompt, --chat or --prompt-ids, --max-new-tokens, --max-context, --json, --logits-out."""
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    prompt.add_argument("--chat", metavar="TEXT", help=f"message to answer, in harmony's chat format; default: {DEMO_CHAT!r}")
+    prompt.add_argument(
+        "--chat", metavar="TEXT", help=f"message to answer, in the harmony format; default: {DEMO_CHAT!r}"
+    )
     prompt.add_argument("--prompt-ids", metavar="IDS", type=token_id_list, help="the prompt as token ids: 12,34,56")
     parser.add_argument("--max-new-tokens", metavar="N", type=positive_int, default=256, help="default: %(default)s")
     parser.add_argument(
-        "--max-context", metavar="N", type=positive_int, default=4096, help="positions of the KV cache; default: %(default)s"
+        "--max-context", metavar="N", type=positive_int, default=4096, help="positions in the KV cache; default: 4096"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text as it appears")
     parser.add_argument(
@@ -102,8 +128,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 def prompt_ids_from(args: argparse.Namespace, tokenizer, config: ModelConfig) -> list[int]:
     """The prompt that `add_prompt_arguments` describes, the demo's if there is none.
 
-    `tokenizer` (tokenizer_util.Tokenizer) may be None for --prompt-ids. InputError if the prompt is empty, does not
-    fit --max-context, or has an id outside the vocabulary.
+    Without a `tokenizer` (tokenizer_util.Tokenizer) the default is RANDOM_WEIGHTS_PROMPT, and text is refused.
+    InputError if the prompt is empty, does not fit --max-context, or has an id outside the vocabulary.
     """
     flag, ids = _encode_prompt(args, tokenizer)
     if not ids:
@@ -118,13 +144,18 @@ def prompt_ids_from(args: argparse.Namespace, tokenizer, config: ModelConfig) ->
 def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]:
     if args.prompt_ids is not None:
         return "--prompt-ids", args.prompt_ids
-    flag = "--chat" if args.prompt is None else "--prompt"
-    if tokenizer is None:
-        raise InputError(f"{flag}: this model has no tokenizer; use --prompt-ids")
     if args.prompt is not None:
-        return flag, tokenizer.encode(args.prompt)
+        return "--prompt", _needed(tokenizer, "--prompt").encode(args.prompt)
+    if args.chat is None and tokenizer is None:
+        return "--prompt-ids", list(RANDOM_WEIGHTS_PROMPT)
     text = DEMO_CHAT if args.chat is None else args.chat
-    return flag, tokenizer.encode_chat(text) if text.strip() else []
+    return "--chat", _needed(tokenizer, "--chat").encode_chat(text) if text.strip() else []
+
+
+def _needed(tokenizer, flag: str):
+    if tokenizer is None:
+        raise InputError(f"{flag}: random weights have no tokenizer; use --prompt-ids")
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -137,26 +168,42 @@ def logits_writer(path: Path | None, vocab_size: int) -> Iterator[Callable[[torc
     if path is None:
         yield None
         return
-    part = path.with_name(path.name + ".part")
+    part = path.parent / f"{path.name}.part"
+    with _write_errors(path):
+        if path.exists() and not path.is_file():
+            raise InputError(f"--logits-out {path}: is there already, and not a regular file")
+        file = open(part, "wb")
     n_rows = 0
+
+    def append(logits: torch.Tensor) -> None:
+        nonlocal n_rows
+        with _write_errors(path):
+            file.write(logits.float().cpu().numpy().tobytes())
+            file.flush()
+        n_rows += 1
+
     try:
-        with open(part, "wb") as file:
-            # NumPy pads the header so that the number of rows can grow in place.
+        # NumPy pads the header so that the number of rows can grow in place.
+        with _write_errors(path):
             _write_npy_header(file, 0, vocab_size)
-
-            def append(logits: torch.Tensor) -> None:
-                nonlocal n_rows
-                file.write(logits.float().cpu().numpy().tobytes())
-                n_rows += 1
-
-            yield append
+        yield append
+        with _write_errors(path):
             file.seek(0)
             _write_npy_header(file, n_rows, vocab_size)
-        part.replace(path)
+            file.close()
+            part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk, already reported
+            file.close()
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"--logits-out {path}: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_npy_header(file: BinaryIO, n_rows: int, n_columns: int) -> None:
@@ -209,8 +256,6 @@ def stream_generation(
         text += tail
         _print_piece(tail, as_json)
     stopped = bool(token_ids) and token_ids[-1] in config.stop_ids
-    if len(token_ids) < max_new_tokens and not stopped:
-        print(f"context full: stopped after {len(prompt_ids) + len(token_ids)} tokens", file=sys.stderr)
     generation = Generation(
         prompt_ids=prompt_ids,
         token_ids=token_ids,
@@ -220,7 +265,9 @@ def stream_generation(
         device=device,
         path=path,
     )
-    print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}")
+    print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
+    if len(token_ids) < max_new_tokens and not stopped:
+        print(f"context full: stopped after {len(prompt_ids) + len(token_ids)} tokens", file=sys.stderr)
     return generation
 
 

@@ -95,7 +95,7 @@ PRESETS = {"120b": GPT_OSS_120B, "20b": GPT_OSS_20B}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype) of each tensor of a checkpoint in the published layout; dtypes are spelled as in safetensors."""
+    """Name -> (shape, dtype as safetensors spells it) of each tensor of a checkpoint in the published layout."""
     hidden, inter, experts = config.hidden_size, config.intermediate_size, config.n_experts
     tensors = {
         "model.embed_tokens.weight": ((config.vocab_size, hidden), "BF16"),

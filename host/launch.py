@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from host.config import MXFP4_GROUP, ModelConfig
+from host.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ SM_90 = Tuning(
 
 # The interpreter pays about 20 us an operation whatever its size, so its blocks are as large as memory allows.
 _CPU_BLOCK = 1 << 20
+MOST_INTERPRETED_PROGRAMS = 1024  # each is a thread
 
 
 def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
@@ -90,6 +92,13 @@ def program_count(device: torch.device, tuning: Tuning) -> int:
     if tuning.arch == "hip":
         units -= units // 16
     return units * tuning.programs_per_unit
+
+
+def check_program_count(num_programs: int, device: torch.device, tuning: Tuning) -> None:
+    """InputError unless so many programs can run together."""
+    most = MOST_INTERPRETED_PROGRAMS if device.type == "cpu" else program_count(device, tuning)
+    if not 1 <= num_programs <= most:
+        raise InputError(f"--num-programs {num_programs}: {device} runs 1 to {most} together")
 
 
 def next_power_of_2(n: int) -> int:

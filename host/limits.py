@@ -17,9 +17,9 @@ def check_context(config: ModelConfig, max_context: int) -> None:
         raise InputError(f"--max-context {max_context}: the model takes 1 to {config.max_position_embeddings} positions")
 
 
-def required_bytes(config: ModelConfig, max_context: int) -> int:
+def required_bytes(config: ModelConfig, max_context: int, kv_dtype: torch.dtype) -> int:
     """Device memory for the weights, the KV cache and the workspace."""
-    kv_cache = 2 * 2 * config.n_layers * config.kv_size * max_context
+    kv_cache = 2 * kv_dtype.itemsize * config.n_layers * config.kv_size * max_context
     return weight_bytes(config) + kv_cache + WORKSPACE_BYTES
 
 
@@ -34,9 +34,9 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(config: ModelConfig, max_context: int, device: torch.device) -> None:
+def check_memory(config: ModelConfig, max_context: int, kv_dtype: torch.dtype, device: torch.device) -> None:
     """InputError that says how much is needed if weights, KV cache and workspace do not fit."""
-    needed, available = required_bytes(config, max_context), available_bytes(device)
+    needed, available = required_bytes(config, max_context, kv_dtype), available_bytes(device)
     if needed > available:
         raise InputError(
             f"not enough memory on {device}: {needed / 1e9:.1f} GB needed for the weights and a context of "

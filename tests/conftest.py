@@ -1,9 +1,39 @@
-"""Tests run kernels in Triton's CPU interpreter, which is bound when a module with kernels is imported."""
+"""Kernels run in Triton's CPU interpreter, but for tests/gpu, which is collected when nothing else is asked for.
+
+Triton binds one or the other when a module with kernels is imported, so that one process cannot have both.
+"""
 
 import os
+from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+import pytest
 
-from host import cpu_interpreter  # noqa: E402
+GPU_TESTS = Path(__file__).parent / "gpu"
+GPU_ONLY = pytest.StashKey[bool]()
 
-cpu_interpreter.install()
+
+def pytest_configure(config):
+    asked_for = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
+    config.stash[GPU_ONLY] = all(path.is_relative_to(GPU_TESTS) for path in asked_for)
+    if config.stash[GPU_ONLY]:
+        os.environ.pop("TRITON_INTERPRET", None)
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    from host import cpu_interpreter
+
+    cpu_interpreter.install()
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if collection_path.is_relative_to(GPU_TESTS) and not config.stash[GPU_ONLY] else None
+
+
+def pytest_collection_modifyitems(items, config):
+    if not config.stash[GPU_ONLY]:
+        return
+    import torch
+
+    for item in items:
+        item.add_marker(pytest.mark.gpu)
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

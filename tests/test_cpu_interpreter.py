@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from host import cpu_interpreter
 
@@ -101,7 +102,11 @@ def test_float64_casts_to_bf16_with_one_rounding():
 def test_every_fp8_casts_to_other_floats(dtype):
     torch_dtype, _ = FP8[dtype]
     values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch_dtype)
-    for target, torch_target in ((tl.float32, torch.float32), (tl.float16, torch.float16), (tl.bfloat16, torch.bfloat16)):
+    for target, torch_target in (
+        (tl.float32, torch.float32),
+        (tl.float16, torch.float16),
+        (tl.bfloat16, torch.bfloat16),
+    ):
         assert_same_bits(cast(values, target, torch_target), values.float().to(torch_target))
 
 
@@ -185,14 +190,21 @@ def test_arithmetic(operation, dtype):
     assert_same_bits(out, expected)
 
 
+@triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, tl.fma(tl.load(x_ptr + at), tl.load(y_ptr + at), tl.load(z_ptr + at)))
+
+
 def test_fma_rounds_once():
-    x = torch.tensor([1 + 2.0**-12, 1 + 2.0**-23, 3.0, -1 - 2.0**-12]).repeat(4)
-    y = torch.tensor([1 + 2.0**-12, 1 - 2.0**-23, 1 / 3, 1 + 2.0**-12]).repeat(4)
-    out = torch.zeros(16)
-    arithmetic_kernel[(1,)](x, y, out, 16, "fma")
-    # Products are exact in float64; longdouble's 64 bits hold these sums exactly.
-    exact = x.numpy().astype(np.longdouble) * y.numpy().astype(np.longdouble) + x.numpy().astype(np.longdouble)
-    assert_same_bits(out, torch.from_numpy(exact.astype(np.float32)))
+    # (1 + 2^-12)^2 lies halfway between two float32 numbers, and the addend is too small for a float64 sum to show.
+    x = torch.tensor([1, 1, -1, -1, 1, 3]) * (1 + 2.0**-12)
+    y = torch.full((6,), 1 + 2.0**-12)
+    z = torch.tensor([2.0**-100, -(2.0**-100), 2.0**-100, -(2.0**-100), 0.0, torch.inf])
+    out = torch.zeros(8)
+    fma_kernel[(1,)](*(torch.cat([t, torch.zeros(2)]) for t in (x, y, z)), out, 8)
+    low, high = 1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-23
+    assert out.tolist() == [high, low, -low, -high, low, torch.inf, 0, 0]
 
 
 @triton.jit
@@ -219,6 +231,92 @@ def test_integers_divide_towards_zero_and_wrap(dtype):
     quotient = np.trunc(x.astype(np.float64) / y).astype(dtype)
     expected = [quotient, x - quotient * y, (x << 3) ^ ((y | 5) & x), x >> 2, np.where((x > 3) & (y <= 7), 7 - x, y)]
     assert np.array_equal(out, np.stack([*expected, x * dtype(2147483647)]))
+
+
+# ---------------------------------------------------------------- shortcuts
+
+DTYPES = (tl.float32, tl.float64, tl.float16, tl.bfloat16, tl.int32, tl.int64, tl.uint32, tl.uint64, tl.uint8, tl.int1)
+SHAPES = ((), (8,), (4, 8), (4, 1), (2, 4, 8))
+CONSTANTS = (0, 1, -1, 7, 300, 2**31, -(2**33), 0.0, -0.0, 1.5, 1e-40, 1e39, float("inf"), True, tl.constexpr(0.5))
+ARITHMETIC_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv")
+INTEGER_OPERATORS = ("floordiv", "mod", "lshift", "rshift")
+OTHER_OPERATORS = ("and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne")
+
+
+def make_tensor(generator, dtype, shape):
+    kind = interpreter._get_np_dtype(dtype)
+    values = generator.integers(1, 8, shape or (1,))  # small: also divisors and shifts
+    if dtype == tl.int1:
+        data = values % 2 == 0
+    elif kind.kind == "f":
+        data = (values * generator.standard_normal(values.shape)).astype(kind)
+    elif dtype == tl.bfloat16:
+        data = (values * 0x0811 + 0x3F00).astype(kind)
+    else:
+        data = values.astype(kind)
+    return tl.tensor(interpreter.TensorHandle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
+
+
+def outcome(function, *args, **kwargs):
+    """All that a kernel can see of a result; of an error, its type."""
+    try:
+        result = function(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 (whatever it is, both ways must raise it)
+        return type(error)
+    data = result.handle.data
+    shape = [extent.value for extent in result.shape]
+    return str(result.type), str(result.dtype), shape, result.numel.value, data.dtype, data.shape, data.tobytes()
+
+
+def assert_as_ordinary(function, *args, **kwargs):
+    ordinary = function
+    while hasattr(ordinary, "__wrapped__"):
+        ordinary = ordinary.__wrapped__
+    assert ordinary is not function
+    assert outcome(function, *args, **kwargs) == outcome(ordinary, *args, **kwargs), (function, args, kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("symbol", ARITHMETIC_OPERATORS + INTEGER_OPERATORS + OTHER_OPERATORS)
+def test_operators_give_what_the_ordinary_way_gives(symbol):
+    generator = np.random.default_rng(0)
+    operator = getattr(tl.tensor, f"__{symbol}__")
+    others = [make_tensor(generator, *kind) for kind in itertools.product(DTYPES, SHAPES)]
+    numbers = (7, tl.constexpr(3)) if symbol in INTEGER_OPERATORS else CONSTANTS
+    with np.errstate(all="ignore"):
+        for dtype, shape in itertools.product(DTYPES, SHAPES):
+            x = make_tensor(generator, dtype, shape)
+            for other in (*others, *numbers):
+                assert_as_ordinary(operator, x, other)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_functions_give_what_the_ordinary_way_gives(dtype):
+    generator = np.random.default_rng(0)
+    others = [make_tensor(generator, *kind) for kind in itertools.product(DTYPES, SHAPES[:3])]
+    with np.errstate(all="ignore"):
+        for shape in SHAPES[:4]:
+            x = make_tensor(generator, dtype, shape)
+            for other in (*others, *CONSTANTS):
+                assert_as_ordinary(tl.minimum, x, other)
+                assert_as_ordinary(tl.maximum, x, other)
+                assert_as_ordinary(tl.maximum, x, other, propagate_nan=tl.PropagateNan.ALL)
+                for condition in (make_tensor(generator, tl.int1, s) for s in SHAPES[:3]):
+                    assert_as_ordinary(tl.where, condition, x, other)
+                    assert_as_ordinary(tl.where, condition, other, x)
+            for target in (*DTYPES, tl.float8e4nv, tl.float8e5):
+                assert_as_ordinary(tl.cast, x, target)
+                assert_as_ordinary(tl.cast, x, target, bitcast=True)
+            for name in ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "abs", "floor", "ceil"):
+                assert_as_ordinary(getattr(tl, name), x)
+            for reduction, options in itertools.product(
+                (tl.sum, tl.max, tl.min), ({}, {"axis": 0}, {"axis": 1}, {"axis": 0, "keep_dims": True})
+            ):
+                if shape and dtype != tl.int1:
+                    assert_as_ordinary(reduction, x, **options)
+    for value in CONSTANTS:
+        assert_as_ordinary(tl.full, [tl.constexpr(4), 2], value, dtype)
 
 
 # ---------------------------------------------------------------- matrix products
@@ -375,13 +473,13 @@ def control_kernel(pair, scale, flag, limits_ptr, out_ptr, MAYBE: tl.constexpr, 
     total = 0.0
     for i in range(1, stop, 2):
         total += tl.load(pair.data + i).to(tl.float32) + i.to(tl.float32)
-    for i in tl.range(stop):
+    for _i in tl.range(stop):
         total = plus(total, 1)
     for i in tl.static_range(0, N, step=2):
         half: tl.constexpr = i // 2
         if half == 0:
             total += tl.sum(tl.zeros((2 << half,), tl.float32), axis=0)
-    left, right = plus_and_product(total, scale)
+    left, right = plus_and_product(total, scale.to(tl.float64).to(tl.float32))
     if MAYBE is not None:
         right += MAYBE
     if flag:
@@ -467,11 +565,13 @@ def test_reductions(dtype):
     assert out[-1] == x.float().max()
 
 
-def test_scans():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scans(dtype):
     torch.manual_seed(0)
-    x = torch.randint(1, 3, (16,)).float()
+    x = torch.randint(1, 3, (16,)).to(dtype)
     out = torch.zeros(5, 16)
     scan_kernel[(1,)](x, out, 16)
+    x = x.float()
     expected = [x.cumsum(0), x[0].expand(16), x[-1].expand(16), x.cumprod(0), x.sort().values]
     assert torch.equal(out, torch.stack(expected))
 
@@ -665,6 +765,27 @@ def test_a_relaxed_atomic_continues_the_release_sequence(seed):
 
 
 @triton.jit
+def overwritten_flag_kernel(data_ptr, flag_ptr, out_ptr):
+    """Program 0 releases 1, then writes 2 plainly, which is what program 1 acquires: that orders nothing."""
+    if tl.program_id(0) == 0:
+        tl.store(data_ptr, 5.0)
+        tl.atomic_add(flag_ptr, 1, sem="release")
+        tl.store(flag_ptr, 2)
+    else:
+        while tl.atomic_add(flag_ptr, 0, sem="relaxed") < 2:
+            pass
+        tl.atomic_add(flag_ptr, 0, sem="acquire")
+        tl.store(out_ptr, tl.load(data_ptr))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plain_store_ends_the_release_sequence(seed):
+    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+        overwritten_flag_kernel[(2,)](torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.zeros(1))
+    assert any("data_ptr" in race for race in simulation.races)
+
+
+@triton.jit
 def mixed_access_kernel(flag_ptr, KIND: tl.constexpr):
     pid = tl.program_id(0)
     if pid == 0:
@@ -683,7 +804,7 @@ def mixed_access_kernel(flag_ptr, KIND: tl.constexpr):
         tl.store(flag_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + 1, tl.full((), 1, tl.int16))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     ("kind", "races"),
     [
@@ -756,6 +877,29 @@ def test_a_kernel_may_bound_its_spinning_itself():
         two_flags_kernel[(4,)](flags, out, 1500)
     with pytest.raises(cpu_interpreter.GridDeadlock), cpu_interpreter.simulate(deadlock_limit=50):
         two_flags_kernel[(4,)](flags, out, 1500)
+
+
+@triton.jit
+def relay_kernel(token_ptr, ROUNDS: tl.constexpr, VOLATILE: tl.constexpr):
+    """The programs pass a token round; nothing but the token's atomics changes memory."""
+    pid = tl.program_id(0)
+    count = tl.num_programs(0)
+    for turn in range(ROUNDS):
+        if VOLATILE:
+            while tl.load(token_ptr, volatile=True) != turn * count + pid:
+                pass
+        else:
+            while tl.atomic_add(token_ptr, 0, sem="relaxed") != turn * count + pid:
+                pass
+        tl.atomic_add(token_ptr, 1, sem="relaxed")
+
+
+@pytest.mark.parametrize("volatile", [False, True])
+def test_progress_by_atomics_alone_is_no_deadlock(volatile):
+    token = torch.zeros(1, dtype=torch.int32)
+    with cpu_interpreter.simulate(deadlock_limit=30):
+        relay_kernel[(3,)](token, 50, volatile)
+    assert token.item() == 150
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import struct
 import sys
 import threading
@@ -721,6 +722,14 @@ def test_no_network(serve, monkeypatch):
     assert_rejected(REPO, REPO, "hub")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert_rejected(REPO, REPO, "hub")
+
+
+def test_hub_that_never_answers(serve, monkeypatch):
+    serve({})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(load_hf, "HUB_REPLY_SECONDS", 0.2)
+        assert_rejected(REPO, REPO, "timed out")
 
 
 def test_id_that_the_hub_does_not_allow(serve):

@@ -8,47 +8,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from mutations import loud_checkpoint, small_config
+from small_model import assert_rejected, run_script, small_checkpoint, write_model
 
 import run_reference
-from host.checkpoint import write_checkpoint
-from host.cli import run_main
+from host.cli import DEMO_CHAT
 from reference import Reference
-from tokenizer_util import BYTE_OF_CHARACTER, Tokenizer, encode_chat
+from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SPECIALS = ("<|start|>", "<|message|>", "<|end|>")
 PROMPT = "Café"
 
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    """Its vocabulary is the 256 bytes, the special tokens, and ids that no token has; no stop id but 262."""
-    return loud_checkpoint(small_config(n_layers=2, layer_is_sliding=(True, False), vocab_size=264, stop_ids=(262,)))
+    return small_checkpoint()
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint, tmp_path_factory) -> Path:
-    folder = write_checkpoint(checkpoint, tmp_path_factory.mktemp("model"))
-    vocabulary = {character: byte for character, byte in BYTE_OF_CHARACTER.items()}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIALS])
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
+def folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
 
-    def run(*arguments) -> tuple[int, str, str]:
-        words = [str(a) for a in arguments]
-        monkeypatch.setattr(sys, "argv", ["run_reference.py", "--model", str(folder), "--device", "cpu", *words])
-        code = run_main(run_reference.main)
-        return code, *capsys.readouterr()
+    def run(*words) -> tuple[int, str, str]:
+        return run_script(run_reference.main, ["--model", folder, "--device", "cpu", *words], monkeypatch, capsys)
 
     return run
 
@@ -92,9 +79,10 @@ def test_the_stop_token_is_an_id_but_not_text(run, checkpoint, folder, monkeypat
     assert result["text"] == Tokenizer.from_folder(folder).decode(ids[:stop])
 
 
-def test_chat_wraps_the_prompt(run, folder):
-    result = json.loads(run("--chat", "--prompt", "Hi", "--max-new-tokens", 1, "--json")[1])
-    assert result["prompt_ids"] == encode_chat(Tokenizer.from_folder(folder), "Hi")
+@pytest.mark.parametrize(("words", "message"), [(["--chat", "Hi"], "Hi"), ([], DEMO_CHAT)])
+def test_chat_wraps_the_message_and_the_demo_is_the_default(run, folder, words, message):
+    result = json.loads(run(*words, "--max-new-tokens", 1, "--json")[1])
+    assert result["prompt_ids"] == Tokenizer.from_folder(folder).encode_chat(message)
 
 
 def test_quant_and_layers(run, checkpoint):
@@ -105,17 +93,17 @@ def test_quant_and_layers(run, checkpoint):
     assert cut["token_ids"] == greedy(checkpoint, [65, 66, 67], 6, n_layers=1)
 
 
-def test_logits_out(run, checkpoint, tmp_path):
+def test_logits_out_has_a_row_for_each_position_fed(run, checkpoint, tmp_path):
     path = tmp_path / "logits.npy"
     result = json.loads(run("--prompt-ids", "65,66", "--max-new-tokens", 5, "--json", "--logits-out", path)[1])
     logits = np.load(path)
-    model, fed = Reference(checkpoint), [[65, 66], *([token] for token in result["token_ids"][:-1])]
-    expected = torch.stack(
-        [model.forward(ids, position)[-1] for ids, position in zip(fed, (0, 2, 3, 4, 5), strict=True)]
-    )
-    assert logits.dtype == np.float32
-    assert logits.argmax(-1).tolist() == result["token_ids"]
+    fed = [65, 66, *result["token_ids"][:-1]]
+    model = Reference(checkpoint)
+    expected = torch.cat([model.forward([token_id], position) for position, token_id in enumerate(fed)])
+    assert (logits.shape, logits.dtype) == ((6, 264), np.float32)
+    assert logits[1:].argmax(-1).tolist() == result["token_ids"]
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-3)
+    assert [file.name for file in tmp_path.iterdir()] == ["logits.npy"]
 
 
 def test_a_full_context_is_told_and_ends_cleanly(run):
@@ -128,13 +116,14 @@ def test_a_full_context_is_told_and_ends_cleanly(run):
     "arguments, message",
     [
         (["--prompt", ""], "--prompt: the prompt is empty"),
-        (["--prompt", "", "--chat"], "--prompt: the prompt is empty"),
+        (["--chat", " "], "--chat: the prompt is empty"),
         (["--prompt-ids", ","], "--prompt-ids: the prompt is empty"),
         (["--prompt-ids", "65,264"], "token id 264 lies outside the vocabulary of 264"),
         (["--prompt-ids", "65,-1"], "'65,-1' is not a list of token ids"),
-        (["--prompt-ids", "65", "--chat"], "--chat: needs --prompt, not --prompt-ids"),
+        (["--prompt-ids", "65", "--chat", "Hi"], "argument --chat: not allowed with argument --prompt-ids"),
+        (["--prompt", "a", "--chat", "Hi"], "argument --chat: not allowed with argument --prompt"),
+        (["--chat"], "argument --chat: expected one argument"),
         (["--prompt", "a", "--prompt-ids", "65"], "not allowed with"),
-        ([], "one of the arguments --prompt --prompt-ids is required"),
         (["--prompt", "abc", "--max-context", "2"], "--prompt: 3 tokens do not fit in a context of 2"),
         (["--prompt", "a", "--max-new-tokens", "0"], "'0' is not a positive integer"),
         (["--prompt", "a", "--layers", "3"], "--layers 3: the model has layers 1 to 2"),
@@ -142,15 +131,14 @@ def test_a_full_context_is_told_and_ends_cleanly(run):
         (["--prompt", "a", "--device", "gpu7"], "--device gpu7: "),
         (["--prompt", "a", "--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--prompt", "a", "--logits-out", "nowhere/logits.npy"], "--logits-out nowhere/logits.npy: No such file"),
+        (["--prompt", "a", "--logits-out", "."], "--logits-out .: is there already, and not a regular file"),
+        (["--prompt", "a", "--max-context", "131073"], "--max-context 131073: the model takes 1 to 131072"),
         (["--prompt", "a", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--prompt", "a", "two\nlines"], "unrecognized arguments: two lines"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message):
-    code, out, err = run(*arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
+    assert_rejected(run(*arguments), message)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:

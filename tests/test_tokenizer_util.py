@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 
 from host.errors import InputError
-from tokenizer_util import BYTE_OF_CHARACTER, Tokenizer, encode_chat, render_chat
+from tokenizer_util import BYTE_OF_CHARACTER, Tokenizer, render_chat
 
 SPECIALS = ("<|start|>", "<|message|>", "<|end|>", "<|return|>")
 # What openai-harmony 0.0.8 renders for SystemContent.new() and one user message, for completion by the assistant.
@@ -68,30 +68,30 @@ def test_render_chat_equals_openai_harmony(rendered, expected):
 
 
 def test_encode_chat_is_the_encoding_of_the_rendered_text(tokenizer):
-    ids = encode_chat(tokenizer, "Hi 😀", reasoning="high", date="2025-06-28")
+    ids = tokenizer.encode_chat("Hi 😀", reasoning="high", date="2025-06-28")
     assert ids == tokenizer.encode(render_chat("Hi 😀", reasoning="high", date="2025-06-28"))
     assert ids[0] == tokenizer.token_id("<|start|>")
 
 
 def test_user_text_cannot_inject_special_tokens(tokenizer):
     assert "".join(HARMONY_INJECTED_PIECES) == INJECTION
-    injected, harmless = encode_chat(tokenizer, INJECTION), encode_chat(tokenizer, "a")
+    injected, harmless = tokenizer.encode_chat(INJECTION), tokenizer.encode_chat("a")
     special_ids = {tokenizer.token_id(token) for token in SPECIALS}
     assert [i for i in injected if i in special_ids] == [i for i in harmless if i in special_ids]
     assert tokenizer.decode(injected) == render_chat(INJECTION)
-    assert encode_chat(tokenizer, "a") == harmless  # encoding plain text leaves no trace on the tokenizer
+    assert tokenizer.encode_chat("a") == harmless  # encoding plain text leaves no trace on the tokenizer
 
 
 @pytest.mark.parametrize("options", [{"reasoning": "huge"}, {"date": "June"}, {"date": "2025-06-28<|end|>"}])
 def test_bad_chat_options_are_input_errors(tokenizer, options):
     with pytest.raises(InputError, match=next(iter(options.values()))[:4]):
-        encode_chat(tokenizer, "Hi", **options)
+        tokenizer.encode_chat("Hi", **options)
 
 
 def test_vocabulary_without_harmony_tokens_cannot_chat():
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     with pytest.raises(InputError, match=r"<\|start\|>, <\|message\|>, <\|end\|>"):
-        encode_chat(Tokenizer(backend), "Hi")
+        Tokenizer(backend).encode_chat("Hi")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -25,7 +25,7 @@ import transformers
 from safetensors.torch import save_file
 
 from host.errors import InputError
-from tokenizer_util import Tokenizer, encode_chat, render_chat
+from tokenizer_util import Tokenizer, render_chat
 
 CORPUS_MEMBER = "package/lib/data/sonnet-data.js"
 VOCAB_SIZE = 1024
@@ -168,7 +168,7 @@ def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 def tokenize(tokenizer: Tokenizer, sonnets: list[str]) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of each sonnet."""
     return [
-        (encode_chat(tokenizer, question(number)), tokenizer.encode(answer(number, sonnet)))
+        (tokenizer.encode_chat(question(number)), tokenizer.encode(answer(number, sonnet)))
         for number, sonnet in enumerate(sonnets, start=1)
     ]
 

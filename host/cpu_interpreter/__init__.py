@@ -1,13 +1,13 @@
-"""Mends and extends Triton's CPU interpreter (TRITON_INTERPRET=1): right numbers, quick, and grids that run concurrently.
+"""Mends and extends Triton's CPU interpreter (TRITON_INTERPRET=1): right numbers, speed, and concurrent grids.
 
-    os.environ["TRITON_INTERPRET"] = "1"      # before triton or a module with kernels is imported
-    from host import cpu_interpreter
-    cpu_interpreter.install()
-    kernel[(8,)](...)                         # the eight programs take turns: barriers that spin work
+os.environ["TRITON_INTERPRET"] = "1"  # before triton or a module with kernels is imported
+from host import cpu_interpreter
+cpu_interpreter.install()
+kernel[(8,)](...)  # the eight programs take turns: barriers that spin work
 
-    with cpu_interpreter.simulate(seed=1, detect_races=True) as simulation:
-        kernel[(8,)](...)
-    assert not simulation.races
+with cpu_interpreter.simulate(seed=1, detect_races=True) as simulation:
+    kernel[(8,)](...)
+assert not simulation.races
 """
 
 import triton

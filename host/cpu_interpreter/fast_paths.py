@@ -1,7 +1,7 @@
 """Shortcuts for the common cases of the language, which stock takes through dozens of Python calls an operation.
 
-Each shortcut gives what the ordinary way gives, bit for bit, and hands all cases that it does not know to the ordinary way,
-which is its `__wrapped__`.
+Each shortcut gives what the ordinary way gives, bit for bit, and hands the cases that it does not know to the ordinary
+way, which is its `__wrapped__`.
 """
 
 import functools
@@ -9,6 +9,7 @@ import math
 import operator
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -41,9 +42,11 @@ _FLOATS = {"fp32", "fp64"}
 _INTEGERS = {"int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
 _LIMITS = {name: (int(np.iinfo(_NUMPY[name]).min), int(np.iinfo(_NUMPY[name]).max)) for name in _INTEGERS}
 _NUMBERS = _FLOATS | _INTEGERS
+_NEGATIVE_ZERO_BECOMES_ZERO = triton.__version__.startswith("3.6.")  # also in compiled kernels
 
 
 # ---------------------------------------------------------------- cheap handles, types and tensors
+
 
 def _tensor_init(self, handle, type):
     # Stock: builds shape and numel anew for each tensor.
@@ -135,8 +138,8 @@ def _constant(value, name, compared=False):
     if name in _FLOATS:
         if kind is not float and kind is not int:
             return None
-        if value == 0:
-            return _NUMPY[name](0)  # as compiled, where -0.0 becomes 0.0
+        if value == 0 and _NEGATIVE_ZERO_BECOMES_ZERO:
+            return _NUMPY[name](0)
         if compared and not 1e-37 < abs(value) < 3e38:
             return None
         return _NUMPY[name](value)
@@ -270,7 +273,7 @@ _GATHER_FROM = 256  # elements: below it, stock's loop is quicker
 
 
 def _gather(pointers, dtype):
-    """The memory that holds all of flat `pointers`, as an array of the dtype, and their positions; None if misaligned."""
+    """The memory that holds all of flat `pointers`, as an array, and their positions in it; None if misaligned."""
     start = int(pointers.min())
     positions = pointers - np.uint64(start)
     width = dtype.itemsize
@@ -429,14 +432,17 @@ def _where(stock):
                 shape, sides = condition.type._dims, []
                 for side in (x, y):
                     if type(side) is Tensor:
-                        shape = None if side.dtype is not dtype or shape is None else _common_shape(shape, side.type._dims)
+                        if side.dtype is not dtype or shape is None:
+                            return stock(condition, x, y)
+                        shape = _common_shape(shape, side.type._dims)
                         sides.append(side.handle.data)
                     elif dtype.name in ("fp32", "int32"):
                         sides.append(_constant(tl.core._unwrap_if_constexpr(side), dtype.name, compared=True))
                     else:
                         sides.append(None)
                 if shape is not None and sides[0] is not None and sides[1] is not None:
-                    return _make(np.where(condition.handle.data, *sides), dtype, _block(dtype, shape) if shape else dtype)
+                    data = np.where(condition.handle.data, *sides)
+                    return _make(data, dtype, _block(dtype, shape) if shape else dtype)
         return stock(condition, x, y)
 
     return where
@@ -474,7 +480,8 @@ def _cast(stock):
             if name in _CASTS and target in _CASTS and target != "int1":
                 data = input.handle.data
                 if tl.core._unwrap_if_constexpr(bitcast):
-                    data = data.view(_STORAGE[target]) if source.primitive_bitwidth == dtype.primitive_bitwidth else None
+                    same_width = source.primitive_bitwidth == dtype.primitive_bitwidth
+                    data = data.view(_STORAGE[target]) if same_width else None
                 elif name in _NUMPY and target in _NUMPY:
                     data = data.astype(_NUMPY[target])
                 elif name == "bf16" and target == "fp32":
@@ -621,8 +628,7 @@ def _without_semantic(function, stock):
     """Lets the library's own code pass `_semantic`."""
 
     def shortcut(*args, **kwargs):
-        if "_semantic" in kwargs:
-            del kwargs["_semantic"]
+        kwargs.pop("_semantic", None)
         return function(*args, **kwargs)
 
     shortcut.__wrapped__ = stock

@@ -38,7 +38,7 @@ def float64_to_odd_float32(values):
 
 
 class Float8:
-    """One fp8 format: 1 sign bit, `exponent_bits`, `mantissa_bits`; `largest` is the code of the largest finite value."""
+    """An fp8 format: sign bit, `exponent_bits`, `mantissa_bits`; `largest` is the code of the largest finite value."""
 
     def __init__(self, exponent_bits, mantissa_bits, largest, nan, infinity=None):
         self.mantissa_bits = mantissa_bits
@@ -79,9 +79,12 @@ E4M3 = Float8(4, 3, largest=0x7E, nan=0x7F)
 E5M2 = Float8(5, 2, largest=0x7B, nan=0x7F, infinity=0x7C)
 
 
+_E2M1_PAIRS = np.stack([np.tile(E2M1_VALUES, 16), np.repeat(E2M1_VALUES, 16)], -1)
+
+
 def unpack_e2m1(packed, axis):
     """uint8 with two E2M1 values a byte, the first in the low bits -> float32, `axis` twice as long."""
-    pairs = np.stack([E2M1_VALUES[packed & 15], E2M1_VALUES[packed >> 4]], axis + 1)
+    pairs = np.moveaxis(_E2M1_PAIRS.take(packed, 0), -1, axis + 1)
     shape = list(packed.shape)
     shape[axis] *= 2
     return pairs.reshape(shape)
@@ -95,8 +98,8 @@ def fused_multiply_add(x, y, z):
     total = product + addend
     if narrow == np.float64:
         return total
-    # The product is exact in float64. The sum's error (Knuth's TwoSum) says on which side the exact value lies: rounding
-    # the sum to odd makes the last rounding right.
+    # The product is exact in float64. The sum's error (Knuth's TwoSum) says on which side the exact value lies:
+    # rounding the sum to odd makes the last rounding right.
     part = total - product
     error = (product - (total - part)) + (addend - part)
     inexact = np.isfinite(error) & np.isfinite(total) & (error != 0)

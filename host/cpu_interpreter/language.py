@@ -1,4 +1,4 @@
-"""Runs the language as compiled: binds triton.language once, converts arguments, loops, boolean operators, reductions."""
+"""Runs the language as compiled: binds triton.language once; converts arguments, loops and boolean operators."""
 
 import ast
 
@@ -88,7 +88,7 @@ def _is_block(value):
 
 
 def _logical(left, right, method):
-    """`left and right`, `left or right`; `right` is a thunk. On blocks elementwise (stock: Python's own, so one side)."""
+    """`left and right`, `left or right`; `right` is a thunk. Elementwise on blocks (stock: Python's, so one side)."""
     if _is_block(left):
         return getattr(left, method)(right())
     decided = bool(left) == (method == "logical_or")

@@ -1,4 +1,4 @@
-"""Launches grids: arguments in, programs scheduled, atomics and memory accesses reported to the scheduler and detector."""
+"""Launches grids, and tells the scheduler and the race detector of their memory accesses."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import inspect
 import math
 import random
 
-import numpy as np
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
@@ -37,8 +36,8 @@ def simulate(seed=0, detect_races=False, deadlock_limit=_DEADLOCK_LIMIT, watch=N
     """Configures the launches inside the `with` block; gives a Simulation.
 
     seed: the order in which programs take turns; the same seed gives the same order.
-    detect_races: fill `.races` with one line for each pair of code places whose accesses race. Followed is the memory of
-        the tensors that are passed to the launch, also inside tuples, and of those in `watch`.
+    detect_races: fill `.races` with one line for each pair of code places whose accesses race. Followed is the memory
+        of the tensors that are passed to the launch, also inside tuples, and of those in `watch`.
     deadlock_limit: GridDeadlock is raised when each live program has polled that often while nothing changed memory;
         None: never, for kernels that bound their spinning themselves.
     watch: {name: tensor, or a tuple, list or dict of tensors} that kernels reach through a table of addresses.
@@ -178,7 +177,6 @@ def _atomic_cas(self, pointers, expected, value, semantics, scope):
 
 
 def install():
-    Grid.detector = None
     interpreter.GridExecutor = _Executor
     Builder.create_masked_load = _load
     Builder.create_masked_store = _store

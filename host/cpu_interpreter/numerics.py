@@ -64,7 +64,7 @@ def _cast(self, source, target_type):
 
 
 def _binary(self, lhs, rhs, op):
-    # Stock: arithmetic, comparisons, min and max of bf16 work on the bit patterns; comparisons keep the operands' dtype.
+    # Stock: arithmetic, comparisons, min and max of bf16 work on bit patterns; comparisons keep the operands' dtype.
     dtype = lhs.dtype.scalar
     if dtype.name in _DECODE:
         values = op(decode(lhs.data, dtype), decode(rhs.data, rhs.dtype.scalar))
@@ -78,7 +78,16 @@ def _binary(self, lhs, rhs, op):
 def _unary(self, arg, op):
     # Stock: works on the bit patterns of bf16.
     dtype = arg.dtype.scalar
-    return Handle(encode(op(decode(arg.data, dtype)), dtype), dtype) if dtype.name in _DECODE else _stock_unary_op(self, arg, op)
+    if dtype.name not in _DECODE:
+        return _stock_unary_op(self, arg, op)
+    return Handle(encode(op(decode(arg.data, dtype)), dtype), dtype)
+
+
+def _ashr(self, lhs, rhs):
+    # Stock 3.6: makes its operands themselves signed, and its result signed under an unsigned dtype.
+    signed = [interpreter._get_signed_np_dtype(h.data.dtype) for h in (lhs, rhs)]
+    shifted = np.right_shift(lhs.data.astype(signed[0]), rhs.data.astype(signed[1]))
+    return Handle(shifted.astype(lhs.data.dtype), lhs.dtype.scalar)
 
 
 def _fma(self, x, y, z):
@@ -142,9 +151,7 @@ def _dot_scaled(
 def _with_constexpr_formats(stock):
     def dot_scaled(self, lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, *rest):
         # Stock 3.6: reads `.value` of the formats, which are plain strings in the interpreter.
-        return stock(
-            self, lhs, lhs_scale, tl.constexpr(lhs_format), rhs, rhs_scale, tl.constexpr(rhs_format), *rest
-        )
+        return stock(self, lhs, lhs_scale, tl.constexpr(lhs_format), rhs, rhs_scale, tl.constexpr(rhs_format), *rest)
 
     return dot_scaled
 
@@ -160,6 +167,7 @@ def install():
     Builder.cast_impl = _cast
     Builder.binary_op = _binary
     Builder.unary_op = _unary
+    Builder.create_ashr = _ashr
     Builder.create_fma = _fma
     Builder.create_clampf = _clamp
     # Stock 3.6: the forms that ignore NaN return it.

@@ -1,8 +1,9 @@
 """Happens-before race detection: vector clocks on the atomics, shadow memory on loads and stores.
 
-Programs are the threads of the model. An atomic with release semantics publishes its program's clock at its address; one
-with acquire semantics takes over what is published there. All atomics are read-modify-writes, so each continues the release
-sequence of the earlier ones, whatever its own semantics; a plain store to the address ends it. Scopes are ignored.
+Programs are the threads of the model. An atomic with release semantics publishes its program's clock at its address;
+one with acquire semantics takes over what is published there. All atomics are read-modify-writes, so each continues the
+release sequence of the earlier ones, whatever its own semantics; a plain store to the address ends it. Scopes are
+ignored.
 """
 
 import sys
@@ -27,8 +28,7 @@ _RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 class _Shadow:
     """Per cell of one storage: when and where each program last accessed it, for each kind of access.
 
-    A cell is as wide as the narrowest access so far. Rows of zeros come lazily from the system, so untouched memory costs
-    nothing.
+    A cell is as wide as the narrowest access so far. Zeros come lazily from the system: untouched memory costs nothing.
     """
 
     def __init__(self, base, size, owners, programs):

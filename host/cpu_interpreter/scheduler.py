@@ -41,7 +41,7 @@ def describe_sites(sites):
 
 
 class _Program:
-    __slots__ = ("number", "grid_index", "thread", "turn", "idle_turns", "seen_version")
+    __slots__ = ("grid_index", "idle_turns", "number", "seen_version", "thread", "turn")
 
     def __init__(self, number, grid_index):
         self.number = number
@@ -56,11 +56,11 @@ class _Program:
 class Grid:
     """The programs of one launch.
 
-    A turn of a program is *idle* when no program changed memory since its last one. A program with two idle turns on end
-    that nothing has changed for since is only polling: it is passed over until memory changes, unless all are like that.
-    When every live program has had `deadlock_limit` idle turns on end, with no change to memory by anyone, that is a
-    deadlock. (A stricter proof is impossible without looking into the programs: a loop that polls a bounded number of
-    times and then gives up is no deadlock. For such loops raise the limit, or set it to None.)
+    A turn of a program is *idle* when no program changed memory since its last one. A program that has had two idle
+    turns on end only polls: it is passed over until memory changes, unless all live programs are like that. When every
+    live program has had `deadlock_limit` idle turns on end, with no change to memory by anyone, that is a deadlock.
+    (A stricter proof would have to look into the programs: a loop that polls a bounded number of times and then gives
+    up is no deadlock. For such loops raise the limit, or set it to None.)
     """
 
     active = None
@@ -77,6 +77,7 @@ class Grid:
         self.running = None
         self.version = 0
         self.switches = 0
+        self.detector = None
         self.error = None
         self.aborting = False
         self.finished = threading.Lock()
@@ -117,7 +118,7 @@ class Grid:
                 self.body()
         except _ProgramEnded:
             pass
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (the launcher raises it)
             if self.error is None:
                 if hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(f"in program {program.grid_index}")

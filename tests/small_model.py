@@ -1,0 +1,55 @@
+"""A small model in a folder with a byte-level tokenizer, and a way to run a script's command line on it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from mutations import MemoryCheckpoint, loud_checkpoint, small_config
+
+from host.checkpoint import write_checkpoint
+from host.cli import run_main
+from tokenizer_util import BYTE_OF_CHARACTER
+
+SPECIALS = ("<|start|>", "<|message|>", "<|end|>")
+
+
+def small_checkpoint() -> MemoryCheckpoint:
+    """Its vocabulary is the 256 bytes, the special tokens, and ids that no token has; no stop id but 262."""
+    return loud_checkpoint(small_config(n_layers=2, layer_is_sliding=(True, False), vocab_size=264, stop_ids=(262,)))
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """One token per byte, its id being the byte, then the special tokens."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(BYTE_OF_CHARACTER), merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIALS])
+    return backend
+
+
+def write_model(folder: Path, shards: int = 1) -> Path:
+    write_checkpoint(small_checkpoint(), folder, shards)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def run_script(
+    main: Callable[[], None], words: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> tuple[int, str, str]:
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["script", *map(str, words)])
+        code = run_main(main)
+    return code, *capsys.readouterr()
+
+
+def assert_rejected(result: tuple[int, str, str], *culprits: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that names each culprit."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for culprit in culprits:
+        assert culprit in err
