@@ -35,7 +35,7 @@ test-gpu:
 
 lint:
 	$(set_up) lint
-	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff check --output-format concise .
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

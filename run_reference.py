@@ -23,7 +23,7 @@ from tokenizer_util import Tokenizer
 def parse_arguments():
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped model")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped one")
     add_prompt_arguments(parser)
     parser.add_argument("--quant", action="store_true", help="round the experts' inputs to MXFP8")
     parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")

@@ -19,6 +19,7 @@ def pytest_configure(config):
         os.environ.pop("TRITON_INTERPRET", None)
         return
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the blocks are too small for threads
     from host import cpu_interpreter
 
     cpu_interpreter.install()

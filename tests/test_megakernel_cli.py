@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_model import assert_rejected, run_script, small_checkpoint, write_model
 
 import gpt_oss_megakernel
+from common import ABORT
 from gpt_oss_megakernel import MegaModel, State
 from host import cli, limits
 from host.checkpoint import INDEX_NAME, WEIGHTS_NAME
@@ -180,7 +181,7 @@ def test_all_tokens_asked_for_are_no_full_context(run):
 
 @pytest.fixture
 def small_preset(monkeypatch):
-    config = small_checkpoint().with_config(stop_ids=(0, 1)).config
+    config = small_checkpoint().with_config(stop_ids=tuple(range(VOCAB))).config
     monkeypatch.setitem(PRESETS, "20b", config)
     return config
 
@@ -533,6 +534,21 @@ def test_generate_is_lazy(model, monkeypatch):
     assert len(launches) == 3
     next(tokens)
     assert len(launches) == 4
+
+
+def test_a_launch_that_gives_no_token_is_told(model, monkeypatch):
+    list(model.generate([7, 200], 6))  # leaves tokens behind that must not be taken for new ones
+    monkeypatch.setattr(model, "_launch", lambda *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match="without a token"):
+        model.step(7, 0)
+    model.state.sync[ABORT.value] = 2 + 6 + 3
+    with pytest.raises(MegakernelAborted, match="the router phase of layer 1"):
+        next(model.generate([7], 1))
+    with pytest.raises(MegakernelAborted, match="the router phase of layer 1"):
+        model.logits(7, 0)
+    model.reset()
+    monkeypatch.undo()
+    assert len(list(model.generate([7, 200], 6))) == 6
 
 
 def test_a_stop_token_is_the_last(checkpoint):

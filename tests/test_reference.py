@@ -19,7 +19,7 @@ from host.config import YarnConfig
 from host.errors import InputError
 from load_hf import open_checkpoint
 from reference import Reference, apply_rope, dequantize_mxfp4, mxfp8_bytes, quantize_mxfp8, route, swiglu
-from tokenizer_util import Tokenizer, encode_chat
+from tokenizer_util import Tokenizer
 
 # Two float32 implementations of these models differ by up to 4e-5 in logits of up to 20, and at position 131000, where
 # the angles' rounding dominates, by up to 2.4e-4. The mildest mistake (test_conventions.py) makes 3e-2.
@@ -91,7 +91,7 @@ def test_float64_equals_transformers(checkpoint, theirs):
 def test_shipped_model_equals_transformers():
     model = Reference(open_checkpoint(SHIPPED_MODEL), kv_dtype=None)
     tokenizer = Tokenizer.from_folder(SHIPPED_MODEL)
-    prompt = encode_chat(tokenizer, "Recite sonnet 18.")
+    prompt = tokenizer.encode_chat("Recite sonnet 18.")
     ids = prompt + list(model.generate(prompt, 200))[:-1]
     model.reset()
     expected = transformers_model.logits(transformers_model.load(SHIPPED_MODEL), ids)

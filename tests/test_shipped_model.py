@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenizer_util import Tokenizer, encode_chat, render_chat
+from tokenizer_util import Tokenizer, render_chat
 
 FOLDER = Path(__file__).parent.parent / "models" / "sonnets"
 MAX_TOTAL_BYTES = 4_000_000
@@ -139,7 +139,7 @@ def test_tokenizer_config_names_the_same_ids(tokenizer):
 def test_tokenizer_covers_any_text_and_is_compact_on_its_own(tokenizer):
     for text in (SONNET_18_START, "naïve 日本語 😀\r\n\t", render_chat("Recite sonnet 18.")):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(encode_chat(tokenizer, "Recite sonnet 18.")) < 70
+    assert len(tokenizer.encode_chat("Recite sonnet 18.")) < 70
     assert len(tokenizer.encode(SONNET_18_START)) < 40
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("TRITON_INTERPRET", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -65,36 +65,132 @@ def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_1
 
 
 def amd_report(kernel) -> dict:
-    """Registers, spills, scratch, and the instructions that matter, from gfx950 assembly."""
+    """Registers, spills, scratch, barriers and the instructions that matter, from gfx950 assembly."""
     asm = kernel.asm["amdgcn"]
 
     def number(pattern: str) -> int:
         return int(re.search(pattern, asm).group(1))
 
     return {
-        "vgprs": number(r"\.vgpr_count:\s+(\d+)"),
-        "sgprs": number(r"\.sgpr_count:\s+(\d+)"),
-        "vgpr_spills": number(r"\.vgpr_spill_count:\s+(\d+)"),
-        "sgpr_spills": number(r"\.sgpr_spill_count:\s+(\d+)"),
-        "scratch_bytes": number(r"; ScratchSize: (\d+)"),
+        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "spilled_registers": number(r"\.vgpr_spill_count:\s+(\d+)"),
+        "spilled_scalars": number(r"\.sgpr_spill_count:\s+(\d+)"),
+        "stack_bytes": number(r"; ScratchSize: (\d+)"),
         "shared_bytes": kernel.metadata.shared,
-        "scaled_mfma": asm.count("v_mfma_scale_f32_16x16x128_f8f6f4"),
         "loads_16_bytes": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
+        "scaled_mfma": asm.count("v_mfma_scale_f32_16x16x128_f8f6f4"),
+        **amd_barriers(Program.from_amdgcn(asm)),
     }
+
+
+def amd_barriers(program: "Program") -> dict:
+    """How the arrivals, acquires and polls of the grid barriers came out on gfx950.
+
+    An arrival (release) writes the cache back at device scope and waits for that, then adds; an acquire invalidates.
+    """
+    arrivals = program.find(r"buffer_wbl2 sc1", r"s_waitcnt vmcnt\(0\)", r"global_atomic_add ")
+    polls = [i for i in program.find(r"global_load_dword .* sc1") if not program.within(i, 4, "buffer_inv sc1")]
+    return {
+        "arrivals": len(arrivals),
+        "arrivals_drained": sum(amd_drained(program, i) for i in arrivals),
+        "acquires": len(program.find(r"buffer_inv sc1")) - len(program.find(r"global_atomic_cmpswap")),
+        "polls_in_loops": sum(program.repeats(i, r"buffer_wbl2") for i in polls),
+    }
+
+
+def amd_drained(program: "Program", arrival: int) -> bool:
+    """Whether every wave waits for its own stores before the workgroup barrier that precedes an arrival."""
+    barrier = program.last_before(arrival, r"s_barrier")
+    drain = program.last_before(barrier, r"s_waitcnt vmcnt\(0\) lgkmcnt\(0\)")
+    store = program.last_before(arrival, r"(?:global|buffer|flat)_store")
+    return store < drain < barrier
 
 
 def nvidia_report(kernel) -> dict:
-    """Registers, stack and load widths, from sm_90 machine code."""
+    """Registers, stack, load widths and barriers, from sm_90 machine code."""
     sass = cuobjdump(kernel, "--dump-sass")
     usage = cuobjdump(kernel, "--dump-resource-usage")
+    program = Program.from_sass(sass)
+    arrivals = program.find(r"MEMBAR\.ALL\.GPU", r"ERRBAR", r"CGAERRBAR", r"ATOMG\.E\.ADD\.STRONG\.GPU")
+    polls = [i for i in program.find(r"LDG\.E\.STRONG\.GPU") if not program.within(i, 2, r"CCTL\.IVALL")]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "reloads": len(program.find(r"\bLDL")),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "local_loads": len(re.findall(r"\bLDL\b", sass)),
         "shared_bytes": kernel.metadata.shared,
-        "loads_16_bytes": len(re.findall(r"LDG\.E(?:\.\w+)*\.128", sass)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        "loads_16_bytes": len(program.find(r"LDG\.E(?:\.\w+)*\.128")),
+        "arrivals": len(arrivals),
+        "acquires": len(program.find(r"CCTL\.IVALL")),
+        "polls_in_loops": sum(program.repeats(i, r"MEMBAR") for i in polls),
     }
+
+
+class Program:
+    """A kernel's instructions in order, and which may follow which."""
+
+    def __init__(self, instructions: list[str], targets: dict[int, int], ends: set[int]):
+        """targets: branch -> where it goes; ends: instructions that do not fall through to the next."""
+        self.instructions, self._targets, self._ends = instructions, targets, ends
+
+    @classmethod
+    def from_amdgcn(cls, asm: str) -> "Program":
+        instructions, labels = [], {}
+        for line in asm.splitlines():
+            code = line.split(";")[0].strip()
+            if label := re.match(r"(\.LBB\w+):", code):
+                labels[label.group(1)] = len(instructions)
+            elif re.match(r"[a-z]+_", code):
+                instructions.append(code)
+        targets, ends = {}, set()
+        for i, code in enumerate(instructions):
+            if branch := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", code):
+                targets[i] = labels[branch.group(1)]
+            if code.startswith(("s_branch", "s_endpgm")):
+                ends.add(i)
+        return cls(instructions, targets, ends)
+
+    @classmethod
+    def from_sass(cls, sass: str) -> "Program":
+        instructions, places = [], {}
+        for address, code in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE):
+            places[int(address, 16)] = len(instructions)
+            instructions.append(code)
+        targets, ends = {}, set()
+        for i, code in enumerate(instructions):
+            if branch := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", code):
+                targets[i] = places[int(branch.group(1), 16)]
+            if code.startswith(("BRA", "EXIT")):
+                ends.add(i)
+        return cls(instructions, targets, ends)
+
+    def find(self, *patterns: str) -> list[int]:
+        """Where consecutive instructions match the patterns; the position of the last one."""
+        n = len(patterns)
+        runs = zip(*(self.instructions[k:] for k in range(n)), strict=False)
+        return [i + n - 1 for i, run in enumerate(runs) if all(map(re.search, patterns, run))]
+
+    def within(self, i: int, n: int, pattern: str) -> bool:
+        return any(re.search(pattern, code) for code in self.instructions[i : i + n + 1])
+
+    def last_before(self, i: int, pattern: str) -> int:
+        """The nearest earlier match, -1 if there is none."""
+        return next((k for k in range(i - 1, -1, -1) if re.search(pattern, self.instructions[k])), -1)
+
+    def repeats(self, i: int, without: str) -> bool:
+        """Whether instruction i can run again with none that matches `without` in between."""
+        seen, todo = set(), self._next(i)
+        while todo:
+            k = todo.pop()
+            if k == i:
+                return True
+            if k not in seen and not re.search(without, self.instructions[k]):
+                seen.add(k)
+                todo += self._next(k)
+        return False
+
+    def _next(self, i: int) -> list[int]:
+        following = [] if i in self._ends or i + 1 == len(self.instructions) else [i + 1]
+        return following + ([self._targets[i]] if i in self._targets else [])
 
 
 def cuobjdump(kernel, option: str) -> str:

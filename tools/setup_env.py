@@ -91,6 +91,10 @@ def has_gpu_device() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
 
 
+def this_python() -> str:
+    return f"{platform.python_implementation()} {platform.python_version()} on {platform.machine()}"
+
+
 def describe_machine() -> dict:
     """What an environment was made for: another Python, torch or GPU wants another one. Quick, imports nothing."""
     return {
@@ -250,9 +254,8 @@ def explain_pip(output: str, log: Path) -> SetupError:
     missing = re.search(r"^ERROR: No matching distribution found for (\S+)", output, re.MULTILINE)
     unreachable = re.search(r"Retrying \(|NewConnectionError|NameResolutionError|ConnectTimeout", output)
     if missing:
-        where = f"for {platform.python_implementation()} {platform.python_version()} on {platform.machine()}"
         reason = "no package index could be reached" if unreachable else f"see {log}"
-        return NoSuchWheel(f"pip finds no {missing.group(1)} {where}: {reason}")
+        return NoSuchWheel(f"pip finds no {missing.group(1)} for {this_python()}: {reason}")
     errors = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
     return SetupError(f"pip failed: {errors[0] if errors else last_line(output)} (see {log})")
 
@@ -268,10 +271,10 @@ def install_cpu_torch(venv: Path, pin: str, torch_index: str) -> None:
         pip_install(venv, [*index, f"{pin}+cpu"])
     except NoSuchWheel:
         if cuda_packages(venv, [*index, pin]):
-            python = f"{platform.python_implementation()} {platform.python_version()} on {platform.machine()}"
             raise SetupError(
-                f"pip finds only a CUDA build of {pin} for {python}, which has no GPU: name a package index with CPU"
-                " builds by TORCH_INDEX=URL (PyTorch's installation page lists one), or another Python by PYTHON="
+                f"pip finds only a CUDA build of {pin} for {this_python()}, but a CPU build is wanted: name a package"
+                " index that has it by TORCH_INDEX=URL (PyTorch's installation page lists one), or another Python by"
+                " PYTHON="
             ) from None
         pip_install(venv, [*index, pin])
 
@@ -289,8 +292,11 @@ def cuda_requirements(report: dict) -> list[str]:
 
 
 def install_stage(venv: Path, stage: str, requirements: list[str], shares_gpu_packages: bool, torch_index: str) -> None:
-    names = " ".join(package_name(line) for line in requirements)
-    say(f"installing {names}")
+    names = [package_name(line) for line in requirements]
+    if shares_gpu_packages:
+        say(f"installing what is missing of {' '.join(name for name in names if name not in GPU_PACKAGES)}")
+    else:
+        say(f"installing {' '.join(names)}")
     remove_unfinished_packages(venv)
     if shares_gpu_packages:
         versions = {package: installed_version(package) for package in GPU_PACKAGES}

@@ -1,0 +1,135 @@
+"""common.router against a stable sort and a softmax in float64. NaN stands in all memory that must not be read."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from common import pick, top_k_softmax
+
+CASES = [(n, k) for n in (5, 31, 128, 200) for k in (1, 3, 4, 8) if k <= n]
+
+
+@triton.jit
+def top_k_kernel(
+    index_ptr,
+    weight_ptr,
+    logits_ptr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TOP_K: tl.constexpr,
+):
+    index, weight = top_k_softmax(logits_ptr, N, TOP_K, BLOCK_N, BLOCK_TOP_K)
+    place = tl.arange(0, BLOCK_TOP_K)
+    tl.store(index_ptr + place, index)
+    tl.store(weight_ptr + place, weight)
+
+
+@triton.jit
+def pick_kernel(out_ptr, x_ptr, i, N: tl.constexpr):
+    tl.store(out_ptr, pick(tl.load(x_ptr + tl.arange(0, N)), i))
+
+
+def route(logits: torch.Tensor, top_k: int, places: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and weights of all places, of which there are `places` at least."""
+    block = triton.next_power_of_2(len(logits))
+    places = triton.next_power_of_2(max(top_k, places))
+    index, weight = torch.full((places,), -1, dtype=torch.int32), torch.full((places,), torch.nan)
+    padded = torch.cat((logits, torch.full((block - len(logits),), torch.nan)))
+    top_k_kernel[(1,)](index, weight, padded, N=len(logits), TOP_K=top_k, BLOCK_N=block, BLOCK_TOP_K=places)
+    return index, weight
+
+
+def assert_routed(logits: torch.Tensor, top_k: int, places: int = 0) -> None:
+    index, weight = route(logits, top_k, places)
+    chosen = sorted(range(len(logits)), key=lambda i: -logits[i].item())[:top_k]  # stable
+    exponentials = [math.exp(logits[i].item() - logits[chosen[0]].item()) for i in chosen]
+    assert index[:top_k].tolist() == chosen
+    # The difference of two logits is rounded to 2^-24 of itself, which is at most 104 where its exponential is not 0.
+    expected = torch.tensor(exponentials, dtype=torch.float64) / sum(exponentials)
+    torch.testing.assert_close(weight[:top_k].double(), expected, rtol=7e-6, atol=2e-45)
+    assert (weight[top_k:] == 0).all()
+    assert ((index >= 0) & (index < len(logits))).all()
+
+
+@pytest.mark.parametrize("n, top_k", CASES)
+def test_random_logits(n, top_k):
+    generator = torch.Generator().manual_seed(n)
+    for scale in (1, 30):
+        assert_routed(torch.randn(n, generator=generator) * scale, top_k)
+
+
+@pytest.mark.parametrize("n, top_k", CASES)
+def test_the_lower_index_comes_first_on_ties(n, top_k):
+    generator = torch.Generator().manual_seed(n)
+    assert_routed(torch.randint(-2, 2, (n,), generator=generator).float(), top_k)
+    assert_routed(torch.zeros(n), top_k)
+
+
+def test_zeros_of_either_sign_tie():
+    assert_routed(torch.tensor([-1.0, -0.0, 0.0, -0.0, 0.0]), 3)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_more_places_than_experts_chosen(top_k):
+    assert_routed(torch.randn(31, generator=torch.Generator().manual_seed(0)), top_k, places=16)
+
+
+def test_all_logits_are_chosen():
+    assert_routed(torch.tensor([0.5, -1.0, 3.0, 2.0]), 4)
+
+
+def test_large_magnitudes_do_not_overflow():
+    largest = torch.finfo(torch.float32).max
+    assert_routed(torch.tensor([-largest, -1e30, 88.0, 90.0, 89.5]), 3)
+    assert_routed(torch.tensor([1e30, 2.0, 1e30, -1e30, 5.0]), 4)
+    assert_routed(torch.full((5,), -largest), 4)
+
+
+@pytest.mark.parametrize("n, top_k", [(5, 4), (128, 4), (200, 8)])
+@pytest.mark.parametrize(
+    "fill, places, value",
+    [
+        (torch.nan, [], 0.0),
+        (0.0, [1, 3], torch.nan),
+        (torch.nan, [2], 1.0),
+        (-torch.inf, [], 0.0),
+        (-torch.inf, [3], 1.0),
+        (torch.inf, [], 0.0),
+        (0.0, [0, 4], torch.inf),
+        (-torch.inf, [0, 1], torch.nan),
+        (torch.inf, [0, 1], torch.nan),
+    ],
+)
+def test_indices_are_in_range_whatever_the_logits_hold(n, top_k, fill, places, value):
+    logits = torch.full((n,), fill)
+    logits[places] = value
+    index, weight = route(logits, top_k)
+    assert ((index >= 0) & (index < n)).all()
+    assert (weight[top_k:] == 0).all() or weight.isnan().all()
+
+
+def test_a_lone_finite_logit_takes_all_weight():
+    logits = torch.full((31,), -torch.inf)
+    logits[17] = -3.0
+    index, weight = route(logits, 4)
+    assert index[0] == 17
+    assert weight.tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("n, top_k", [(31, 4), (128, 4)])
+def test_weights_of_nan_are_nan(n, top_k):
+    """A hidden state of NaN, which makes all logits NaN, must show in the output."""
+    assert route(torch.full((n,), torch.nan), top_k)[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_pick(dtype):
+    vector = torch.tensor([7, -3, 0, 5]).to(dtype)
+    for i, expected in enumerate(vector.tolist()):
+        out = torch.full((1,), 99, dtype=dtype)
+        pick_kernel[(1,)](out, vector, i, N=4)
+        assert out.item() == expected
