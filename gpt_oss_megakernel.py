@@ -477,6 +477,7 @@ class MegaModel:
         self.tuning = tuning or tuning_for(self.device, self.config)
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
+        self.grid = (self.num_programs,)
         check_context(self.config, max_context)
         check_memory(self.config, max_context, kv_dtype, self.device)
         self.weights: Weights = load_weights(checkpoint, self.device, show_progress)
@@ -587,22 +588,27 @@ class MegaModel:
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
-        megakernel[(self.num_programs,)](
-            self.weights,
-            self.state,
-            position,
-            int(token),
-            int(logits),
-            self.config.n_layers if n_layers is None else n_layers,
-            self.max_context,
-            self.num_programs,
-            CONFIG=self.config,
-            TUNING=self.tuning,
-            QUANT=self.quant,
-            BLOCK_P=next_power_of_2(self.num_programs),
-            num_warps=self.tuning.num_warps,
-            launch_cooperative_grid=self.tuning.arch == "cuda",
-        )
+        try:
+            megakernel[self.grid](
+                self.weights,
+                self.state,
+                position,
+                int(token),
+                int(logits),
+                self.config.n_layers if n_layers is None else n_layers,
+                self.max_context,
+                self.num_programs,
+                CONFIG=self.config,
+                TUNING=self.tuning,
+                QUANT=self.quant,
+                BLOCK_P=next_power_of_2(self.num_programs),
+                num_warps=self.tuning.num_warps,
+                launch_cooperative_grid=self.tuning.arch == "cuda",
+            )
+        except RuntimeError as error:
+            if "cooperative launch" not in str(error):
+                raise
+            raise InputError(f"--num-programs {self.num_programs}: more than can be resident on {self.device}") from None
 
     def _token(self, token: torch.Tensor) -> int:
         token_id = int(token)

@@ -210,6 +210,10 @@ def test_each_head_has_its_own_sink():
     torch.testing.assert_close(actual, case.expected_output(0, 45, sinks), rtol=0, atol=TOLERANCE)
 
 
+def test_without_keys_the_sink_takes_all():
+    assert (finish(Case(5).attend(5, 5), torch.zeros(G)) == 0).all()
+
+
 def test_a_sink_that_equals_the_only_score_takes_half():
     case = Case(1)
     state = case.attend(0, 1)

@@ -289,7 +289,9 @@ def test_an_old_python_is_refused_by_one_line(target, tmp_path):
     check = "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[2])"
     old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{check}' \"$@\"\n")
     old.chmod(0o755)
-    done = subprocess.run(["make", target, f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", target, f"PYTHON={old}"]
+    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, check=False)
     first, *rest = done.stderr.splitlines()
     assert first == "error: Python 3.10 or newer is needed, not 3.9: name one with PYTHON="
     assert len(rest) == 1 and rest[0].startswith("make: ***")
