@@ -94,9 +94,7 @@ def embed_token(w, s, token, pid, CONFIG: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def qkv_phase(
-    w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr
-):
+def qkv_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr):
     """qkv = W_qkv @ rmsnorm(x) + b."""
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
@@ -111,9 +109,7 @@ def qkv_phase(
 
 
 @triton.jit
-def attention_phase(
-    w, s, layer, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
-):
+def attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
     D: tl.constexpr = CONFIG.head_dim
     G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
@@ -308,9 +304,7 @@ def expert_gemv(
 
 
 @triton.jit
-def head_phase(
-    w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr
-):
+def head_phase(w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr):
     """Each program's largest logit of W_head @ rmsnorm(x); the logits themselves only when asked for."""
     H: tl.constexpr = CONFIG.hidden_size
     V: tl.constexpr = CONFIG.vocab_size
@@ -466,7 +460,7 @@ class MegaModel:
         kv_dtype: torch.dtype = torch.bfloat16,
         show_progress: bool = False,
     ):
-        """The device defaults to the GPU if there is one; the KV cache holds bfloat16 or, to compare with float32, that.
+        """The device defaults to the GPU if there is one; kv_dtype is float32 for comparisons without rounding.
 
         InputError if the context is longer than the model's, or weights and cache do not fit the device.
         """
@@ -608,7 +602,9 @@ class MegaModel:
         except RuntimeError as error:
             if "cooperative launch" not in str(error):
                 raise
-            raise InputError(f"--num-programs {self.num_programs}: more than can be resident on {self.device}") from None
+            raise InputError(
+                f"--num-programs {self.num_programs}: more than can be resident on {self.device}"
+            ) from None
 
     def _token(self, token: torch.Tensor) -> int:
         token_id = int(token)

@@ -17,7 +17,7 @@ from host.config import ModelConfig, expected_tensors
 from host.errors import InputError
 from host.rope import rope_tables
 
-# OCP Microscaling Formats v1.0: an E2M1 nibble is sign, two exponent bits, one mantissa bit; an E8M0 byte is 2^(byte - 127).
+# OCP Microscaling Formats v1.0: an E2M1 nibble is sign, two exponent bits, a mantissa bit; an E8M0 byte 2^(byte - 127).
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_VALUES = (*(2.0 ** (byte - 127) for byte in range(255)), math.nan)
 MXFP8_GROUP = 32
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [tokens, heads, head_dim] by cos and sin [tokens, head_dim / 2]; element i pairs with i + head_dim / 2."""
+    """Rotates x [tokens, heads, head_dim] by cos and sin [tokens, head_dim / 2]; i pairs with i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -44,9 +44,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, window: int, sm_scale: float) -> Tensor:
     """Causal attention of the last tokens of a sequence over all of it: float [tokens, n_heads * head_dim].
 
-    q [tokens, n_heads, head_dim] belongs to the last `tokens` of keys and values [n_keys, n_kv_heads, head_dim]. A query
-    sees `window` keys, its own included; 0 means all before it. A head's sink [n_heads] is one more logit, not scaled,
-    that takes its share of the softmax and brings no value.
+    q [tokens, n_heads, head_dim] belongs to the last `tokens` of keys and values [n_keys, n_kv_heads, head_dim]. A
+    query sees `window` keys, its own included; 0 means all before it. A head's sink [n_heads] is one more logit, not
+    scaled, that takes its share of the softmax and brings no value.
     """
     tokens, n_heads, head_dim = q.shape
     n_keys, n_kv_heads, _ = keys.shape
@@ -222,7 +222,7 @@ class Reference:
     ):
         """checkpoint: anything with .config and .tensor(name). kv_dtype None keeps K and V unrounded.
 
-        max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first ones.
+        max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first.
         """
         self.config = checkpoint.config if n_layers is None else checkpoint.config.cut(n_layers)
         self.quant, self.dtype, self.max_context = quant, dtype, max_context
@@ -252,7 +252,7 @@ class Reference:
         ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self.device)
         if position < 0 or position + len(ids) > self.max_context:
             raise InputError(
-                f"positions {position} to {position + len(ids) - 1} do not fit in a context of {self.max_context} tokens"
+                f"positions {position} to {position + len(ids) - 1} do not fit a context of {self.max_context} tokens"
             )
         record = _ignore if trace is None else trace.__setitem__
         weight = self._weights.tensor

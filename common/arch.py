@@ -8,10 +8,15 @@ import triton.language as tl
 def drain_stores(ARCH: tl.constexpr):
     """Wait until this wave's stores have left it.
 
-    On gfx950 `tl.debug_barrier()` is a bare s_barrier, which other waves may pass with stores still in flight. On NVIDIA
+    On gfx950 `tl.debug_barrier()` is a bare s_barrier, which waves may pass with stores still in flight. On NVIDIA
     bar.sync orders them.
     """
     if ARCH == "hip":
         tl.inline_asm_elementwise(
-            "s_waitcnt vmcnt(0) lgkmcnt(0)\n\tv_mov_b32 $0, 0", "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+            "s_waitcnt vmcnt(0) lgkmcnt(0)\n\tv_mov_b32 $0, 0",
+            "=v,~{memory}",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )

@@ -28,7 +28,8 @@ def gemv_fp4(
 ):
     """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0.
 
-    x_ptr float32 [K], or float8e4nv [K] with x_scale_ptr uint8 [K / 32].
+    x_ptr float32 [K], or float8e4nv [K] with x_scale_ptr uint8 [K / 32]. Activations are meant to lie between 1e-19
+    and 3e19 in magnitude: below they lose precision, beyond they overflow (see common/fp4.py).
     """
     rows = tl.arange(0, BLOCK_M)[:, None]
     blocks_ptr += tl.cast(row0, tl.int64) * (K // 8)
@@ -103,5 +104,7 @@ def _dot_scaled(
     k = (k0 + tl.arange(0, BLOCK_K))[:, None]
     column = tl.arange(0, DOT_N)
     x = tl.load(x_ptr + k + column[None, :] * 0, mask=(k < K) & (column == 0)[None, :], other=0.0)
-    x_scale = tl.load(x_scale_ptr + group + column[:, None] * 0, mask=(group < K // GROUP) & (column == 0)[:, None], other=0)
+    x_scale = tl.load(
+        x_scale_ptr + group + column[:, None] * 0, mask=(group < K // GROUP) & (column == 0)[:, None], other=0
+    )
     return tl.dot_scaled(w, w_scale, "e2m1", x, x_scale, "e4m3", acc)

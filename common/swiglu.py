@@ -6,7 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def swiglu(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """gate * sigmoid(ALPHA * gate) * (up + 1), gate clamped to at most LIMIT, up to [-LIMIT, LIMIT]; float32."""
-    gate = tl.minimum(gate, LIMIT)
-    up = tl.clamp(up, -LIMIT, LIMIT)
+    """gate * sigmoid(ALPHA * gate) * (up + 1), gate clamped to at most LIMIT, up to [-LIMIT, LIMIT]; float32.
+
+    NaN stays NaN: a broken weight must not become a number.
+    """
+    gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)

@@ -14,7 +14,9 @@ WORKSPACE_BYTES = 256 << 20  # activations, logits, rotary tables and the compil
 def check_context(config: ModelConfig, max_context: int) -> None:
     """InputError unless 1 <= max_context <= the model's max_position_embeddings."""
     if not 1 <= max_context <= config.max_position_embeddings:
-        raise InputError(f"--max-context {max_context}: the model takes 1 to {config.max_position_embeddings} positions")
+        raise InputError(
+            f"--max-context {max_context}: the model takes 1 to {config.max_position_embeddings} positions"
+        )
 
 
 def required_bytes(config: ModelConfig, max_context: int, kv_dtype: torch.dtype) -> int:

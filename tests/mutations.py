@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from host.config import MXFP4_GROUP, ModelConfig, expected_tensors
+from host.config import MXFP4_GROUP, ModelConfig, YarnConfig, expected_tensors
 
 E2M1_RMS = 2.93  # of the sixteen E2M1 values
 # With small_config() and 64 random_token_ids(), the fourth and fifth expert's router logits are never closer than 5e-3:
@@ -57,6 +57,24 @@ def small_config(**changes) -> ModelConfig:
         "stop_ids": (3,),
     }
     return ModelConfig(**(sizes | changes))
+
+
+# Changes of small_config(): sizes that divide into no block, groups, or choices unlike the published ones.
+ODD_SIZES = {
+    "one head a group": dict(n_heads=4, n_kv_heads=4, head_dim=16),
+    "three heads a group": dict(n_heads=6, n_kv_heads=2, head_dim=32),
+    "seventeen heads a group": dict(n_heads=17, n_kv_heads=1, head_dim=16),
+    "head_dim 128": dict(n_heads=4, n_kv_heads=2, head_dim=128),
+    "top 1 of 3": dict(n_experts=3, experts_per_token=1),
+    "top 3 of 5": dict(n_experts=5, experts_per_token=3),
+    "all experts": dict(n_experts=4, experts_per_token=4),
+    "hidden 32, intermediate 160": dict(hidden_size=32, intermediate_size=160),
+    "hidden 416, intermediate 224": dict(hidden_size=416, intermediate_size=224),
+    "vocabulary 1003": dict(vocab_size=1003),
+    "vocabulary 7, one layer": dict(vocab_size=7, n_layers=1, layer_is_sliding=(False,), stop_ids=()),
+    "window 1": dict(sliding_window=1),
+    "no YaRN stretch": dict(yarn=YarnConfig(theta=10000.0, factor=1.0)),
+}
 
 
 def random_token_ids(n: int, config: ModelConfig, seed: int = 5) -> list[int]:

@@ -179,7 +179,12 @@ def test_each_barrier_of_the_megakernel_is_needed(phase, model, monkeypatch):
 
 @pytest.mark.parametrize(
     "index, place",
-    [(1, "the embedding"), (3, "the attention phase of layer 0"), (13, "the down phase of layer 1"), (14, "the LM head")],
+    [
+        (1, "the embedding"),
+        (3, "the attention phase of layer 0"),
+        (13, "the down phase of layer 1"),
+        (14, "the LM head"),
+    ],
 )
 def test_a_program_that_stops_arriving_is_reported(index, place, model, monkeypatch):
     """From barrier `index` on, the last program runs past all barriers without arriving."""

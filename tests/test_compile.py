@@ -1,4 +1,4 @@
-"""The whole kernel at 120b sizes, compiled ahead of time for gfx950 and sm_90, with no GPU: what the compilers made of it."""
+"""The whole kernel at 120b sizes, compiled ahead of time for gfx950 and sm_90 with no GPU: what came of it."""
 
 import json
 import os
@@ -92,5 +92,7 @@ def test_a_poll_hoisted_out_of_its_loop_would_be_seen():
     """The report's own reading of control flow: the outer loop does not count, as it passes another arrival."""
     inside = Program.from_amdgcn(AMD_LOOP)
     assert [inside.repeats(i, "buffer_wbl2") for i in inside.find("global_load_dword")] == [True]
-    hoisted = Program.from_amdgcn(AMD_LOOP.replace("vccnz .LBB0_2", "vccnz .LBB0_3").replace("\ts_branch", ".LBB0_3:\n\ts_branch"))
+    hoisted = Program.from_amdgcn(
+        AMD_LOOP.replace("vccnz .LBB0_2", "vccnz .LBB0_3").replace("\ts_branch", ".LBB0_3:\n\ts_branch")
+    )
     assert [hoisted.repeats(i, "buffer_wbl2") for i in hoisted.find("global_load_dword")] == [False]

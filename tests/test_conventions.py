@@ -10,8 +10,8 @@ from host.checkpoint import write_checkpoint
 from reference import Reference
 
 TOLERANCE = 1e-3  # test_reference.py's
-# By how much a mistake shows in the worst logit of half the tokens or more: the worst of all may be one token near a tie
-# of the router, which any rounding sends to another expert. The mildest, YaRN truncated, reaches 3e-2, all others 0.5.
+# By how much a mistake shows in the worst logit of half the tokens or more: the worst of all may be one token near a
+# tie of the router, which any rounding sends to another expert. The mildest, YaRN truncated, reaches 3e-2, others 0.5.
 CLEAR_MARGIN = 10 * TOLERANCE
 TOKENS = 64
 

