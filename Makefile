@@ -36,6 +36,7 @@ test-gpu:
 lint:
 	$(set_up) lint
 	@.venv/bin/python -m ruff check --output-format concise .
+	@.venv/bin/python -m ruff format --check .
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

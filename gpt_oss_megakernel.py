@@ -476,6 +476,7 @@ class MegaModel:
         check_memory(self.config, max_context, kv_dtype, self.device)
         self.weights: Weights = load_weights(checkpoint, self.device, show_progress)
         self.state = new_state(self.config, self.tuning, quant, max_context, self.num_programs, self.device, kv_dtype)
+        self._launch(0, n_layers=0)  # compiles, and shows that the programs can be resident, before anyone waits
 
     @classmethod
     def from_pretrained(
@@ -684,6 +685,8 @@ def usable_device(device: torch.device | str | None) -> torch.device:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:
         cpu_interpreter.install()
+    elif device.index not in (None, torch.cuda.current_device()):
+        raise InputError(f"device {device}: not the current one; choose it with CUDA_VISIBLE_DEVICES")
     return device
 
 
