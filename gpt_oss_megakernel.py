@@ -98,7 +98,7 @@ def qkv_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.con
     """qkv = W_qkv @ rmsnorm(x) + b."""
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
-    M: tl.constexpr = TUNING.dense_m
+    M: tl.constexpr = TUNING.qkv_m
     norm_ptr = w.attn_norm + layer * H
     rstd = common.rms_rstd(s.x, H, CONFIG.rms_norm_eps, BLOCK_H)
     for tile in range(pid, tl.cdiv(ROWS, M), n_programs):
@@ -180,7 +180,7 @@ def o_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.const
     """x += W_o @ attention + b."""
     H: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.q_size
-    M: tl.constexpr = TUNING.dense_m
+    M: tl.constexpr = TUNING.o_m
     for tile in range(pid, tl.cdiv(H, M), n_programs):
         row = tile * M + tl.arange(0, M)
         y = common.gemv_bf16(w.o + layer * H * K, s.attention, tile * M, H, K, M, TUNING.dense_k)
@@ -227,7 +227,8 @@ def gate_up_phase(
     """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate."""
     K: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
-    M: tl.constexpr = TUNING.gate_up_m
+    # Whoever quantizes needs all 32 outputs of a scale, that is 64 rows.
+    M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANT else TUNING.gate_up_m
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     for item in range(pid, N_TILES * CONFIG.experts_per_token, n_programs):
         slot = item // N_TILES
@@ -495,6 +496,15 @@ class MegaModel:
         for tensor in (self.state.k_cache, self.state.v_cache, self.state.split_arrivals, self.state.sync):
             tensor.zero_()
 
+    def switch_path(self, quant: bool) -> None:
+        """Go on with the quantized or the default path: the same weights, a new state."""
+        kv_dtype = self.state.k_cache.dtype
+        del self.state  # before the new one needs its memory
+        self.quant = quant
+        self.state = new_state(
+            self.config, self.tuning, quant, self.max_context, self.num_programs, self.device, kv_dtype
+        )
+
     def step(self, token_id: int, position: int) -> int:
         """Feed a token at a position whose predecessors were fed; returns the most likely next token."""
         self._write_tokens([token_id], position)
@@ -539,7 +549,24 @@ class MegaModel:
             if token in self.config.stop_ids:
                 return
 
-    def _decode(self, start: int, end: int, on_logits: Callable[[torch.Tensor], None] | None) -> Iterator[int]:
+    def decode(
+        self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None = None
+    ) -> Iterator[int]:
+        """Feed a token at a position whose predecessors are in the cache and yield the n_tokens ids that follow.
+
+        Stop ids end nothing; a full context does. `on_launch` is called after each launch, which a GPU may only have
+        queued: events recorded there mark where it ends.
+        """
+        self._write_tokens([token_id], position)
+        yield from self._decode(position, min(position + n_tokens, self.max_context), on_launch=on_launch)
+
+    def _decode(
+        self,
+        start: int,
+        end: int,
+        on_logits: Callable[[torch.Tensor], None] | None = None,
+        on_launch: Callable[[], None] | None = None,
+    ) -> Iterator[int]:
         """Launch positions start .. end - 1, each on the token before it, and yield their tokens.
 
         On a GPU the next launch is queued before a token is read back, so that the device never waits for the host.
@@ -547,6 +574,8 @@ class MegaModel:
         queued: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         for position in range(start, end):
             self._launch(position, token=True, logits=on_logits is not None)
+            if on_launch:
+                on_launch()
             if on_logits or self.device.type == "cpu":
                 token_id = self._token(self.state.tokens[position + 1])
                 if on_logits:
