@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +44,12 @@ from host.cli import (
     prompt_ids_from,
     run_main,
     stream_generation,
+    torch_device,
 )
 from host.config import MXFP4_GROUP, PRESETS, ModelConfig, check_token
 from host.errors import InputError, MegakernelAborted
 from host.launch import Tuning, check_program_count, next_power_of_2, program_count, tuning_for
-from host.limits import check_context, check_memory
+from host.limits import check_memory, context_length
 from host.rope import rope_tables
 from host.weights import Weights, load_weights
 from load_hf import open_checkpoint
@@ -454,29 +455,31 @@ class MegaModel:
         self,
         checkpoint,
         quant: bool = False,
-        max_context: int = 4096,
+        max_context: int | None = None,
         device: torch.device | str | None = None,
         num_programs: int | None = None,
         tuning: Tuning | None = None,
         kv_dtype: torch.dtype = torch.bfloat16,
         show_progress: bool = False,
     ):
-        """The device defaults to the GPU if there is one; kv_dtype is float32 for comparisons without rounding.
+        """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
 
-        InputError if the context is longer than the model's, or weights and cache do not fit the device.
+        kv_dtype is float32 for comparisons without rounding. InputError if the context is longer than the model's, or
+        weights and cache do not fit the device.
         """
         self.config: ModelConfig = checkpoint.config
         self.device = usable_device(device)
         self.quant = quant
-        self.max_context = max_context
+        self.max_context = context_length(self.config, max_context)
         self.tuning = tuning or tuning_for(self.device, self.config)
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
-        check_context(self.config, max_context)
-        check_memory(self.config, max_context, kv_dtype, self.device)
+        check_memory(self.config, self.max_context, kv_dtype, self.device)
         self.weights: Weights = load_weights(checkpoint, self.device, show_progress)
-        self.state = new_state(self.config, self.tuning, quant, max_context, self.num_programs, self.device, kv_dtype)
+        self.state = new_state(
+            self.config, self.tuning, quant, self.max_context, self.num_programs, self.device, kv_dtype
+        )
         self._launch(0, n_layers=0)  # compiles, and shows that the programs can be resident, before anyone waits
 
     @classmethod
@@ -484,11 +487,11 @@ class MegaModel:
         cls,
         path: str | Path,
         quant: bool = False,
-        max_context: int = 4096,
+        max_context: int | None = None,
         device: torch.device | str | None = None,
         **options,
     ) -> "MegaModel":
-        """Load a checkpoint folder in the Hugging Face layout, or a hub id. Raises InputError."""
+        """Load a checkpoint folder in the Hugging Face layout, or a hub id. Options and errors: see MegaModel."""
         return cls(open_checkpoint(path), quant, max_context, device, **options)
 
     def reset(self) -> None:
@@ -520,6 +523,8 @@ class MegaModel:
 
     def hidden(self, token_id: int, position: int, n_layers: int) -> torch.Tensor:
         """The same, but returns the residual stream after the first n_layers, float32 [hidden], a copy."""
+        if not 0 <= n_layers <= self.config.n_layers:
+            raise InputError(f"n_layers {n_layers}: the model has {self.config.n_layers}")
         self._write_tokens([token_id], position)
         self._launch(position, n_layers=n_layers)
         self._check_barriers()
@@ -527,14 +532,16 @@ class MegaModel:
 
     def generate(
         self,
-        prompt_ids: list[int],
+        prompt_ids: Iterable[int],
         max_new_tokens: int,
         on_logits: Callable[[torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
         """Yield the ids that follow the prompt, a stop id last. Ends early when the context is full.
 
-        `on_logits` receives the logits, float32 [vocab], of each position fed, the prompt's included.
+        `on_logits` receives the logits, float32 [vocab], of each position fed, the prompt's included; the next launch
+        overwrites them.
         """
+        prompt_ids = list(prompt_ids)
         if not prompt_ids:
             raise InputError("the prompt is empty")
         self._write_tokens(prompt_ids, 0)
@@ -706,10 +713,7 @@ def main() -> None:
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or the one Triton was set up for when this module was imported. Raises InputError."""
     interpreted = isinstance(megakernel, InterpretedFunction)
-    try:
-        device = torch.device(device or ("cpu" if interpreted else "cuda"))
-    except RuntimeError:
-        raise InputError(f"device {device!r}: PyTorch knows no such device") from None
+    device = torch_device(device or ("cpu" if interpreted else "cuda"))
     if (device.type == "cpu") != interpreted:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:

@@ -75,7 +75,7 @@ def open_checkpoint(model: str | Path, n_layers: int | None = None) -> HFCheckpo
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a checkpoint, given as that folder or as a hub id `org/name`.
+    """The folder of a checkpoint, given as that folder, as a repository's folder in the hub's cache, or as `org/name`.
 
     A complete snapshot in the hub's cache is used without asking the network; otherwise the needed files are
     downloaded, with progress bars. Raises InputError if there is no such folder or repository.
@@ -83,19 +83,22 @@ def resolve(model: str | Path) -> Path:
     path = Path(model)
     try:
         if path.is_dir():
-            return path
+            return (_cached_snapshot(path) or path) if (path / "snapshots").is_dir() else path
         if path.exists():
             raise InputError(f"{model}: is a file, not a checkpoint folder")
     except OSError as error:
         raise InputError(f"{model}: {error.strerror}") from None
     if not HUB_ID.fullmatch(str(model)):
         raise InputError(f"{str(model)!r}: no such folder, and not a hub id of the form org/name")
-    return _cached_snapshot(str(model)) or _download(str(model))
+    repo = Path(constants.HF_HUB_CACHE) / f"models--{str(model).replace('/', '--')}"
+    return _cached_snapshot(repo) or _download(str(model))
 
 
-def _cached_snapshot(repo_id: str) -> Path | None:
-    """A complete snapshot in the hub's cache: the one that `main` points to, or else the newest."""
-    repo = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+def _cached_snapshot(repo: Path) -> Path | None:
+    """A complete snapshot in a repository's folder of the hub's cache: that of `main`, or else the newest.
+
+    Whole ones go before those with a shard that was cut short, which are for open_checkpoint to complain about.
+    """
     main = repo / "refs" / "main"
     try:
         snapshots = sorted((repo / "snapshots").iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
@@ -103,12 +106,23 @@ def _cached_snapshot(repo_id: str) -> Path | None:
     except OSError:
         return None
     snapshots.sort(key=lambda folder: folder.name != commit)
-    return next(filter(_is_complete, snapshots), None)
+    complete = list(filter(_is_complete, snapshots))
+    return next(filter(_is_whole, complete), complete[0] if complete else None)
 
 
 def _is_complete(folder: Path) -> bool:
     try:
         return not _missing_files(folder)
+    except InputError:
+        return False
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether each shard is as long as its header says."""
+    try:
+        for shard in set(_weight_map(folder)[1].values()):
+            _read_header(folder / shard)
+        return True
     except InputError:
         return False
 

@@ -1,6 +1,12 @@
 """Generates text with the reference implementation: slow, and right by definition."""
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+
+import torch
 
 from host.cli import (
     DEFAULT_MODEL,
@@ -14,7 +20,7 @@ from host.cli import (
     stream_generation,
     torch_device,
 )
-from host.limits import check_context
+from host.limits import check_memory, context_length
 from load_hf import open_checkpoint
 from reference import Reference
 from tokenizer_util import Tokenizer
@@ -36,15 +42,18 @@ def main() -> None:
     device = torch_device(args.device)
     checkpoint = open_checkpoint(args.model, args.layers)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
-    prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
-    check_context(checkpoint.config, args.max_context)
-    model = Reference(checkpoint, args.quant, max_context=args.max_context, device=device)
-    with logits_writer(args.logits_out, checkpoint.config.vocab_size) as on_logits:
+    config, kv_dtype = checkpoint.config, torch.bfloat16
+    prompt_ids = prompt_ids_from(args, tokenizer, config)
+    max_context = context_length(config, args.max_context)
+    # The files stay mapped; of what is converted, the LM head in float32 is the largest.
+    check_memory(config, max_context, kv_dtype, device, weights=4 * config.vocab_size * config.hidden_size)
+    model = Reference(checkpoint, args.quant, kv_dtype, max_context, device)
+    with logits_writer(args.logits_out, config.vocab_size) as on_logits:
         stream_generation(
             model.generate(prompt_ids, args.max_new_tokens, on_logits),
             prompt_ids,
             tokenizer,
-            checkpoint.config,
+            config,
             args.max_new_tokens,
             device=device_name(device),
             path="reference-quant" if args.quant else "reference",

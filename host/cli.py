@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ import torch
 
 from host.config import ModelConfig, check_token
 from host.errors import InputError, MegakernelAborted
+from host.limits import DEFAULT_CONTEXT, context_length
 
 DEMO_CHAT = "Recite sonnet 18."
 RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
@@ -39,8 +41,10 @@ def run_main(main: Callable[[], None]) -> int:
     """Calls `main` and returns the process's exit code.
 
     0; 2 after an InputError; 1 if the kernel gave up or stdout could not be written; 130 after Ctrl-C; 141 if stdout
-    was closed. Errors are one line on stderr.
+    was closed. Errors are one line on stderr. A script may let Ctrl-C end the process outright until it comes here.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
     try:
@@ -89,14 +93,14 @@ def token_id_list(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def torch_device(name: str | None) -> torch.device:
-    """The named device, checked; without a name the GPU if there is one. Raises InputError."""
+def torch_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
+        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
 
 
 def device_name(device: torch.device) -> str:
@@ -114,7 +118,10 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-ids", metavar="IDS", type=token_id_list, help="the prompt as token ids: 12,34,56")
     parser.add_argument("--max-new-tokens", metavar="N", type=positive_int, default=256, help="default: %(default)s")
     parser.add_argument(
-        "--max-context", metavar="N", type=positive_int, default=4096, help="positions in the KV cache; default: 4096"
+        "--max-context",
+        metavar="N",
+        type=positive_int,
+        help=f"positions in the KV cache; default: {DEFAULT_CONTEXT}, or all of a model with fewer",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text as it appears")
     parser.add_argument(
@@ -131,13 +138,14 @@ def prompt_ids_from(args: argparse.Namespace, tokenizer, config: ModelConfig) ->
     Without a `tokenizer` (tokenizer_util.Tokenizer) the default is RANDOM_WEIGHTS_PROMPT, and text is refused.
     InputError if the prompt is empty, does not fit --max-context, or has an id outside the vocabulary.
     """
+    max_context = context_length(config, args.max_context)
     flag, ids = _encode_prompt(args, tokenizer)
     if not ids:
         raise InputError(f"{flag}: the prompt is empty")
     for token_id in ids:
         check_token(token_id, config)
-    if len(ids) > args.max_context:
-        raise InputError(f"{flag}: {len(ids)} tokens do not fit in a context of {args.max_context}; see --max-context")
+    if len(ids) > max_context:
+        raise InputError(f"{flag}: {len(ids)} tokens do not fit in a context of {max_context}; see --max-context")
     return ids
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +124,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], st
 
 
 def check_token(token_id: int, config: ModelConfig) -> None:
-    """InputError unless the id is in the vocabulary."""
-    if not 0 <= token_id < config.vocab_size:
+    """InputError unless the id is in the vocabulary. TypeError if it is no integer."""
+    if not 0 <= operator.index(token_id) < config.vocab_size:
         raise InputError(f"token id {token_id} lies outside the vocabulary of {config.vocab_size}")
 
 
@@ -221,13 +222,12 @@ def _number(raw: dict, key: str, source: str, default: float | None = None) -> f
 
 
 def _stop_ids(raw: dict, vocab_size: int, source: str) -> tuple[int, ...]:
+    """Without those that a model of this vocabulary cannot say: a smaller copy of a model may still name them."""
     ids = raw.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise InputError(f"{source}: eos_token_id is {raw['eos_token_id']!r}, not a token id or a list of them")
-    if any(i >= vocab_size for i in ids):
-        raise InputError(f"{source}: eos_token_id {ids} lies outside vocab_size {vocab_size}")
-    return tuple(ids)
+    return tuple(i for i in ids if i < vocab_size)
 
 
 def _layer_is_sliding(raw: dict, n_layers: int, source: str) -> tuple[bool, ...]:

@@ -8,21 +8,29 @@ from host.config import ModelConfig
 from host.errors import InputError
 from host.weights import weight_bytes
 
+DEFAULT_CONTEXT = 4096  # positions
 WORKSPACE_BYTES = 256 << 20  # activations, logits, rotary tables and the compiled kernel: generous
 
 
-def check_context(config: ModelConfig, max_context: int) -> None:
-    """InputError unless 1 <= max_context <= the model's max_position_embeddings."""
-    if not 1 <= max_context <= config.max_position_embeddings:
-        raise InputError(
-            f"--max-context {max_context}: the model takes 1 to {config.max_position_embeddings} positions"
-        )
+def context_length(config: ModelConfig, asked: int | None) -> int:
+    """The positions asked for; else DEFAULT_CONTEXT, or the model's max_position_embeddings where that is less.
+
+    InputError unless the model takes so many.
+    """
+    limit = config.max_position_embeddings
+    if asked is None:
+        return min(DEFAULT_CONTEXT, limit)
+    if not 1 <= asked <= limit:
+        raise InputError(f"--max-context {asked}: the model takes 1 to {limit} positions")
+    return asked
 
 
-def required_bytes(config: ModelConfig, max_context: int, kv_dtype: torch.dtype) -> int:
-    """Device memory for the weights, the KV cache and the workspace."""
+def required_bytes(
+    config: ModelConfig, max_context: int, kv_dtype: torch.dtype = torch.bfloat16, weights: int | None = None
+) -> int:
+    """Device memory for the weights, the KV cache and the workspace. `weights`: bytes, the kernel's unless said."""
     kv_cache = 2 * kv_dtype.itemsize * config.n_layers * config.kv_size * max_context
-    return weight_bytes(config) + kv_cache + WORKSPACE_BYTES
+    return (weight_bytes(config) if weights is None else weights) + kv_cache + WORKSPACE_BYTES
 
 
 def available_bytes(device: torch.device) -> int:
@@ -36,9 +44,11 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(config: ModelConfig, max_context: int, kv_dtype: torch.dtype, device: torch.device) -> None:
-    """InputError that says how much is needed if weights, KV cache and workspace do not fit."""
-    needed, available = required_bytes(config, max_context, kv_dtype), available_bytes(device)
+def check_memory(
+    config: ModelConfig, max_context: int, kv_dtype: torch.dtype, device: torch.device, weights: int | None = None
+) -> None:
+    """InputError that says how much is needed if `required_bytes` do not fit."""
+    needed, available = required_bytes(config, max_context, kv_dtype, weights), available_bytes(device)
     if needed > available:
         raise InputError(
             f"not enough memory on {device}: {needed / 1e9:.1f} GB needed for the weights and a context of "

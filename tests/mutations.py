@@ -1,7 +1,8 @@
 """Random checkpoints in which every convention of the model matters, and one mutation per convention.
 
 A mutated checkpoint makes a right implementation compute what one with that mistake computes from the original. So
-whatever runs a checkpoint (reference, kernel) can show that its comparison would have noticed the mistake.
+whatever runs a checkpoint (reference, kernel) can show that its comparison would have noticed the mistake. Mistakes
+that no checkpoint stands for are put into the reference's code instead.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from host.config import MXFP4_GROUP, ModelConfig, YarnConfig, expected_tensors
+from reference import combine_experts, rms_norm
 
 E2M1_RMS = 2.93  # of the sixteen E2M1 values
 # With small_config() and 64 random_token_ids(), the fourth and fifth expert's router logits are never closer than 5e-3:
@@ -209,4 +211,56 @@ CHECKPOINT_MUTATIONS: dict[str, Callable[[MemoryCheckpoint], MemoryCheckpoint]] 
     "eps 1e-6": lambda ckpt: ckpt.with_config(rms_norm_eps=1e-6),
     "nibbles swapped": nibbles_swapped,
     "KV heads interleaved": kv_heads_interleaved,
+}
+
+
+def softmax_before_top_k(router_logits, experts_per_token):
+    weights, chosen = router_logits.softmax(-1).topk(experts_per_token)
+    return chosen, weights
+
+
+def interleaved_rope_in_code(x, cos, sin):
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def swiglu_without_gate_clamp(gate, up, limit, alpha):
+    return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
+
+
+def swiglu_without_up_clamp(gate, up, limit, alpha):
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def swiglu_with_up_clamped_above_only(gate, up, limit, alpha):
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(alpha * gate) * (up.clamp(max=limit) + 1)
+
+
+def swiglu_without_one(gate, up, limit, alpha):
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(alpha * gate) * up.clamp(-limit, limit)
+
+
+def expert_biases_not_weighted(act, chosen, weights, down, bias):
+    unweighted = combine_experts(act, chosen, weights, down, torch.zeros_like(bias))
+    return unweighted + bias[chosen].sum(1)
+
+
+def norm_weight_before_the_mean(x, weight, eps):
+    return rms_norm(x * weight, torch.ones_like(weight), eps)
+
+
+# Mistakes that no change of the checkpoint stands for, or only nearly: name -> (function of reference.py, replacement).
+REFERENCE_MUTATIONS = {
+    "softmax before top-k": ("route", softmax_before_top_k),
+    "interleaved RoPE, in code": ("apply_rope", interleaved_rope_in_code),
+    "gate not clamped": ("swiglu", swiglu_without_gate_clamp),
+    "up not clamped": ("swiglu", swiglu_without_up_clamp),
+    "up clamped above only": ("swiglu", swiglu_with_up_clamped_above_only),
+    "up without one, in code": ("swiglu", swiglu_without_one),
+    "expert biases not weighted": ("combine_experts", expert_biases_not_weighted),
+    "norm weight before the mean": ("rms_norm", norm_weight_before_the_mean),
 }

@@ -151,6 +151,11 @@ def test_stop_ids_are_those_of_both_files(tmp_path):
     assert read_config(write_config(tmp_path, raw)).stop_ids == ()
 
 
+def test_stop_ids_beyond_the_vocabulary_are_none(tmp_path):
+    raw = published_dict() | {"vocab_size": 512}
+    assert read_config(write_config(tmp_path, raw, {"eos_token_id": [512, 511]})).stop_ids == (511,)
+
+
 SIZES = [
     "num_hidden_layers",
     "num_attention_heads",
@@ -226,7 +231,6 @@ def test_yarn_numbers_of_a_wrong_kind(tmp_path, key, value):
         ("layer_types", "sliding_attention"),
         ("layer_types", []),
         ("layer_types", 36),
-        ("eos_token_id", 201088),
         ("eos_token_id", -1),
         ("eos_token_id", "200002"),
         ("eos_token_id", [200002, None]),
@@ -284,6 +288,6 @@ def test_config_that_is_missing_or_a_folder(tmp_path):
     assert_rejected(tmp_path, "config.json", "directory")
 
 
-@pytest.mark.parametrize("generation", ["{", "[]", {"eos_token_id": "x"}, {"eos_token_id": [1, 201088]}])
+@pytest.mark.parametrize("generation", ["{", "[]", {"eos_token_id": "x"}, {"eos_token_id": [1, -1]}])
 def test_bad_generation_config(tmp_path, generation):
     assert_rejected(write_config(tmp_path, published_dict(), generation), "generation_config.json")

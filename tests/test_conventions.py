@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers_model
-from mutations import CHECKPOINT_MUTATIONS, loud_checkpoint, random_token_ids, small_config
+from mutations import CHECKPOINT_MUTATIONS, REFERENCE_MUTATIONS, loud_checkpoint, random_token_ids, small_config
 
 import reference
 from host.checkpoint import write_checkpoint
@@ -14,59 +14,6 @@ TOLERANCE = 1e-3  # test_reference.py's
 # tie of the router, which any rounding sends to another expert. The mildest, YaRN truncated, reaches 3e-2, others 0.5.
 CLEAR_MARGIN = 10 * TOLERANCE
 TOKENS = 64
-
-
-def softmax_before_top_k(router_logits, experts_per_token):
-    weights, chosen = router_logits.softmax(-1).topk(experts_per_token)
-    return chosen, weights
-
-
-def interleaved_rope(x, cos, sin):
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-
-
-def swiglu_without_gate_clamp(gate, up, limit, alpha):
-    return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
-
-
-def swiglu_without_up_clamp(gate, up, limit, alpha):
-    gate = gate.clamp(max=limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
-
-
-def swiglu_with_up_clamped_above_only(gate, up, limit, alpha):
-    gate = gate.clamp(max=limit)
-    return gate * torch.sigmoid(alpha * gate) * (up.clamp(max=limit) + 1)
-
-
-def swiglu_without_one(gate, up, limit, alpha):
-    gate = gate.clamp(max=limit)
-    return gate * torch.sigmoid(alpha * gate) * up.clamp(-limit, limit)
-
-
-def expert_biases_not_weighted(act, chosen, weights, down, bias):
-    unweighted = combine_experts(act, chosen, weights, down, torch.zeros_like(bias))
-    return unweighted + bias[chosen].sum(1)
-
-
-def norm_weight_before_the_mean(x, weight, eps):
-    return rms_norm(x * weight, torch.ones_like(weight), eps)
-
-
-combine_experts, rms_norm = reference.combine_experts, reference.rms_norm
-# Mistakes that no change of the checkpoint stands for, or only nearly: name -> (function of reference.py, replacement).
-REFERENCE_MUTATIONS = {
-    "softmax before top-k": ("route", softmax_before_top_k),
-    "interleaved RoPE, in code": ("apply_rope", interleaved_rope),
-    "gate not clamped": ("swiglu", swiglu_without_gate_clamp),
-    "up not clamped": ("swiglu", swiglu_without_up_clamp),
-    "up clamped above only": ("swiglu", swiglu_with_up_clamped_above_only),
-    "up without one, in code": ("swiglu", swiglu_without_one),
-    "expert biases not weighted": ("combine_experts", expert_biases_not_weighted),
-    "norm weight before the mean": ("rms_norm", norm_weight_before_the_mean),
-}
 
 
 @pytest.fixture(scope="module")
@@ -125,5 +72,5 @@ def test_mutated_rope_rows_are_what_interleaved_code_computes(checkpoint, token_
     """A permutation stands for code exactly, so that other implementations can be tested by the checkpoint alone."""
     mutated = CHECKPOINT_MUTATIONS["interleaved RoPE"](checkpoint)
     by_checkpoint = Reference(mutated, kv_dtype=None, max_context=TOKENS).forward(token_ids)
-    monkeypatch.setattr(reference, "apply_rope", interleaved_rope)
+    monkeypatch.setattr(reference, *REFERENCE_MUTATIONS["interleaved RoPE, in code"])
     assert difference(checkpoint, token_ids, by_checkpoint).abs().max() < TOLERANCE

@@ -561,6 +561,24 @@ def test_damaged_cache_is_passed_over(cache, written):
     assert load_hf.resolve(REPO) == complete
 
 
+@pytest.mark.parametrize("shards, shard", [(1, SINGLE), (4, "model-00003-of-00004.safetensors")])
+def test_snapshot_with_a_shard_cut_short_is_passed_over(cache, written, shards, shard):
+    cut = add_snapshot(cache, written[shards], "c1", main=True) / shard
+    os.truncate(cut, cut.stat().st_size - 1)
+    assert_rejected(REPO, str(cut))  # rather than a word about the network
+    whole = add_snapshot(cache, written[shards], "c2")
+    assert load_hf.resolve(REPO) == whole
+
+
+def test_folder_of_a_repository_in_the_cache(cache, written):
+    snapshot = add_snapshot(cache, written[4], "c1")
+    (add_snapshot(cache, written[4], "c2", main=True) / "config.json").unlink()
+    repo = snapshot.parent.parent
+    assert load_hf.resolve(repo) == load_hf.resolve(str(repo)) == snapshot
+    (snapshot / "config.json").unlink()
+    assert_rejected(repo, str(repo), "config.json")
+
+
 def test_newest_snapshot_is_taken_where_none_is_main(cache, written):
     snapshots = [add_snapshot(cache, written[1], commit, main=True) for commit in ("c1", "c2", "c3")]
     for snapshot, seconds in zip(snapshots, (1000, 3000, 2000), strict=True):

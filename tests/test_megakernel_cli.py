@@ -175,6 +175,14 @@ def test_a_full_context_is_told_and_ends_cleanly(run, tmp_path, n_prompt):
     assert np.load(tmp_path / "l.npy").shape == (6, VOCAB)
 
 
+def test_the_default_context_is_no_longer_than_the_model_takes(run, own_folder):
+    edit_config(own_folder, max_position_embeddings=6)
+    code, out, err = run("--prompt-ids", "65,65", "--json", model=own_folder)
+    assert (code, err) == (0, "context full: stopped after 7 tokens\n")
+    assert len(json.loads(out)["token_ids"]) == 5
+    assert_rejected(run("--prompt-ids", ",".join(["65"] * 7), model=own_folder), "do not fit in a context of 6")
+
+
 def test_all_tokens_asked_for_are_no_full_context(run):
     assert run("--prompt-ids", "65,65", "--max-context", 6, "--max-new-tokens", 5)[2] == ""
 
@@ -451,10 +459,12 @@ def test_from_pretrained_takes_any_spelling_of_a_path(monkeypatch, path):
     assert model.step(1020, 0) == int(logits.argmax())
 
 
-def test_from_pretrained_defaults_and_options(folder):
+def test_from_pretrained_defaults_and_options(folder, own_folder):
     model = MegaModel.from_pretrained(folder, True, 12, "cpu", num_programs=2)
     assert (model.quant, model.max_context, model.num_programs) == (True, 12, 2)
     assert MegaModel.from_pretrained(folder).max_context == 4096
+    edit_config(own_folder, max_position_embeddings=64)
+    assert MegaModel.from_pretrained(own_folder).max_context == 64
 
 
 def test_step_is_the_argmax_of_the_logits(checkpoint, model):
@@ -583,16 +593,41 @@ def test_prompts_that_cannot_be(model, prompt, culprit):
         next(model.generate(prompt, 3))
 
 
+@pytest.mark.parametrize("kind", [tuple, iter, np.array, torch.tensor])
+def test_a_prompt_may_be_any_iterable_of_integers(model, kind):
+    assert list(model.generate(kind([7, 200]), 3)) == list(model.generate([7, 200], 3))
+
+
+@pytest.mark.parametrize("token_id", [7.0, "7", None])
+def test_a_token_id_is_an_integer(model, token_id):
+    with pytest.raises(TypeError):
+        model.step(token_id, 0)
+
+
+@pytest.mark.parametrize("n_layers", [-1, 3])
+def test_hidden_after_layers_that_are_not_there(model, n_layers):
+    with pytest.raises(InputError, match=f"n_layers {n_layers}: the model has 2"):
+        model.hidden(7, 0, n_layers)
+
+
 @pytest.mark.parametrize(
     ("options", "culprit"),
     [
         ({"max_context": 0}, "--max-context 0"),
         ({"max_context": 131073}, "--max-context 131073"),
         ({"num_programs": 0}, "--num-programs 0"),
-        ({"device": "cuda"}, "device cuda: .*TRITON_INTERPRET"),
-        ({"device": "gpu7"}, "device 'gpu7'"),
+        ({"device": "cuda"}, "device cuda: "),
+        ({"device": "gpu7"}, "device gpu7: "),
+        ({"device": "meta"}, "device meta: "),
     ],
 )
 def test_models_that_cannot_be(checkpoint, options, culprit):
     with pytest.raises(InputError, match=culprit):
         MegaModel(checkpoint, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_asked_for_where_there_is_none():
+    process = start("--max-new-tokens", 1, env=os.environ | {"TRITON_INTERPRET": "0"})
+    out, err = process.communicate(timeout=60)
+    assert_rejected((process.returncode, out, err), "device cuda: ")

@@ -1,6 +1,7 @@
 """run_reference.py's command line, and with it host/cli.py, which the kernel's command line shares."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from small_model import assert_rejected, run_script, small_checkpoint, write_model
 
 import run_reference
+from host import limits
 from host.cli import DEMO_CHAT
 from reference import Reference
 from tokenizer_util import Tokenizer
@@ -128,7 +130,8 @@ def test_a_full_context_is_told_and_ends_cleanly(run):
         (["--prompt", "a", "--max-new-tokens", "0"], "'0' is not a positive integer"),
         (["--prompt", "a", "--layers", "3"], "--layers 3: the model has layers 1 to 2"),
         (["--prompt", "a\udcff"], "not valid UTF-8"),
-        (["--prompt", "a", "--device", "gpu7"], "--device gpu7: "),
+        (["--prompt", "a", "--device", "gpu7"], "device gpu7: "),
+        (["--prompt", "a", "--device", "meta"], "device meta: "),
         (["--prompt", "a", "--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--prompt", "a", "--logits-out", "nowhere/logits.npy"], "--logits-out nowhere/logits.npy: No such file"),
         (["--prompt", "a", "--logits-out", "."], "--logits-out .: is there already, and not a regular file"),
@@ -139,6 +142,13 @@ def test_a_full_context_is_told_and_ends_cleanly(run):
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message):
     assert_rejected(run(*arguments), message)
+
+
+def test_too_little_memory_for_the_context(run, monkeypatch):
+    cache = 2 * 2 * 131072 * 2 * 128  # keys and values of two layers, two bytes each
+    monkeypatch.setattr(limits, "available_bytes", lambda device: cache + limits.WORKSPACE_BYTES)
+    assert_rejected(run("--prompt", "a", "--max-context", 131072), "not enough memory on cpu", "131072 tokens")
+    assert run("--prompt", "a", "--max-new-tokens", 1, "--max-context", 1024)[0] == 0
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -155,3 +165,16 @@ def test_an_early_end_leaves_no_traceback(folder, ending, code):
         process.stdout.read()
     process.stdout.close()
     assert (process.wait(timeout=60), process.stderr.read()) == (code, "")
+
+
+def test_an_interrupt_during_the_imports_leaves_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / "run_reference.py"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -1,0 +1,329 @@
+"""Steady-state time per output token, at several contexts, against the limit that the memory's bandwidth sets.
+
+A context of N is reached without feeding N tokens: the cache is filled with random keys and values up to half the
+steps before N, and the kernel decodes from there. Device time is that between events which follow the launches, wall
+time that between tokens as the caller gets them.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt_oss_megakernel import MegaModel, open_model, usable_device
+from host.bandwidth import Bandwidth, measure_read_bandwidth
+from host.cli import DEFAULT_MODEL, ArgumentParser, positive_int, run_main
+from host.conditions import conditions
+from host.config import PRESETS, ModelConfig
+from host.errors import InputError
+from host.limits import available_bytes, required_bytes
+from host.random_cache import fill_cache
+from host.timing import DeviceMarks, Spread, WallMarks, checksum, spread
+from host.traffic import bytes_per_token
+
+GPU_CONTEXTS = (128, 2048, 8192, 32768, 131072)
+CPU_CONTEXTS = (64,)
+GPU_STEPS, GPU_REPEATS = 64, 5
+CPU_STEPS, CPU_REPEATS = 12, 2
+FIRST_TOKEN = 0
+SEED = 0  # of the random keys and values
+HEADER = (
+    "path",
+    "context",
+    "device ms/token (median)",
+    "min",
+    "p10 to p90",
+    "wall ms/token (median)",
+    "p10 to p90",
+    "GB/token",
+    "floor ms",
+    "floor / device",
+    "ids CRC-32",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: `repeats` runs of `steps` tokens around each context."""
+
+    contexts: tuple[int, ...]
+    steps: int
+    repeats: int
+    limit: int  # positions that the model has
+
+    def first_position(self, context: int) -> int:
+        """Where a run starts so that `context` is its middle, or as near to that as the model's positions allow."""
+        return max(0, min(context - self.steps // 2, self.limit - self.steps))
+
+    @property
+    def max_context(self) -> int:
+        """Positions that the KV cache needs."""
+        return max(self.first_position(context) + self.steps for context in self.contexts)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One path at one context. Times are milliseconds per token, over all tokens of all runs but a run's first."""
+
+    path: str
+    context: int
+    first_position: int
+    device_ms: Spread | None  # None on a CPU
+    wall_ms: Spread
+    bytes_per_token: int
+    floor_ms: float | None  # bytes_per_token at the measured bandwidth; None on a CPU
+    fraction_of_floor: float | None  # floor_ms / median device_ms: 1 would be the bandwidth's limit
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run found."""
+
+    model: str
+    conditions: dict  # host.conditions.conditions
+    num_programs: int
+    plan: Plan
+    bandwidth: Bandwidth | None  # None on a CPU
+    results: tuple[Measurement, ...]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; InputError where it is wrong."""
+    parser = ArgumentParser(description="Time per output token at several contexts, and the fraction of the floor.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped one")
+    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device")
+    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
+    path = parser.add_mutually_exclusive_group()
+    path.add_argument("--quant", action="store_true", help="measure the quantized path instead of the default one")
+    path.add_argument("--both", action="store_true", help="measure both, the weights loaded once")
+    parser.add_argument(
+        "--contexts",
+        metavar="N,N,...",
+        type=context_list,
+        help=f"default: of {','.join(map(str, GPU_CONTEXTS))} those that fit; {CPU_CONTEXTS[0]} on a CPU",
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=positive_int,
+        help=f"tokens a run, 2 or more; default: {GPU_STEPS}, CPU {CPU_STEPS}",
+    )
+    parser.add_argument(
+        "--repeats",
+        metavar="N",
+        type=positive_int,
+        help=f"runs that count, after one that warms up; default: {GPU_REPEATS}, CPU {CPU_REPEATS}",
+    )
+    parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured as JSON")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw time over context; needs matplotlib")
+    return parser.parse_args()
+
+
+def context_list(text: str) -> tuple[int, ...]:
+    """An argparse type: positive integers separated by commas, each once."""
+    return tuple(dict.fromkeys(positive_int(word.strip()) for word in text.split(",")))
+
+
+def check_output_file(flag: str, path: Path | None) -> None:
+    """InputError if the file could not be written: known before the measurement, not after."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"{flag} {path}: there is no such folder")
+    if path is not None and path.exists() and not path.is_file():
+        raise InputError(f"{flag} {path}: is there already, and not a regular file")
+
+
+def check_matplotlib(path: Path | None) -> None:
+    """InputError if a plot is wanted and cannot be drawn."""
+    if path is None:
+        return
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise InputError(f"--plot {path}: matplotlib is not installed") from None
+
+
+def plan_for(args: argparse.Namespace, config: ModelConfig, on_gpu: bool, free_bytes: int) -> Plan:
+    """What the command line asks for, or what suits the device; InputError where the model has too few positions."""
+    limit = config.max_position_embeddings
+    steps = args.steps or (GPU_STEPS if on_gpu else CPU_STEPS)
+    if not 2 <= steps <= limit:
+        raise InputError(f"--steps {steps}: a run takes 2 to {limit} tokens of this model")
+    for context in args.contexts or ():
+        if context > limit:
+            raise InputError(f"--contexts {context}: the model takes 1 to {limit} positions")
+    plan = Plan(args.contexts or (), steps, args.repeats or (GPU_REPEATS if on_gpu else CPU_REPEATS), limit)
+    if args.contexts:
+        return plan
+    usual = GPU_CONTEXTS if on_gpu else CPU_CONTEXTS
+    plans = [dataclasses.replace(plan, contexts=(context,)) for context in usual if context <= limit]
+    fitting = [p.contexts[0] for p in plans if required_bytes(config, p.max_context) <= free_bytes]
+    return dataclasses.replace(plan, contexts=tuple(fitting) or (min(usual[0], limit),))
+
+
+def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | None) -> Measurement:
+    """Decodes around one context, again and again: first to warm up, then for the record."""
+    start = plan.first_position(context)
+    model.reset()
+    fill_cache(model.state.k_cache, model.state.v_cache, start, SEED)
+    expected, _, _ = timed_run(model, start, plan.steps)
+    device_ms, wall_ms = [], []
+    for _ in range(plan.repeats):
+        token_ids, device_intervals, wall_intervals = timed_run(model, start, plan.steps)
+        if token_ids != expected:
+            raise RuntimeError(f"two runs at context {context} wrote different tokens")
+        device_ms += device_intervals
+        wall_ms += wall_intervals
+    n_bytes = bytes_per_token(model.config, context)
+    device = spread(device_ms) if device_ms else None
+    floor_ms = n_bytes / bandwidth.bytes_per_second * 1e3 if bandwidth else None
+    return Measurement(
+        path="quant" if model.quant else "default",
+        context=context,
+        first_position=start,
+        device_ms=device,
+        wall_ms=spread(wall_ms),
+        bytes_per_token=n_bytes,
+        floor_ms=floor_ms,
+        fraction_of_floor=floor_ms / device.median if device and floor_ms else None,
+        checksum=checksum(expected),
+    )
+
+
+def timed_run(model: MegaModel, start: int, steps: int) -> tuple[list[int], list[float], list[float]]:
+    """The ids of `steps` tokens, and the device's (none on a CPU) and the wall's milliseconds of each but the first."""
+    device, wall = DeviceMarks(), WallMarks()
+    on_launch = None if model.device.type == "cpu" else device.mark
+    token_ids = []
+    for token_id in model.decode(FIRST_TOKEN, start, steps, on_launch):
+        wall.mark()
+        token_ids.append(token_id)
+    return token_ids, device.intervals_ms(), wall.intervals_ms()
+
+
+def markdown(report: Report) -> str:
+    """All that is known, as text for a README."""
+    found, plan, bandwidth = report.conditions, report.plan, report.bandwidth
+    size = "" if found["multiprocessors"] is None else f", {found['multiprocessors']} multiprocessors"
+    start = f"random keys and values in the cache up to N - {plan.steps // 2}, decoding from there on"
+    lines = [
+        f"Time per output token: {report.model}",
+        "",
+        f"- {found['device']}{size}; programs: {report.num_programs}; torch {found['torch']}, triton {found['triton']}",
+        f"- {plan.repeats} runs of {plan.steps} tokens after one to warm up; context N: {start}",
+    ]
+    if bandwidth is None:
+        lines.append(
+            "- Triton's CPU interpreter: no bandwidth measured, and times that say nothing of a GPU. No claim."
+        )
+    else:
+        streamed = f"median of {bandwidth.ms.n} times {bandwidth.n_bytes / 1e9:.1f} GB"
+        lines.append(f"- read bandwidth: {bandwidth.bytes_per_second / 1e12:.2f} TB/s, {streamed}")
+        lines.append(f"- right after the runs: {clocks_text(found['clocks'])}")
+    return "\n".join([*lines, "", *markdown_table(HEADER, [table_row(row) for row in report.results])])
+
+
+def clocks_text(fields: dict[str, str] | None) -> str:
+    return "clocks not known" if fields is None else ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def table_row(row: Measurement) -> tuple[str, ...]:
+    device = row.device_ms
+    return (
+        row.path,
+        str(row.context),
+        f"{device.median:.3f}" if device else "-",
+        f"{device.min:.3f}" if device else "-",
+        f"{device.p10:.3f} to {device.p90:.3f}" if device else "-",
+        f"{row.wall_ms.median:.3f}",
+        f"{row.wall_ms.p10:.3f} to {row.wall_ms.p90:.3f}",
+        f"{row.bytes_per_token / 1e9:.3f}",
+        "-" if row.floor_ms is None else f"{row.floor_ms:.3f}",
+        "-" if row.fraction_of_floor is None else f"{row.fraction_of_floor:.1%}",
+        row.checksum,
+    )
+
+
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
+
+
+def json_text(report: Report) -> str:
+    record = dataclasses.asdict(report)
+    if report.bandwidth:
+        record["bandwidth"]["bytes_per_second"] = report.bandwidth.bytes_per_second
+    return json.dumps(record, indent=2) + "\n"
+
+
+def write_plot(path: Path, report: Report) -> None:
+    """Median time per token over context, p10 to p90 as bars, a line per path; the floor dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, group in itertools.groupby(report.results, key=lambda row: row.path):
+        line = sorted(group, key=lambda row: row.context)
+        times = [row.device_ms or row.wall_ms for row in line]
+        medians = [time.median for time in times]
+        bars = [[time.median - time.p10 for time in times], [time.p90 - time.median for time in times]]
+        axes.errorbar([row.context for row in line], medians, yerr=bars, marker="o", capsize=3, label=name)
+    floor = sorted({(row.context, row.floor_ms) for row in report.results if row.floor_ms is not None})
+    if floor:
+        axes.plot(*zip(*floor), linestyle="--", color="grey", label="floor")
+    contexts = sorted({row.context for row in report.results})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, labels=map(str, contexts), minor=False)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("ms per token" if floor else "ms per token (CPU interpreter, no claim)")
+    axes.set_title(report.model)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=150)
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_output_file("--json", args.json)
+    check_output_file("--plot", args.plot)
+    check_matplotlib(args.plot)
+    device = usable_device(None)
+    checkpoint, _ = open_model(args)
+    plan = plan_for(args, checkpoint.config, device.type != "cpu", available_bytes(device))
+    name = checkpoint.name if args.random_weights else Path(checkpoint.name).name
+    name = f"{name}, {checkpoint.config.n_layers} layers"
+
+    progress("no bandwidth measured on a CPU" if device.type == "cpu" else "measuring the read bandwidth")
+    bandwidth = measure_read_bandwidth(device)
+    progress(f"loading {name}")
+    paths = (False, True) if args.both else (args.quant,)
+    model = MegaModel(
+        checkpoint, paths[0], plan.max_context, num_programs=args.num_programs, show_progress=sys.stderr.isatty()
+    )
+    results = []
+    for quant in paths:
+        if quant != model.quant:
+            model.switch_path(quant)
+        for context in plan.contexts:
+            progress(f"measuring {'quant' if quant else 'default'} at context {context}")
+            results.append(measure(model, plan, context, bandwidth))
+
+    report = Report(name, conditions(device), model.num_programs, plan, bandwidth, tuple(results))
+    print(markdown(report))
+    if args.json:
+        args.json.write_text(json_text(report))
+    if args.plot:
+        write_plot(args.plot, report)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

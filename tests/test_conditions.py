@@ -1,0 +1,53 @@
+"""What is said about the machine, and what happens where it is not known."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from host import conditions
+from host.conditions import GPU_FIELDS, gpu_fields, parse_gpu_fields
+
+REPLY = "575.57.08, 1980 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W\n"
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+
+
+def test_a_cpu_has_no_clocks():
+    assert conditions.conditions(torch.device("cpu")) == {
+        "device": "cpu",
+        "multiprocessors": None,
+        "clocks": None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def test_each_field_gets_its_value(fake_gpu, monkeypatch):
+    def run(command, **_):
+        assert command[-2:] == ["-i", "GPU-1234"]
+        return SimpleNamespace(stdout=REPLY)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    fields = gpu_fields(torch.device("cuda"))
+    assert list(fields) == list(GPU_FIELDS)
+    assert (fields["driver_version"], fields["clocks.mem"]) == ("575.57.08", "3201 MHz")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.CalledProcessError(6, "nvidia-smi")])
+def test_without_nvidia_smi_the_clocks_are_not_known(fake_gpu, monkeypatch, error):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu_fields(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("reply", ["", "No devices were found", REPLY * 2])
+def test_an_answer_of_another_form_is_not_taken(reply):
+    assert parse_gpu_fields(reply) is None

@@ -1,0 +1,43 @@
+"""Bytes per token against sums done by hand."""
+
+import pytest
+from mutations import small_config
+
+from host.config import GPT_OSS_20B, GPT_OSS_120B
+from host.traffic import bytes_per_token, kv_bytes_per_token, weight_bytes_per_token
+
+# One layer of either: QKV and O with their biases, sinks, two norms, then four experts.
+ATTENTION = 2 * (5120 * 2880 + 5120 + 2880 * 4096 + 2880 + 64 + 2 * 2880)
+EXPERT = 5760 * (1440 + 90 + 2) + 2880 * (1440 + 90 + 2)
+ENDS = 2 * (201088 * 2880 + 2880 + 2880)  # LM head, final norm, one row of the embedding
+
+
+def test_weights_of_120b_are_five_gigabytes():
+    assert weight_bytes_per_token(GPT_OSS_120B) == 36 * (ATTENTION + 2 * (128 * 2880 + 128) + 4 * EXPERT) + ENDS
+    assert weight_bytes_per_token(GPT_OSS_120B) == 5_002_907_904
+
+
+def test_weights_of_20b():
+    assert weight_bytes_per_token(GPT_OSS_20B) == 24 * (ATTENTION + 2 * (32 * 2880 + 32) + 4 * EXPERT) + ENDS
+    assert weight_bytes_per_token(GPT_OSS_20B) == 3_708_089_088
+
+
+@pytest.mark.parametrize(
+    "context, positions",
+    [
+        (0, 0),
+        (1, 36),
+        (127, 36 * 127),
+        (128, 18 * 127 + 18 * 128),
+        (8192, 18 * 127 + 18 * 8192),
+        (131072, 18 * 127 + 18 * 131072),
+    ],
+)
+def test_kv_cache_of_120b(context, positions):
+    """1,024 bytes of keys and as many of values at each position; a sliding layer sees 127 besides the token itself."""
+    assert kv_bytes_per_token(GPT_OSS_120B, context) == positions * 2048
+
+
+def test_a_token_reads_weights_and_cache():
+    config = small_config()  # two sliding layers with window 20 and a full one; 2 KV heads of 64
+    assert bytes_per_token(config, 30) - weight_bytes_per_token(config) == (19 + 30 + 19) * 2 * 128 * 2
