@@ -14,6 +14,7 @@ import triton
 
 from host.cpu_interpreter.launch import Simulation, simulate
 from host.cpu_interpreter.scheduler import GridDeadlock
+from host.errors import InputError
 
 __all__ = ["GridDeadlock", "Simulation", "install", "simulate"]
 
@@ -23,7 +24,7 @@ _KNOWN_VERSIONS = ("3.6.", "3.9.")
 def install():
     """Mends the interpreter for the life of the process; a second call does nothing.
 
-    Raises RuntimeError when this version of Triton is not known, or when TRITON_INTERPRET=1 came too late.
+    Raises InputError when this version of Triton is not known, RuntimeError when TRITON_INTERPRET=1 came too late.
     """
     from triton.runtime import interpreter
 
@@ -31,7 +32,7 @@ def install():
         return
     if not triton.__version__.startswith(_KNOWN_VERSIONS):
         known = ", ".join(version + "x" for version in _KNOWN_VERSIONS)
-        raise RuntimeError(f"the CPU interpreter knows Triton {known}, not {triton.__version__}")
+        raise InputError(f"the CPU interpreter knows Triton {known}, not {triton.__version__}")
     if not triton.knobs.runtime.interpret or not isinstance(triton.language.sum, interpreter.InterpretedFunction):
         raise RuntimeError("set TRITON_INTERPRET=1 before triton or a module with kernels is imported")
     from host.cpu_interpreter import fast_paths, language, launch, numerics, reductions

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory) -> tuple[dict, str]:
+def record(tmp_path_factory) -> tuple[dict, str]:
     """The report of 2 layers of random 120b weights, both paths, and its Markdown."""
     path = tmp_path_factory.mktemp("report") / "report.json"
     sizes = ["--layers", "2", "--contexts", "128,2048", "--steps", "32", "--repeats", "3"]
@@ -20,12 +20,12 @@ def benchmark(tmp_path_factory) -> tuple[dict, str]:
     return json.loads(path.read_text()), out
 
 
-def test_bandwidth_is_that_of_hbm(benchmark):
-    assert 1e12 < benchmark[0]["bandwidth"]["bytes_per_second"] < 1e13
+def test_bandwidth_is_that_of_hbm(record):
+    assert 1e12 < record[0]["bandwidth"]["bytes_per_second"] < 1e13
 
 
-def test_each_row_has_its_times_and_stays_above_the_floor(benchmark):
-    report, _ = benchmark
+def test_each_row_has_its_times_and_stays_above_the_floor(record):
+    report, _ = record
     assert [(row["path"], row["context"]) for row in report["results"]] == [
         ("default", 128),
         ("default", 2048),
@@ -41,8 +41,8 @@ def test_each_row_has_its_times_and_stays_above_the_floor(benchmark):
         assert 0.05 < row["fraction_of_floor"] < 1
 
 
-def test_table_holds_the_checksums_and_makes_a_claim(benchmark):
-    report, out = benchmark
+def test_table_holds_the_checksums_and_makes_a_claim(record):
+    report, out = record
     table = [line for line in out.splitlines() if line.startswith("|")][2:]
     assert all(row["checksum"] in line for row, line in zip(report["results"], table, strict=True))
     assert "no claim" not in out.lower()
