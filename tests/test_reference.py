@@ -175,11 +175,10 @@ def test_generate_is_transformers_greedy_and_yields_the_stop_id_last(checkpoint,
 
 def test_generate_ends_when_the_context_is_full(checkpoint):
     model = Reference(checkpoint.with_config(stop_ids=()), max_context=24)
-    assert (
-        len(list(model.generate(random_token_ids(20, small_config()), 100))) == 5
-    )  # the last one needs no room of its own
+    # The last token needs no room of its own.
+    assert len(list(model.generate(random_token_ids(20, small_config()), 100))) == 5
     assert len(list(model.generate(random_token_ids(24, small_config()), 100))) == 1
-    with pytest.raises(InputError, match="do not fit in a context of 24 tokens"):
+    with pytest.raises(InputError, match="do not fit a context of 24 tokens"):
         list(model.generate(random_token_ids(25, small_config()), 1))
 
 
