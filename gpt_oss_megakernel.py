@@ -11,12 +11,12 @@ state and launches it; `main` is the command line.
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 # NumPy reads this when it is imported. Interpreted blocks are too small for threads: 65 against 270 ms per token.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -31,7 +31,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 import common
-from common import GROUP
+from common import phases
 from host import cpu_interpreter
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
@@ -46,295 +46,16 @@ from host.cli import (
     stream_generation,
     torch_device,
 )
-from host.config import MXFP4_GROUP, PRESETS, ModelConfig, check_token
+from host.config import PRESETS, ModelConfig, check_token
 from host.errors import InputError, MegakernelAborted
 from host.launch import Tuning, check_program_count, next_power_of_2, program_count, tuning_for
 from host.limits import check_memory, context_length
-from host.rope import rope_tables
-from host.weights import Weights, load_weights
+from host.state import State, new_state
+from host.weights import Weights, load_weights, weight_bytes
 from load_hf import open_checkpoint
 from tokenizer_util import Tokenizer
 
 PHASES = ("QKV", "attention", "O projection", "router", "gate-up", "down")  # each ends with a barrier
-
-
-class State(NamedTuple):
-    """What a step reads and writes on the device besides the weights. float32 unless said."""
-
-    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next
-    k_cache: torch.Tensor  # [layers, kv heads, context, head_dim] bfloat16, or what was asked for
-    v_cache: torch.Tensor
-    cos: torch.Tensor  # [context, head_dim / 2]
-    sin: torch.Tensor
-    windows: torch.Tensor  # [layers] int32, 0 for full attention
-    x: torch.Tensor  # [hidden] the residual stream
-    qkv: torch.Tensor  # [q + k + v rows]
-    attention: torch.Tensor  # [heads, head_dim]
-    split_m: torch.Tensor  # [kv heads, splits, group] states of the split softmax
-    split_l: torch.Tensor
-    split_acc: torch.Tensor  # [kv heads, splits, group, head_dim]
-    split_arrivals: torch.Tensor  # [kv heads] int32
-    router_logits: torch.Tensor  # [experts]
-    expert_in: torch.Tensor  # [hidden], float8e4nv with --quant
-    expert_in_scale: torch.Tensor  # [hidden / 32] uint8
-    expert_act: torch.Tensor  # [top k, intermediate], float8e4nv with --quant
-    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8
-    head_value: torch.Tensor  # [programs] each program's largest logit
-    head_index: torch.Tensor  # [programs] int32
-    logits: torch.Tensor  # [vocab]
-    sync: torch.Tensor  # [SYNC_WORDS] int32
-
-
-@triton.jit
-def embed_token(w, s, token, pid, CONFIG: tl.constexpr, BLOCK_H: tl.constexpr):
-    """x = embedding row, written by one program."""
-    if pid == 0:
-        h = tl.arange(0, BLOCK_H)
-        row = tl.load(w.embed + token.to(tl.int64) * CONFIG.hidden_size + h, mask=h < CONFIG.hidden_size, other=0.0)
-        tl.store(s.x + h, row.to(tl.float32), mask=h < CONFIG.hidden_size)
-
-
-@triton.jit
-def qkv_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr):
-    """qkv = W_qkv @ rmsnorm(x) + b."""
-    H: tl.constexpr = CONFIG.hidden_size
-    ROWS: tl.constexpr = CONFIG.qkv_size
-    M: tl.constexpr = TUNING.qkv_m
-    norm_ptr = w.attn_norm + layer * H
-    rstd = common.rms_rstd(s.x, H, CONFIG.rms_norm_eps, BLOCK_H)
-    for tile in range(pid, tl.cdiv(ROWS, M), n_programs):
-        row = tile * M + tl.arange(0, M)
-        y = common.gemv_bf16(w.qkv + layer * ROWS * H, s.x, tile * M, ROWS, H, M, TUNING.dense_k, norm_ptr, rstd)
-        y += tl.load(w.qkv_bias + layer * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
-        tl.store(s.qkv + row, y, mask=row < ROWS)
-
-
-@triton.jit
-def attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
-    D: tl.constexpr = CONFIG.head_dim
-    G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
-    BLOCK_G: tl.constexpr = CONFIG.padded_group
-    SPLITS: tl.constexpr = TUNING.max_splits
-    ARCH: tl.constexpr = TUNING.arch
-    g = tl.arange(0, BLOCK_G)
-    dim = tl.arange(0, D)
-    window = tl.load(s.windows + layer)
-    start = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
-    past = position - start
-    split_size = tl.maximum(tl.cdiv(tl.cdiv(past, SPLITS), TUNING.block_t) * TUNING.block_t, TUNING.split_t)
-    n_splits = tl.maximum(tl.cdiv(past, split_size), 1)
-    cos_ptr = s.cos + position * (D // 2)
-    sin_ptr = s.sin + position * (D // 2)
-    for unit in range(pid, CONFIG.n_kv_heads * n_splits, n_programs):
-        kv_head = unit // n_splits
-        split = unit % n_splits
-        cache = (layer * CONFIG.n_kv_heads + kv_head) * max_context * D
-        q = common.load_rotated(s.qkv, kv_head * G + g, g < G, cos_ptr, sin_ptr, D)
-        first = start + split * split_size
-        last = tl.minimum(first + split_size, position)
-        m, l, acc = common.attend_cache(  # noqa: E741
-            q, s.k_cache + cache, s.v_cache + cache, first, last, CONFIG.sm_scale, D, TUNING.block_t
-        )
-        if split == n_splits - 1:
-            # The current key and value stay in registers: no program waits for the cache to be appended.
-            one = kv_head + tl.arange(0, 1)
-            k = common.load_rotated(s.qkv + CONFIG.q_size, one, one >= 0, cos_ptr, sin_ptr, D)
-            k = tl.reshape(k, (D,)).to(s.k_cache.dtype.element_ty)
-            v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head * D + dim)
-            v = v.to(s.v_cache.dtype.element_ty)
-            tl.store(s.k_cache + cache + position.to(tl.int64) * D + dim, k)
-            tl.store(s.v_cache + cache + position.to(tl.int64) * D + dim, v)
-            m, l, acc = common.attend_one(m, l, acc, q, k.to(tl.float32), v.to(tl.float32), CONFIG.sm_scale)  # noqa: E741
-
-        state = kv_head * SPLITS * BLOCK_G + g
-        complete = n_splits == 1
-        if n_splits > 1:
-            mine = state + split * BLOCK_G
-            tl.store(s.split_m + mine, m)
-            tl.store(s.split_l + mine, l)
-            tl.store(s.split_acc + mine[:, None] * D + dim[None, :], acc)
-            complete = common.arrive_last(s.split_arrivals + kv_head, n_splits, ARCH)
-            if complete:
-                m = tl.load(s.split_m + state)
-                l = tl.load(s.split_l + state)  # noqa: E741
-                acc = tl.load(s.split_acc + state[:, None] * D + dim[None, :])
-                for other in range(1, n_splits):
-                    theirs = state + other * BLOCK_G
-                    m, l, acc = common.merge_states(  # noqa: E741
-                        m,
-                        l,
-                        acc,
-                        tl.load(s.split_m + theirs),
-                        tl.load(s.split_l + theirs),
-                        tl.load(s.split_acc + theirs[:, None] * D + dim[None, :]),
-                    )
-        if complete:
-            head = kv_head * G + g
-            sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
-            out = common.finish_with_sink(m, l, acc, sink)
-            tl.store(s.attention + head[:, None] * D + dim[None, :], out, mask=(g < G)[:, None])
-
-
-@triton.jit
-def o_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """x += W_o @ attention + b."""
-    H: tl.constexpr = CONFIG.hidden_size
-    K: tl.constexpr = CONFIG.q_size
-    M: tl.constexpr = TUNING.o_m
-    for tile in range(pid, tl.cdiv(H, M), n_programs):
-        row = tile * M + tl.arange(0, M)
-        y = common.gemv_bf16(w.o + layer * H * K, s.attention, tile * M, H, K, M, TUNING.dense_k)
-        y += tl.load(w.o_bias + layer * H + row, mask=row < H, other=0.0).to(tl.float32)
-        tl.store(s.x + row, tl.load(s.x + row, mask=row < H, other=0.0) + y, mask=row < H)
-
-
-@triton.jit
-def router_phase(
-    w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """router_logits = W_r @ rmsnorm(x) + b, and the experts' input: rmsnorm(x), in MXFP8 with --quant."""
-    H: tl.constexpr = CONFIG.hidden_size
-    E: tl.constexpr = CONFIG.n_experts
-    M: tl.constexpr = TUNING.router_m
-    norm_ptr = w.mlp_norm + layer * H
-    rstd = common.rms_rstd(s.x, H, CONFIG.rms_norm_eps, BLOCK_H)
-    for tile in range(pid, tl.cdiv(E, M), n_programs):
-        row = tile * M + tl.arange(0, M)
-        y = common.gemv_bf16(w.router + layer * E * H, s.x, tile * M, E, H, M, TUNING.head_k, norm_ptr, rstd)
-        y += tl.load(w.router_bias + layer * E + row, mask=row < E, other=0.0).to(tl.float32)
-        tl.store(s.router_logits + row, y, mask=row < E)
-    if pid == n_programs - 1:  # the one with the fewest router rows
-        write_expert_input(s, norm_ptr, rstd, H, QUANT, BLOCK_H)
-
-
-@triton.jit
-def write_expert_input(s, norm_ptr, rstd, H: tl.constexpr, QUANT: tl.constexpr, BLOCK_H: tl.constexpr):
-    group = tl.arange(0, BLOCK_H // GROUP)
-    h = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    normed = common.load_normed(s.x, norm_ptr, rstd, h, h < H)
-    if QUANT:
-        elements, scale = common.quantize_mxfp8(normed)
-        tl.store(s.expert_in + h, elements, mask=h < H)
-        tl.store(s.expert_in_scale + group, scale, mask=group < H // GROUP)
-    else:
-        tl.store(s.expert_in + h, normed, mask=h < H)
-
-
-@triton.jit
-def gate_up_phase(
-    w, s, layer, experts, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
-):
-    """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate."""
-    K: tl.constexpr = CONFIG.hidden_size
-    ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
-    # Whoever quantizes needs all 32 outputs of a scale, that is 64 rows.
-    M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANT else TUNING.gate_up_m
-    N_TILES: tl.constexpr = (ROWS + M - 1) // M
-    for item in range(pid, N_TILES * CONFIG.experts_per_token, n_programs):
-        slot = item // N_TILES
-        row0 = (item % N_TILES) * M
-        matrix = (layer * CONFIG.n_experts + common.pick(experts, slot)) * ROWS
-        y = expert_gemv(
-            w.gate_up, w.gate_up_scales, s.expert_in, s.expert_in_scale, matrix, row0, ROWS, K, M, TUNING, QUANT
-        )
-        row = row0 + tl.arange(0, M)
-        y += tl.load(w.gate_up_bias + matrix + row, mask=row < ROWS, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(y, (M // 2, 2)))
-        act = common.swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
-        write_expert_act(s, act, slot, row0 // 2, ROWS // 2, QUANT)
-
-
-@triton.jit
-def write_expert_act(s, act, slot, first, SIZE: tl.constexpr, QUANT: tl.constexpr):
-    """Store act [N], elements first .. first + N of one expert's SIZE; in MXFP8 with --quant."""
-    N: tl.constexpr = act.shape[0]
-    i = first + tl.arange(0, N)
-    if QUANT:
-        elements, scale = common.quantize_mxfp8(tl.reshape(act, (N // GROUP, GROUP)))
-        tl.store(s.expert_act + slot * SIZE + i, tl.reshape(elements, (N,)), mask=i < SIZE)
-        group = tl.arange(0, N // GROUP) + first // GROUP
-        tl.store(s.expert_act_scale + slot * (SIZE // GROUP) + group, scale, mask=group < SIZE // GROUP)
-    else:
-        tl.store(s.expert_act + slot * SIZE + i, act, mask=i < SIZE)
-
-
-@triton.jit
-def down_phase(
-    w, s, layer, experts, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
-):
-    """x += sum over the chosen experts of weight * (W_down @ expert_act + b), in the router's order."""
-    ROWS: tl.constexpr = CONFIG.hidden_size
-    K: tl.constexpr = CONFIG.intermediate_size
-    M: tl.constexpr = TUNING.down_m
-    for tile in range(pid, tl.cdiv(ROWS, M), n_programs):
-        row = tile * M + tl.arange(0, M)
-        x = tl.load(s.x + row, mask=row < ROWS, other=0.0)
-        for slot in range(CONFIG.experts_per_token):
-            matrix = (layer * CONFIG.n_experts + common.pick(experts, slot)) * ROWS
-            act = s.expert_act + slot * K
-            act_scale = s.expert_act_scale + slot * (K // GROUP)
-            y = expert_gemv(w.down, w.down_scales, act, act_scale, matrix, tile * M, ROWS, K, M, TUNING, QUANT)
-            y += tl.load(w.down_bias + matrix + row, mask=row < ROWS, other=0.0).to(tl.float32)
-            x += common.pick(weights, slot) * y
-        tl.store(s.x + row, x, mask=row < ROWS)
-
-
-@triton.jit
-def expert_gemv(
-    blocks_ptr,
-    scales_ptr,
-    x_ptr,
-    x_scale_ptr,
-    matrix,
-    row0,
-    n_rows,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    TUNING: tl.constexpr,
-    QUANT: tl.constexpr,
-):
-    """Rows row0 .. row0 + M of the MXFP4 matrix that starts at row `matrix` of the stack, times x."""
-    blocks_ptr += matrix * (K // 8)
-    scales_ptr += matrix * (K // GROUP)
-    if QUANT:
-        return common.gemv_fp4_fp8(
-            blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, row0, n_rows, K, M, TUNING.expert_k, TUNING.dot_scaled
-        )
-    else:
-        return common.gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K, M, TUNING.expert_k)
-
-
-@triton.jit
-def head_phase(w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Each program's largest logit of W_head @ rmsnorm(x); the logits themselves only when asked for."""
-    H: tl.constexpr = CONFIG.hidden_size
-    V: tl.constexpr = CONFIG.vocab_size
-    M: tl.constexpr = TUNING.head_m
-    rstd = common.rms_rstd(s.x, H, CONFIG.rms_norm_eps, BLOCK_H)
-    best = tl.full([M], float("-inf"), tl.float32)
-    best_index = tl.zeros([M], tl.int32)
-    for tile in range(pid, tl.cdiv(V, M), n_programs):
-        row = tile * M + tl.arange(0, M)
-        logits = common.gemv_bf16(w.lm_head, s.x, tile * M, V, H, M, TUNING.head_k, w.final_norm, rstd)
-        if want_logits:
-            tl.store(s.logits + row, logits, mask=row < V)
-        best, best_index = common.keep_larger(best, best_index, tl.where(row < V, logits, float("-inf")), row)
-    value, index = common.reduce_argmax(best, best_index)
-    tl.store(s.head_value + pid, value)
-    tl.store(s.head_index + pid, index)
-
-
-@triton.jit
-def argmax_phase(s, position, pid, n_programs, BLOCK_P: tl.constexpr):
-    """tokens[position + 1] = index of the largest logit, unless a barrier gave up."""
-    if pid == 0:
-        program = tl.arange(0, BLOCK_P)
-        value = tl.load(s.head_value + program, mask=program < n_programs, other=float("-inf"))
-        index = tl.load(s.head_index + program, mask=program < n_programs, other=0x7FFFFFFF)
-        _, token = common.reduce_argmax(value, index)
-        if tl.load(s.sync + common.ABORT) == 0:  # otherwise -1 stays there
-            tl.store(s.tokens + position + 1, token)
 
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
@@ -351,6 +72,7 @@ def megakernel(
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    TRACE: tl.constexpr,
 ):
     """Decode the token at `position`: w is Weights, s is State, CONFIG a ModelConfig, TUNING a Tuning.
 
@@ -362,90 +84,69 @@ def megakernel(
     SPINS: tl.constexpr = TUNING.spin_limit
     ARCH: tl.constexpr = TUNING.arch
 
+    common.mark(s.trace, 0, pid, n_programs, TRACE, ARCH)
     token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 after an abort
-    embed_token(w, s, token, pid, CONFIG, BLOCK_H)
-    common.grid_barrier(s.sync, 1, n_programs, SPINS, ARCH)
+    phases.embed_token(w, s, token, pid, n_programs, CONFIG, BLOCK_H)
+    arrive(s, 1, pid, n_programs, TRACE, ARCH)
+    tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
+    wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
 
     for n in range(n_layers):
         layer = tl.cast(n, tl.int64)
         barrier = 2 + n * 6
-        qkv_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, BLOCK_H)
-        common.grid_barrier(s.sync, barrier, n_programs, SPINS, ARCH)
+        phases.qkv_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
+        arrive(s, barrier, pid, n_programs, TRACE, ARCH)
+        phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
+        wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
 
-        attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG, TUNING)
-        common.grid_barrier(s.sync, barrier + 1, n_programs, SPINS, ARCH)
+        phases.attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG, TUNING)
+        arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
+        o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
+        wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
-        o_phase(w, s, layer, pid, n_programs, CONFIG, TUNING)
-        common.grid_barrier(s.sync, barrier + 2, n_programs, SPINS, ARCH)
+        phases.o_phase(w, s, layer, o_tile, pid, n_programs, CONFIG, TUNING)
+        arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
+        following = tl.minimum(layer + 1, n_layers - 1)
+        phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
+        wait(s, barrier + 2, pid, n_programs, TRACE, SPINS, ARCH)
 
-        router_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT, BLOCK_H)
-        common.grid_barrier(s.sync, barrier + 3, n_programs, SPINS, ARCH)
+        phases.router_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
+        arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
+        wait(s, barrier + 3, pid, n_programs, TRACE, SPINS, ARCH)
 
-        experts, weights = common.top_k_softmax(
-            s.router_logits,
-            CONFIG.n_experts,
-            CONFIG.experts_per_token,
-            triton.next_power_of_2(CONFIG.n_experts),
-            triton.next_power_of_2(CONFIG.experts_per_token),
-        )
-        gate_up_phase(w, s, layer, experts, pid, n_programs, CONFIG, TUNING, QUANT)
-        common.grid_barrier(s.sync, barrier + 4, n_programs, SPINS, ARCH)
+        experts, weights = phases.choose_experts(s, CONFIG)
+        phases.gate_up_phase(w, s, layer, experts, pid, n_programs, CONFIG, TUNING, QUANT)
+        arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
+        wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
 
-        down_phase(w, s, layer, experts, weights, pid, n_programs, CONFIG, TUNING, QUANT)
-        common.grid_barrier(s.sync, barrier + 5, n_programs, SPINS, ARCH)
+        phases.down_phase(w, s, layer, experts, weights, pid, n_programs, CONFIG, TUNING, QUANT)
+        arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
+        tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
+        wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
 
     if want_token | want_logits:
-        head_phase(w, s, want_logits, pid, n_programs, CONFIG, TUNING, BLOCK_H)
-        common.grid_barrier(s.sync, 2 + n_layers * 6, n_programs, SPINS, ARCH)
+        last = 2 + n_layers * 6
+        phases.head_phase(w, s, want_logits, pid, n_programs, CONFIG, TUNING)
+        arrive(s, last, pid, n_programs, TRACE, ARCH)
+        wait(s, last, pid, n_programs, TRACE, SPINS, ARCH)
         if want_token:
-            argmax_phase(s, position, pid, n_programs, BLOCK_P)
+            phases.argmax_phase(s, position, pid, n_programs, BLOCK_P)
+        common.mark(s.trace, 2 * last + 1, pid, n_programs, TRACE, ARCH)
     common.leave_grid(s.sync, n_programs, ARCH)
 
 
-def new_state(
-    config: ModelConfig,
-    tuning: Tuning,
-    quant: bool,
-    max_context: int,
-    num_programs: int,
-    device: torch.device | str,
-    kv_dtype: torch.dtype = torch.bfloat16,
-) -> State:
-    """Zeroed state for one sequence of up to max_context tokens."""
+@triton.jit
+def arrive(s, barrier, pid, n_programs, TRACE: tl.constexpr, ARCH: tl.constexpr):
+    """A phase is over. Only what no program writes may be read until `wait`."""
+    common.mark(s.trace, 2 * barrier - 1, pid, n_programs, TRACE, ARCH)
+    common.arrive(s.sync, ARCH)
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
 
-    hidden, top_k, inter = config.hidden_size, config.experts_per_token, config.intermediate_size
-    cache = (config.n_layers, config.n_kv_heads, max_context, config.head_dim)
-    splits = (config.n_kv_heads, tuning.max_splits, config.padded_group)
-    expert_dtype = torch.float8_e4m3fn if quant else torch.float32
-    cos, sin = rope_tables(config, max_context, device)
-    windows = [config.window(n) for n in range(config.n_layers)]
-    return State(
-        tokens=zeros(max_context + 1, dtype=torch.int32),
-        k_cache=zeros(*cache, dtype=kv_dtype),
-        v_cache=zeros(*cache, dtype=kv_dtype),
-        cos=cos,
-        sin=sin,
-        windows=torch.tensor(windows, dtype=torch.int32, device=device),
-        x=zeros(hidden),
-        qkv=zeros(config.qkv_size),
-        attention=zeros(config.q_size),
-        split_m=zeros(*splits),
-        split_l=zeros(*splits),
-        split_acc=zeros(*splits, config.head_dim),
-        split_arrivals=zeros(config.n_kv_heads, dtype=torch.int32),
-        router_logits=zeros(config.n_experts),
-        expert_in=zeros(hidden, dtype=expert_dtype),
-        expert_in_scale=zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
-        expert_act=zeros(top_k, inter, dtype=expert_dtype),
-        expert_act_scale=zeros(top_k, inter // MXFP4_GROUP, dtype=torch.uint8),
-        head_value=zeros(num_programs),
-        head_index=zeros(num_programs, dtype=torch.int32),
-        logits=zeros(config.vocab_size),
-        sync=zeros(common.SYNC_WORDS, dtype=torch.int32),
-    )
+@triton.jit
+def wait(s, barrier, pid, n_programs, TRACE: tl.constexpr, SPINS: tl.constexpr, ARCH: tl.constexpr):
+    """What all programs stored before they arrived is visible from here on."""
+    common.wait(s.sync, barrier, n_programs, SPINS, ARCH)
+    common.mark(s.trace, 2 * barrier, pid, n_programs, TRACE, ARCH)
 
 
 class MegaModel:
@@ -461,6 +162,7 @@ class MegaModel:
         tuning: Tuning | None = None,
         kv_dtype: torch.dtype = torch.bfloat16,
         show_progress: bool = False,
+        trace_position: int | None = None,
     ):
         """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
 
@@ -475,12 +177,15 @@ class MegaModel:
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
-        check_memory(self.config, self.max_context, kv_dtype, self.device)
-        self.weights: Weights = load_weights(checkpoint, self.device, show_progress)
-        self.state = new_state(
-            self.config, self.tuning, quant, self.max_context, self.num_programs, self.device, kv_dtype
-        )
-        self._launch(0, n_layers=0)  # compiles, and shows that the programs can be resident, before anyone waits
+        needed = weight_bytes(self.config, self.tuning)
+        check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
+        self.weights: Weights = load_weights(checkpoint, self.device, self.tuning, show_progress)
+        self.trace_position = trace_position
+        self.state = self._new_state(kv_dtype)
+        # Compiles, and shows that the programs can be resident, before anyone waits.
+        for position in {0, trace_position or 0}:
+            self._launch(position, n_layers=0)
+        self._check_barriers()
 
     @classmethod
     def from_pretrained(
@@ -504,8 +209,19 @@ class MegaModel:
         kv_dtype = self.state.k_cache.dtype
         del self.state  # before the new one needs its memory
         self.quant = quant
-        self.state = new_state(
-            self.config, self.tuning, quant, self.max_context, self.num_programs, self.device, kv_dtype
+        self.state = self._new_state(kv_dtype)
+
+    def _new_state(self, kv_dtype: torch.dtype) -> State:
+        barriers = 2 + len(PHASES) * self.config.n_layers
+        return new_state(
+            self.config,
+            self.tuning,
+            self.quant,
+            self.max_context,
+            self.num_programs,
+            self.device,
+            kv_dtype,
+            trace_events=0 if self.trace_position is None else 2 + 2 * barriers,
         )
 
     def step(self, token_id: int, position: int) -> int:
@@ -528,7 +244,7 @@ class MegaModel:
         self._write_tokens([token_id], position)
         self._launch(position, n_layers=n_layers)
         self._check_barriers()
-        return self.state.x.clone()
+        return functools.reduce(torch.add, self.state.expert_out, self.state.x)
 
     def generate(
         self,
@@ -633,6 +349,7 @@ class MegaModel:
                 TUNING=self.tuning,
                 QUANT=self.quant,
                 BLOCK_P=next_power_of_2(self.num_programs),
+                TRACE=position == self.trace_position,
                 num_warps=self.tuning.num_warps,
                 launch_cooperative_grid=self.tuning.arch == "cuda",
             )

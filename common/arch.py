@@ -20,3 +20,18 @@ def drain_stores(ARCH: tl.constexpr):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def clock_ns(ARCH: tl.constexpr):
+    """Nanoseconds of a clock that all programs share, int64.
+
+    %globaltimer on NVIDIA, s_memrealtime (100 MHz) on AMD; the interpreter answers NVIDIA's with the host's clock.
+    """
+    if ARCH == "hip":
+        ticks = tl.inline_asm_elementwise(
+            "s_memrealtime $0\n\ts_waitcnt lgkmcnt(0)", "=s", [], dtype=tl.int64, is_pure=False, pack=1
+        )
+        return ticks * 10
+    else:
+        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)

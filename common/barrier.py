@@ -23,10 +23,23 @@ OPEN_ALL = tl.constexpr(1 << 30)
 @triton.jit
 def grid_barrier(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, ARCH: tl.constexpr):
     """Wait at barrier `index` (1, 2, ...). All stores before it, of any program, are visible after it."""
-    target = index * n_programs
+    arrive(sync_ptr, ARCH)
+    wait(sync_ptr, index, n_programs, SPIN_LIMIT, ARCH)
+
+
+@triton.jit
+def arrive(sync_ptr, ARCH: tl.constexpr):
+    """The first half of a barrier. What is read between the halves must not be written by any program."""
     drain_stores(ARCH)
     tl.debug_barrier()
-    arrived = tl.atomic_add(sync_ptr + ARRIVALS, 1, sem="release", scope="gpu") + 1
+    tl.atomic_add(sync_ptr + ARRIVALS, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, ARCH: tl.constexpr):
+    """The second half."""
+    target = index * n_programs
+    arrived = tl.atomic_add(sync_ptr + ARRIVALS, 0, sem="relaxed", scope="gpu")
     spins = 0
     # Polling relaxed: an acquire per poll would invalidate the cache each time, and Triton 3.6 hoists a volatile load.
     while (arrived < target) & (spins < SPIN_LIMIT):

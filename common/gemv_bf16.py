@@ -1,29 +1,54 @@
-"""Rows of a bfloat16 matrix times a float32 vector, accumulated in float32."""
+"""Rows of a bfloat16 matrix times a float32 vector, accumulated in float32.
+
+Loading is a step of its own, so that a kernel can have the next tile's weights on their way while it multiplies. A
+matrix is read as int32 words of two elements, each of which is a float32 after one shift or mask (as bfloat16 they would
+take a register each where they live across a loop's turns). A vector, and a tile's rows, are tuples of blocks over K, so
+that K need not be near a power of two; a vector has two blocks for each of a tile: even elements and odd ones.
+"""
 
 import triton
 import triton.language as tl
 
-from common.rmsnorm import load_normed
+
+@triton.jit
+def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x [K] as float32 blocks [BLOCK_K / 2]: even, odd, even, ... zeros beyond K."""
+    blocks = ()
+    for k0 in tl.static_range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (BLOCK_K // 2, 2)))
+        blocks = blocks + (even, odd)
+    return blocks
 
 
 @triton.jit
-def gemv_bf16(
-    w_ptr, x_ptr, row0, n_rows, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, norm_ptr=None, rstd=None
-):
-    """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0.
+def load_bf16_rows(w_ptr, row0, end_row, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows row0 .. row0 + BLOCK_M of W, bfloat16 [rows, K] given as int32, as int32 blocks [BLOCK_M, BLOCK_K / 2].
 
-    w_ptr bfloat16 [n_rows, K]; x_ptr float32 [K]; with norm_ptr (float32 [K]) x is x * rstd * norm first.
+    Zeros beyond K and from end_row on, where nothing is read.
     """
-    rows = row0 + tl.arange(0, BLOCK_M)
-    w_ptr += tl.cast(row0, tl.int64) * K
-    local = tl.arange(0, BLOCK_M)[:, None] * K
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        w = tl.load(w_ptr + local + k[None, :], mask=(rows < n_rows)[:, None] & (k < K)[None, :], other=0.0)
-        if norm_ptr is None:
-            x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        else:
-            x = load_normed(x_ptr, norm_ptr, rstd, k, k < K)
-        acc += w.to(tl.float32) * x[None, :]
+    row = tl.arange(0, BLOCK_M)
+    w_ptr += tl.cast(row0, tl.int64) * (K // 2)
+    blocks = ()
+    for k0 in tl.static_range(0, K // 2, BLOCK_K // 2):
+        k = k0 + tl.arange(0, BLOCK_K // 2)
+        mask = (row0 + row < end_row)[:, None] & (k < K // 2)[None, :]
+        blocks = blocks + (tl.load(w_ptr + row[:, None] * (K // 2) + k[None, :], mask=mask, other=0),)
+    return blocks
+
+
+@triton.jit
+def gemv_bf16(tile, x):
+    """tile @ x, float32 [BLOCK_M], of what the two functions above return for the same K and BLOCK_K."""
+    acc = _products(tile[0], x[0], x[1])
+    for i in tl.static_range(1, len(tile)):
+        acc += _products(tile[i], x[2 * i], x[2 * i + 1])
     return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def _products(words, even, odd):
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & -65536).to(tl.float32, bitcast=True)
+    return low * even[None, :] + high * odd[None, :]

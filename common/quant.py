@@ -31,6 +31,12 @@ def quantize_mxfp8(x):
 
 
 @triton.jit
+def dequantize_mxfp8(elements, e8m0):
+    """float32 [N, GROUP] of what quantize_mxfp8 returns."""
+    return elements.to(tl.float32) * e8m0_to_float32(e8m0)[:, None]
+
+
+@triton.jit
 def load_mxfp8(x_ptr, scale_ptr, offsets, mask):
     """Dequantize E4M3 x at `offsets`, with E8M0 scales at offsets // GROUP, to float32; zeros where masked."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -1,19 +1,35 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), split so that a GEMV can apply it while it reads its input."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) of a vector held as a tuple of blocks, see load_vector.
+
+The norm is a number times x * weight, so a GEMV can take x * weight and be scaled by rms_rstd afterwards: no program
+has to wait for the whole vector's sum before it multiplies.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def rms_rstd(x_ptr, SIZE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """1 / sqrt(mean(x^2) + eps) of float32 x [SIZE], as a float32 scalar. BLOCK: a power of two, at least SIZE."""
-    offsets = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets < SIZE, other=0.0)
-    return 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / SIZE + EPS)
+def rms_rstd(x, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of a vector of SIZE elements, as a float32 scalar. What lies beyond SIZE must be 0."""
+    squares = x[0] * x[0]
+    for i in tl.static_range(1, len(x)):
+        squares += x[i] * x[i]
+    return 1.0 / tl.sqrt(tl.sum(squares, axis=0) / SIZE + EPS)
 
 
 @triton.jit
-def load_normed(x_ptr, weight_ptr, rstd, offsets, mask):
-    """x * rstd * weight at `offsets`, float32, zeros where masked."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    return x * rstd * tl.load(weight_ptr + offsets, mask=mask, other=0.0)
+def add_blocks(a, b):
+    """a + b, block by block."""
+    blocks = ()
+    for i in tl.static_range(len(a)):
+        blocks = blocks + (a[i] + b[i],)
+    return blocks
+
+
+@triton.jit
+def multiply_blocks(a, b):
+    """a * b, block by block."""
+    blocks = ()
+    for i in tl.static_range(len(a)):
+        blocks = blocks + (a[i] * b[i],)
+    return blocks

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from host.config import ModelConfig
+from host.config import MXFP4_GROUP, ModelConfig
 from host.errors import InputError
 
 
@@ -20,19 +20,29 @@ class Tuning:
     num_warps: int
     qkv_m: int  # QKV rows per tile
     o_m: int  # O rows per tile
-    dense_k: int
     router_m: int
+    head_m: int
+    dense_k: int  # a tile holds whole rows, in blocks of this width
+    norm_block: int  # elements of the experts' input that a program writes at a time, a multiple of 32
+    fragments: bool  # experts as fragments of tensor core operands, whose tiles are 16 rows; else plain rows
     gate_up_m: int  # interleaved gate and up rows, two of which give one output; at least 64 with --quant
     down_m: int
     expert_k: int
-    head_m: int
-    head_k: int
     block_t: int  # cached positions per attention step
     split_t: int  # positions that a split has at least, a multiple of block_t
     max_splits: int  # splits grow beyond split_t so that there are never more
+    merge_s: int  # splits that are read together when they are merged
+    attention_precision: str  # of tl.dot on float32
     dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
+    prefetch: bool  # a dense tile is loaded while the one before it is multiplied, the first one during the barrier
+    prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
+    prefetch_o: int  # eighths of its O weights, before attention
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
+    @property
+    def writer_quantizes(self) -> bool:
+        """With --quant: whether activations are quantized by who writes them, or by each who reads them."""
+        return not self.fragments
 
 # 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The blocks follow what
 # is known to suit the chip; nothing here was run on one.
@@ -42,36 +52,48 @@ GFX950 = Tuning(
     num_warps=8,
     qkv_m=8,
     o_m=8,
-    dense_k=1024,
     router_m=1,
+    head_m=8,
+    dense_k=1024,
+    norm_block=512,
+    fragments=False,
     gate_up_m=64,
     down_m=16,
     expert_k=256,  # the widest without spills, and at least the 128 of a scaled MFMA
-    head_m=16,
-    head_k=1024,
     block_t=32,
     split_t=256,
-    max_splits=64,
+    max_splits=32,
+    merge_s=8,
+    attention_precision="ieee",
     dot_scaled=True,
+    prefetch=True,
+    prefetch_qkv=0,
+    prefetch_o=0,
     spin_limit=1 << 24,
 )
 SM_90 = Tuning(
     arch="cuda",
     programs_per_unit=2,
-    num_warps=4,  # two programs of four: gate-up 38 us, down 28; one of eight: 56 and 124
+    num_warps=4,
     qkv_m=4,
-    o_m=8,
-    dense_k=4096,  # whole rows: QKV 10.4 us against 15.8 at 1024, O 8.5 against 10.3
+    o_m=4,
     router_m=1,
-    gate_up_m=32,  # 4.22 ms a token against 5.57 at 64: 360 tiles on 264 programs take two rounds, 720 take 3 halves
-    down_m=16,
-    expert_k=1024,
     head_m=8,
-    head_k=4096,
-    block_t=32,  # at 64 the attention phase spills
-    split_t=32,  # a window of 128 on 32 programs instead of 8: 4.06 ms a token against 4.24
-    max_splits=64,
+    dense_k=1024,
+    norm_block=128,
+    fragments=True,
+    gate_up_m=16,
+    down_m=16,
+    expert_k=0,  # fragments hold whole rows
+    block_t=64,
+    split_t=128,
+    max_splits=32,
+    merge_s=8,
+    attention_precision="tf32x3",
     dot_scaled=False,
+    prefetch=True,
+    prefetch_qkv=8,
+    prefetch_o=8,
     spin_limit=1 << 24,
 )
 
@@ -113,7 +135,6 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         return max(least, min(next_power_of_2(n_rows), _CPU_BLOCK // block_k))
 
     dense_k = next_power_of_2(max(config.hidden_size, config.q_size))
-    head_k = next_power_of_2(config.hidden_size)
     expert_k = max(128, next_power_of_2(max(config.hidden_size, config.intermediate_size)))
     return Tuning(
         arch="cpu",
@@ -121,17 +142,23 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         num_warps=1,
         qkv_m=rows(config.qkv_size, dense_k),
         o_m=rows(config.hidden_size, dense_k),
+        router_m=rows(config.n_experts, dense_k),
+        head_m=rows(config.vocab_size, dense_k),
         dense_k=dense_k,
-        router_m=rows(config.n_experts, head_k),
+        norm_block=max(MXFP4_GROUP, next_power_of_2(config.hidden_size)),
+        fragments=False,
         gate_up_m=rows(2 * config.intermediate_size, expert_k),
         down_m=rows(config.hidden_size, expert_k, least=16),
         expert_k=expert_k,
-        head_m=rows(config.vocab_size, head_k),
-        head_k=head_k,
         block_t=256,
         split_t=4096,
         max_splits=64,
+        merge_s=4,
+        attention_precision="ieee",
         dot_scaled=True,
+        prefetch=False,
+        prefetch_qkv=0,
+        prefetch_o=0,
         spin_limit=1 << 14,
     )
 
@@ -142,14 +169,15 @@ def with_small_tiles(tuning: Tuning) -> Tuning:
         tuning,
         qkv_m=16,
         o_m=16,
-        dense_k=128,
         router_m=2,
+        head_m=16,
+        dense_k=128,
+        norm_block=32,
         gate_up_m=64,
         down_m=16,
         expert_k=128,
-        head_m=16,
-        head_k=128,
         block_t=16,
         split_t=32,
         max_splits=4,
+        merge_s=2,
     )

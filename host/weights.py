@@ -7,6 +7,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from host.config import ModelConfig
+from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
+from host.launch import Tuning
 
 
 class Weights(NamedTuple):
@@ -14,68 +16,86 @@ class Weights(NamedTuple):
 
     embed: torch.Tensor  # [vocab, H]
     attn_norm: torch.Tensor  # [L, H] float32
-    qkv: torch.Tensor  # [L, q + k + v rows, H]
+    qkv: torch.Tensor  # [L, q + k + v rows, H / 2] int32, two bfloat16 each, as all dense matrices that a GEMV reads
     qkv_bias: torch.Tensor  # [L, q + k + v rows]
     sinks: torch.Tensor  # [L, heads] float32
-    o: torch.Tensor  # [L, H, q rows]
+    o: torch.Tensor  # [L, H, q rows / 2] int32
     o_bias: torch.Tensor  # [L, H]
     mlp_norm: torch.Tensor  # [L, H] float32
-    router: torch.Tensor  # [L, E, H]
+    router: torch.Tensor  # [L, E, H / 2] int32
     router_bias: torch.Tensor  # [L, E]
-    gate_up: torch.Tensor  # [L, E, 2I, H / 8] int32, eight E2M1 each
+    gate_up: torch.Tensor  # [L, E, 2I, H / 8] int32, eight E2M1 each; or fragments, see weight_shapes
     gate_up_scales: torch.Tensor  # [L, E, 2I, H / 32] uint8, E8M0
     gate_up_bias: torch.Tensor  # [L, E, 2I]
     down: torch.Tensor  # [L, E, H, I / 8] int32, eight E2M1 each
     down_scales: torch.Tensor  # [L, E, H, I / 32] uint8, E8M0
     down_bias: torch.Tensor  # [L, E, H]
     final_norm: torch.Tensor  # [H] float32
-    lm_head: torch.Tensor  # [vocab, H]
+    lm_head: torch.Tensor  # [vocab, H / 2] int32
 
 
-def weight_shapes(config: ModelConfig) -> Weights:
-    """(shape, dtype) of each field."""
+def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
+    """(shape, dtype) of each field. Experts as fragments, if `tuning` says so, are int32 [L, E, tiles, words of a tile]."""
     n, e, h, i = config.n_layers, config.n_experts, config.hidden_size, config.intermediate_size
     bf16, f32, u8, i32 = torch.bfloat16, torch.float32, torch.uint8, torch.int32
+    experts = {}
+    for name, rows, k in (("gate_up", 2 * i, h), ("down", h, i)):
+        if tuning and tuning.fragments:
+            tiles = (n, e, tile_count(rows))
+            experts[name] = ((*tiles, block_words(k)), i32)
+            experts[f"{name}_scales"] = ((*tiles, scale_words(k, tuning.num_warps)), i32)
+        else:
+            experts[name] = ((n, e, rows, k // 8), i32)
+            experts[f"{name}_scales"] = ((n, e, rows, k // 32), u8)
     return Weights(
         embed=((config.vocab_size, h), bf16),
         attn_norm=((n, h), f32),
-        qkv=((n, config.qkv_size, h), bf16),
+        qkv=((n, config.qkv_size, h // 2), i32),
         qkv_bias=((n, config.qkv_size), bf16),
         sinks=((n, config.n_heads), f32),
-        o=((n, h, config.q_size), bf16),
+        o=((n, h, config.q_size // 2), i32),
         o_bias=((n, h), bf16),
         mlp_norm=((n, h), f32),
-        router=((n, e, h), bf16),
+        router=((n, e, h // 2), i32),
         router_bias=((n, e), bf16),
-        gate_up=((n, e, 2 * i, h // 8), i32),
-        gate_up_scales=((n, e, 2 * i, h // 32), u8),
         gate_up_bias=((n, e, 2 * i), bf16),
-        down=((n, e, h, i // 8), i32),
-        down_scales=((n, e, h, i // 32), u8),
         down_bias=((n, e, h), bf16),
         final_norm=((h,), f32),
-        lm_head=((config.vocab_size, h), bf16),
+        lm_head=((config.vocab_size, h // 2), i32),
+        **experts,
     )
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in weight_shapes(config))
+def weight_bytes(config: ModelConfig, tuning: Tuning | None = None) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in weight_shapes(config, tuning))
 
 
-def load_weights(checkpoint, device: torch.device, show_progress: bool = False) -> Weights:
-    """Copy a checkpoint (`.config`, `.tensors()`) to the device, one tensor at a time."""
+def load_weights(checkpoint, device: torch.device, tuning: Tuning, show_progress: bool = False) -> Weights:
+    """Copy a checkpoint (`.config`, `.tensors()`) to the device, one tensor at a time, as `tuning` wants it."""
     config = checkpoint.config
-    weights = Weights(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in weight_shapes(config)))
+    shapes = weight_shapes(config, tuning)
+    weights = Weights(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes))
     places = dict(_places(config, weights))
-    with tqdm(total=weight_bytes(config), unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
+    total = weight_bytes(config, tuning)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
         for name, tensor in checkpoint.tensors():
             place = places.pop(name)
-            target = place.view(torch.uint8) if tensor.dtype == torch.uint8 else place
-            target.copy_(tensor.reshape(target.shape))
+            _fill(place, name, tensor, tuning)
             bar.update(place.numel() * place.element_size())
     if places:
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
     return weights
+
+
+def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning) -> None:
+    if tuning.fragments and name.endswith(("_blocks", "_scales")):
+        for expert in range(len(tensor)):  # one at a time, as packing takes several times its bytes
+            matrix = tensor[expert].to(place.device)
+            packed = pack_blocks(matrix) if name.endswith("_blocks") else pack_scales(matrix, tuning.num_warps)
+            place[expert].copy_(packed)
+    else:
+        target = place.view(tensor.dtype) if place.dtype == torch.int32 else place
+        target.copy_(tensor.reshape(target.shape))
 
 
 def _places(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:

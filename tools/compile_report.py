@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 import gpt_oss_megakernel as mega
 from host.config import GPT_OSS_120B, ModelConfig
 from host.launch import GFX950, SM_90, Tuning, next_power_of_2
+from host.state import State, new_state
 from host.weights import Weights, weight_shapes
 
 TARGETS = {"gfx950": (GPUTarget("hip", "gfx950", 64), GFX950), "sm_90": (GPUTarget("cuda", 90, 32), SM_90)}
@@ -30,6 +31,7 @@ TRITON_TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
@@ -40,13 +42,13 @@ def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_1
     gpu, default_tuning = TARGETS[target]
     tuning = tuning or default_tuning
     n_programs = 132 * tuning.programs_per_unit
-    weights = Weights(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config)))
-    state = mega.new_state(config, tuning, quant, 4096, n_programs, "meta")
+    weights = Weights(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning)))
+    state = new_state(config, tuning, quant, 4096, n_programs, "meta")
     names = mega.megakernel.arg_names
-    constants = {"CONFIG": config, "TUNING": tuning, "QUANT": quant, "BLOCK_P": next_power_of_2(n_programs)}
+    constants = {"CONFIG": config, "TUNING": tuning, "QUANT": quant, "BLOCK_P": next_power_of_2(n_programs), "TRACE": False}
     signature = {
         "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),
-        "s": mega.State(*(TRITON_TYPES[t.dtype] for t in state)),
+        "s": State(*(TRITON_TYPES[t.dtype] for t in state)),
         **{name: "constexpr" if name in constants else "i32" for name in names[2:]},
     }
     aligned = [["tt.divisibility", 16]]

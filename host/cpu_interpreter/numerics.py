@@ -1,5 +1,7 @@
 """Mends the arithmetic of Triton's interpreter: what it computes on a CPU becomes what compiled kernels compute."""
 
+import time
+
 import numpy as np
 import triton
 import triton.language as tl
@@ -156,7 +158,16 @@ def _with_constexpr_formats(stock):
     return dot_scaled
 
 
-def _inline_asm(self, *args):
+class _Clock:
+    """What inline assembly that reads the clock returns."""
+
+    def get_result(self, index: int):
+        return Handle(np.array([time.perf_counter_ns()], dtype=np.int64), tl.int64)
+
+
+def _inline_asm(self, asm, *args):
+    if "%globaltimer" in asm:
+        return _Clock()
     raise NotImplementedError(
         "inline assembly has no meaning on a CPU: keep it behind a constexpr that is false under TRITON_INTERPRET=1"
     )

@@ -1,0 +1,449 @@
+"""The phases of a token, from which the megakernel and the separate launches are built.
+
+`w` is host.weights.Weights, `s` host.state.State, both of pointers here; CONFIG a ModelConfig, TUNING a Tuning. A phase
+is executed by n_programs programs of which this one is number pid, and what it reads of others must have been ordered
+before it: the megakernel does so by a grid barrier, separate launches by their order.
+"""
+
+import triton
+import triton.language as tl
+
+from common.argmax import keep_larger, reduce_argmax
+from common.attention import attend_cache, attend_one, finish_with_sink, merge_splits
+from common.barrier import ABORT, arrive_last
+from common.fp4_fragments import fragment_vector, gemv_fp4_fragments, load_fp4_fragments
+from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
+from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
+from common.prefetch import prefetch_l2
+from common.quant import GROUP, quantize_mxfp8
+from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
+from common.rope import load_rotated
+from common.router import pick, top_k_softmax
+from common.swiglu import swiglu
+
+
+@triton.jit
+def share(n_items, pid, n_programs):
+    """(first, end) of the items that a program takes: consecutive ones, as many as any other or one more."""
+    return pid * n_items // n_programs, (pid + 1) * n_items // n_programs
+
+
+@triton.jit
+def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The residual stream = the token's embedding."""
+    H: tl.constexpr = CONFIG.hidden_size
+    if pid == 0:
+        h = tl.arange(0, BLOCK_H)
+        row = tl.load(w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
+        tl.store(s.x + h, row.to(tl.float32), mask=h < H)
+        for slot in range(CONFIG.experts_per_token):
+            tl.store(s.expert_out + slot * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
+
+
+@triton.jit
+def load_residual(s, CONFIG: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x plus what the experts left, as blocks."""
+    H: tl.constexpr = CONFIG.hidden_size
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    x = load_vector(s.x, H, BLOCK_K)
+    for slot in tl.static_range(TOP_K):
+        x = add_blocks(x, load_vector(s.expert_out + slot * H, H, BLOCK_K))
+    return x
+
+
+@triton.jit
+def load_qkv_tile(w, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    H: tl.constexpr = CONFIG.hidden_size
+    ROWS: tl.constexpr = CONFIG.qkv_size
+    M: tl.constexpr = TUNING.qkv_m
+    return load_bf16_rows(w.qkv + layer * ROWS * (H // 2), tile * M, tl.minimum(end * M, ROWS), H, M, TUNING.dense_k)
+
+
+@triton.jit
+def first_qkv_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """What qkv_phase begins with, to be loaded before it may begin; () without TUNING.prefetch."""
+    if TUNING.prefetch:
+        first, end = share(tl.cdiv(CONFIG.qkv_size, TUNING.qkv_m), pid, n_programs)
+        return load_qkv_tile(w, layer, first, end, CONFIG, TUNING)
+    else:
+        return ()
+
+
+@triton.jit
+def prefetch_qkv(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Ask for this program's share of a layer's QKV weights."""
+    ROW_BYTES: tl.constexpr = 2 * CONFIG.hidden_size
+    if TUNING.prefetch_qkv > 0:
+        ARCH: tl.constexpr = TUNING.arch
+        first, end = share(tl.cdiv(CONFIG.qkv_size, TUNING.qkv_m), pid, n_programs)
+        rows = (end - first) * TUNING.qkv_m * TUNING.prefetch_qkv // 8
+        at = w.qkv + (layer * CONFIG.qkv_size + end * TUNING.qkv_m - rows) * (CONFIG.hidden_size // 2)
+        prefetch_l2(at, rows * ROW_BYTES, ARCH)
+
+
+@triton.jit
+def prefetch_o(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Ask for this program's share of a layer's O weights."""
+    ROW_BYTES: tl.constexpr = 2 * CONFIG.q_size
+    if TUNING.prefetch_o > 0:
+        ARCH: tl.constexpr = TUNING.arch
+        first, end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
+        rows = (end - first) * TUNING.o_m * TUNING.prefetch_o // 8
+        prefetch_l2(w.o + (layer * CONFIG.hidden_size + end * TUNING.o_m - rows) * (CONFIG.q_size // 2), rows * ROW_BYTES, ARCH)
+
+
+@triton.jit
+def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """qkv = W_qkv @ rmsnorm(residual) + b. `weights`: the first tile."""
+    H: tl.constexpr = CONFIG.hidden_size
+    ROWS: tl.constexpr = CONFIG.qkv_size
+    M: tl.constexpr = TUNING.qkv_m
+    x = load_residual(s, CONFIG, TUNING.dense_k)
+    rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
+    x = multiply_blocks(x, load_vector(w.attn_norm + layer * H, H, TUNING.dense_k))
+    first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
+    for tile in range(first, end):
+        if TUNING.prefetch:
+            following = load_qkv_tile(w, layer, tile + 1, end, CONFIG, TUNING)
+        else:
+            weights = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
+        row = tile * M + tl.arange(0, M)
+        y = gemv_bf16(weights, x) * rstd
+        y += tl.load(w.qkv_bias + layer * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
+        tl.store(s.qkv + row, y, mask=row < ROWS)
+        if TUNING.prefetch:
+            weights = following
+
+
+@triton.jit
+def attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
+    D: tl.constexpr = CONFIG.head_dim
+    G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
+    BLOCK_G: tl.constexpr = CONFIG.padded_group
+    SPLITS: tl.constexpr = TUNING.max_splits
+    PRECISION: tl.constexpr = TUNING.attention_precision
+    ARCH: tl.constexpr = TUNING.arch
+    g = tl.arange(0, BLOCK_G)
+    dim = tl.arange(0, D)
+    window = tl.load(s.windows + layer)
+    start = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
+    past = position - start
+    split_size = tl.maximum(tl.cdiv(tl.cdiv(past, SPLITS), TUNING.block_t) * TUNING.block_t, TUNING.split_t)
+    n_splits = tl.maximum(tl.cdiv(past, split_size), 1)
+    cos_ptr = s.cos + position * (D // 2)
+    sin_ptr = s.sin + position * (D // 2)
+    for unit in range(pid, CONFIG.n_kv_heads * n_splits, n_programs):
+        kv_head = unit // n_splits
+        split = unit % n_splits
+        cache = (layer * CONFIG.n_kv_heads + kv_head) * max_context * D
+        q = load_rotated(s.qkv, kv_head * G + g, g < G, cos_ptr, sin_ptr, D)
+        first = start + split * split_size
+        last = tl.minimum(first + split_size, position)
+        m, l, acc = attend_cache(  # noqa: E741
+            q,
+            s.k_cache + cache,
+            s.v_cache + cache,
+            first,
+            last,
+            CONFIG.sm_scale,
+            D,
+            TUNING.block_t,
+            PRECISION,
+        )
+        if split == n_splits - 1:
+            # The current key and value stay in registers: no program waits for the cache to be appended.
+            one = kv_head + tl.arange(0, 1)
+            k = load_rotated(s.qkv + CONFIG.q_size, one, one >= 0, cos_ptr, sin_ptr, D)
+            k = tl.reshape(k, (D,)).to(s.k_cache.dtype.element_ty)
+            v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head * D + dim)
+            v = v.to(s.v_cache.dtype.element_ty)
+            tl.store(s.k_cache + cache + position.to(tl.int64) * D + dim, k)
+            tl.store(s.v_cache + cache + position.to(tl.int64) * D + dim, v)
+            m, l, acc = attend_one(m, l, acc, q, k.to(tl.float32), v.to(tl.float32), CONFIG.sm_scale)  # noqa: E741
+
+        complete = n_splits == 1
+        if n_splits > 1:
+            states = kv_head * SPLITS * BLOCK_G
+            mine = states + split * BLOCK_G + g
+            tl.store(s.split_m + mine, m)
+            tl.store(s.split_l + mine, l)
+            tl.store(s.split_acc + mine[:, None] * D + dim[None, :], acc)
+            complete = arrive_last(s.split_arrivals + kv_head, n_splits, ARCH)
+            if complete:
+                m, l, acc = merge_splits(  # noqa: E741
+                    s.split_m + states,
+                    s.split_l + states,
+                    s.split_acc + states * D,
+                    n_splits,
+                    BLOCK_G,
+                    D,
+                    triton.next_power_of_2(SPLITS),
+                    TUNING.merge_s,
+                )
+        if complete:
+            head = kv_head * G + g
+            sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
+            out = finish_with_sink(m, l, acc, sink)
+            tl.store(s.attention + head[:, None] * D + dim[None, :], out, mask=(g < G)[:, None])
+
+
+@triton.jit
+def load_o_tile(w, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    H: tl.constexpr = CONFIG.hidden_size
+    K: tl.constexpr = CONFIG.q_size
+    M: tl.constexpr = TUNING.o_m
+    return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, tl.minimum(end * M, H), K, M, TUNING.dense_k)
+
+
+@triton.jit
+def first_o_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """What o_phase begins with, to be loaded before it may begin; () without TUNING.prefetch."""
+    if TUNING.prefetch:
+        first, end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
+        return load_o_tile(w, layer, first, end, CONFIG, TUNING)
+    else:
+        return ()
+
+
+@triton.jit
+def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """x = residual + W_o @ attention + b. `weights`: the first tile."""
+    H: tl.constexpr = CONFIG.hidden_size
+    M: tl.constexpr = TUNING.o_m
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    a = load_vector(s.attention, CONFIG.q_size, TUNING.dense_k)
+    first, end = share(tl.cdiv(H, M), pid, n_programs)
+    for tile in range(first, end):
+        if TUNING.prefetch:
+            following = load_o_tile(w, layer, tile + 1, end, CONFIG, TUNING)
+        else:
+            weights = load_o_tile(w, layer, tile, end, CONFIG, TUNING)
+        row = tile * M + tl.arange(0, M)
+        x = tl.load(s.x + row, mask=row < H, other=0.0)
+        for slot in tl.static_range(TOP_K):
+            x += tl.load(s.expert_out + slot * H + row, mask=row < H, other=0.0)
+        y = gemv_bf16(weights, a)
+        y += tl.load(w.o_bias + layer * H + row, mask=row < H, other=0.0).to(tl.float32)
+        tl.store(s.x + row, x + y, mask=row < H)
+        if TUNING.prefetch:
+            weights = following
+
+
+@triton.jit
+def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """router_logits = W_r @ rmsnorm(x) + b, and the experts' input: rmsnorm(x)."""
+    H: tl.constexpr = CONFIG.hidden_size
+    E: tl.constexpr = CONFIG.n_experts
+    M: tl.constexpr = TUNING.router_m
+    NORM: tl.constexpr = TUNING.norm_block
+    N_TILES: tl.constexpr = (E + M - 1) // M
+    N_BLOCKS: tl.constexpr = (H + NORM - 1) // NORM
+    norm_ptr = w.mlp_norm + layer * H
+    # Rows from the first program on, blocks from the last one on, so that few have both.
+    if (pid < N_TILES) | (n_programs - 1 - pid < N_BLOCKS):
+        weights = load_bf16_rows(w.router + layer * E * (H // 2), pid * M, E, H, M, TUNING.dense_k)
+        x = load_vector(s.x, H, TUNING.dense_k)
+        rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
+        x = multiply_blocks(x, load_vector(norm_ptr, H, TUNING.dense_k))
+        for tile in range(pid, N_TILES, n_programs):
+            if tile != pid:
+                weights = load_bf16_rows(w.router + layer * E * (H // 2), tile * M, E, H, M, TUNING.dense_k)
+            row = tile * M + tl.arange(0, M)
+            y = gemv_bf16(weights, x) * rstd
+            y += tl.load(w.router_bias + layer * E + row, mask=row < E, other=0.0).to(tl.float32)
+            tl.store(s.router_logits + row, y, mask=row < E)
+        for block in range(n_programs - 1 - pid, N_BLOCKS, n_programs):
+            h = block * NORM + tl.arange(0, NORM)
+            normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
+            write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT and TUNING.writer_quantizes)
+
+
+@triton.jit
+def write_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: tl.constexpr):
+    """Store float32 x [N] as elements first .. first + N of SIZE; in MXFP8 with QUANTIZE, for which N has whole groups."""
+    N: tl.constexpr = x.shape[0]
+    i = first + tl.arange(0, N)
+    if QUANTIZE:
+        elements, scale = quantize_mxfp8(tl.reshape(x, (N // GROUP, GROUP)))
+        tl.store(x_ptr + i, tl.reshape(elements, (N,)), mask=i < SIZE)
+        group = tl.arange(0, N // GROUP) + first // GROUP
+        tl.store(scale_ptr + group, scale, mask=group < SIZE // GROUP)
+    else:
+        tl.store(x_ptr + i, x, mask=i < SIZE)
+
+
+@triton.jit
+def choose_experts(s, CONFIG: tl.constexpr):
+    """(experts, weights) of the router's choice; every program makes it for itself."""
+    return top_k_softmax(
+        s.router_logits,
+        CONFIG.n_experts,
+        CONFIG.experts_per_token,
+        triton.next_power_of_2(CONFIG.n_experts),
+        triton.next_power_of_2(CONFIG.experts_per_token),
+    )
+
+
+@triton.jit
+def expert_vector(x_ptr, x_scale_ptr, K: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """Activations as expert_gemv takes them."""
+    if TUNING.fragments:
+        return fragment_vector(x_ptr, K, TUNING.num_warps, QUANT)
+    else:
+        return x_ptr, x_scale_ptr
+
+
+@triton.jit
+def load_expert_tile(
+    blocks_ptr, scales_ptr, matrix, tile, valid, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, TUNING: tl.constexpr
+):
+    """Tile of M rows of matrix number `matrix` of the stack as expert_gemv takes it; nothing is read if not `valid`."""
+    if TUNING.fragments:
+        WARPS: tl.constexpr = TUNING.num_warps
+        TILE_WORDS: tl.constexpr = (K + 63) // 64 * 128
+        SCALE_WORDS: tl.constexpr = (K + 256 * WARPS - 1) // (256 * WARPS) * 32 * WARPS
+        at = matrix * ((ROWS + M - 1) // M) + tile
+        return load_fp4_fragments(blocks_ptr + at * TILE_WORDS, scales_ptr + at * SCALE_WORDS, K, WARPS, valid)
+    else:
+        return blocks_ptr + matrix * (ROWS * (K // 8)), scales_ptr + matrix * (ROWS * (K // GROUP))
+
+
+@triton.jit
+def expert_gemv(
+    weights,
+    vector,
+    row0,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    TUNING: tl.constexpr,
+    QUANT: tl.constexpr,
+):
+    """Rows row0 .. row0 + M of an MXFP4 matrix [ROWS, K] times a vector."""
+    if TUNING.fragments:
+        ARCH: tl.constexpr = TUNING.arch
+        return gemv_fp4_fragments(weights, vector, TUNING.num_warps, ARCH)
+    else:
+        if QUANT:
+            return gemv_fp4_fp8(
+                weights[0], weights[1], vector[0], vector[1], row0, ROWS, K, M, TUNING.expert_k, TUNING.dot_scaled
+            )
+        else:
+            return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, TUNING.expert_k)
+
+
+@triton.jit
+def gate_up_phase(
+    w, s, layer, experts, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
+):
+    """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate."""
+    K: tl.constexpr = CONFIG.hidden_size
+    ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
+    # Whoever quantizes needs all 32 outputs of a scale, that is 64 rows.
+    QUANTIZE: tl.constexpr = QUANT and TUNING.writer_quantizes
+    M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANTIZE else TUNING.gate_up_m
+    N_TILES: tl.constexpr = (ROWS + M - 1) // M
+    first, end = share(N_TILES * CONFIG.experts_per_token, pid, n_programs)
+    matrix = (layer * CONFIG.n_experts + pick(experts, first // N_TILES))
+    weights = load_expert_tile(w.gate_up, w.gate_up_scales, matrix, first % N_TILES, first < end, ROWS, K, M, TUNING)
+    vector = expert_vector(s.expert_in, s.expert_in_scale, K, TUNING, QUANT)
+    for item in range(first, end):
+        following_matrix = (layer * CONFIG.n_experts + pick(experts, (item + 1) // N_TILES))
+        following = load_expert_tile(
+            w.gate_up, w.gate_up_scales, following_matrix, (item + 1) % N_TILES, item + 1 < end, ROWS, K, M, TUNING
+        )
+        slot = item // N_TILES
+        row0 = (item % N_TILES) * M
+        row = row0 + tl.arange(0, M)
+        y = expert_gemv(weights, vector, row0, ROWS, K, M, TUNING, QUANT)
+        y += tl.load(w.gate_up_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(y, (M // 2, 2)))
+        act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
+        write_activations(
+            s.expert_act + slot * (ROWS // 2),
+            s.expert_act_scale + slot * (ROWS // 2 // GROUP),
+            act,
+            row0 // 2,
+            ROWS // 2,
+            QUANTIZE,
+        )
+        weights = following
+        matrix = following_matrix
+
+
+@triton.jit
+def down_phase(
+    w, s, layer, experts, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
+):
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert, one after the other for each program."""
+    ROWS: tl.constexpr = CONFIG.hidden_size
+    K: tl.constexpr = CONFIG.intermediate_size
+    M: tl.constexpr = TUNING.down_m
+    N_TILES: tl.constexpr = (ROWS + M - 1) // M
+    lanes = tl.minimum(n_programs, CONFIG.experts_per_token)  # a program takes few experts, as each is another vector
+    lane = pid % lanes
+    for slot in range(lane, CONFIG.experts_per_token, lanes):
+        first, end = share(N_TILES, pid // lanes, (n_programs - lane + lanes - 1) // lanes)
+        matrix = layer * CONFIG.n_experts + pick(experts, slot)
+        expert_weight = pick(weights, slot)
+        tile_weights = load_expert_tile(w.down, w.down_scales, matrix, first, first < end, ROWS, K, M, TUNING)
+        vector = expert_vector(s.expert_act + slot * K, s.expert_act_scale + slot * (K // GROUP), K, TUNING, QUANT)
+        for tile in range(first, end):
+            following = load_expert_tile(w.down, w.down_scales, matrix, tile + 1, tile + 1 < end, ROWS, K, M, TUNING)
+            row = tile * M + tl.arange(0, M)
+            y = expert_gemv(tile_weights, vector, tile * M, ROWS, K, M, TUNING, QUANT)
+            y += tl.load(w.down_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
+            tl.store(s.expert_out + slot * ROWS + row, expert_weight * y, mask=row < ROWS)
+            tile_weights = following
+
+
+@triton.jit
+def load_head_tile(w, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    M: tl.constexpr = TUNING.head_m
+    return load_bf16_rows(
+        w.lm_head, tile * M, tl.minimum(end * M, CONFIG.vocab_size), CONFIG.hidden_size, M, TUNING.dense_k
+    )
+
+
+@triton.jit
+def head_phase(w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Each program's largest logit of W_head @ rmsnorm(residual); the logits themselves only when asked for."""
+    H: tl.constexpr = CONFIG.hidden_size
+    V: tl.constexpr = CONFIG.vocab_size
+    M: tl.constexpr = TUNING.head_m
+    first, end = share(tl.cdiv(V, M), pid, n_programs)
+    if TUNING.prefetch:
+        weights = load_head_tile(w, first, end, CONFIG, TUNING)
+    x = load_residual(s, CONFIG, TUNING.dense_k)
+    rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
+    x = multiply_blocks(x, load_vector(w.final_norm, H, TUNING.dense_k))
+    best = tl.full([M], float("-inf"), tl.float32)
+    best_index = tl.zeros([M], tl.int32)
+    for tile in range(first, end):
+        if TUNING.prefetch:
+            following = load_head_tile(w, tile + 1, end, CONFIG, TUNING)
+        else:
+            weights = load_head_tile(w, tile, end, CONFIG, TUNING)
+        row = tile * M + tl.arange(0, M)
+        logits = gemv_bf16(weights, x) * rstd
+        if want_logits:
+            tl.store(s.logits + row, logits, mask=row < V)
+        best, best_index = keep_larger(best, best_index, tl.where(row < V, logits, float("-inf")), row)
+        if TUNING.prefetch:
+            weights = following
+    value, index = reduce_argmax(best, best_index)
+    tl.store(s.head_value + pid, value)
+    tl.store(s.head_index + pid, index)
+
+
+@triton.jit
+def argmax_phase(s, position, pid, n_programs, BLOCK_P: tl.constexpr):
+    """tokens[position + 1] = index of the largest logit, unless a barrier gave up."""
+    if pid == 0:
+        program = tl.arange(0, BLOCK_P)
+        value = tl.load(s.head_value + program, mask=program < n_programs, other=float("-inf"))
+        index = tl.load(s.head_index + program, mask=program < n_programs, other=0x7FFFFFFF)
+        _, token = reduce_argmax(value, index)
+        if tl.load(s.sync + ABORT) == 0:  # otherwise -1 stays there
+            tl.store(s.tokens + position + 1, token)

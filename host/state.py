@@ -1,0 +1,88 @@
+"""What decoding keeps on the device besides the weights."""
+
+from typing import NamedTuple
+
+import torch
+
+from common import SYNC_WORDS
+from host.config import MXFP4_GROUP, ModelConfig
+from host.launch import Tuning
+from host.rope import rope_tables
+
+
+class State(NamedTuple):
+    """What a step reads and writes on the device besides the weights. float32 unless said."""
+
+    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next
+    k_cache: torch.Tensor  # [layers, kv heads, context, head_dim] bfloat16, or what was asked for
+    v_cache: torch.Tensor
+    cos: torch.Tensor  # [context, head_dim / 2]
+    sin: torch.Tensor
+    windows: torch.Tensor  # [layers] int32, 0 for full attention
+    x: torch.Tensor  # [hidden] the residual stream
+    qkv: torch.Tensor  # [q + k + v rows]
+    attention: torch.Tensor  # [heads, head_dim]
+    split_m: torch.Tensor  # [kv heads, splits, group] states of the split softmax
+    split_l: torch.Tensor
+    split_acc: torch.Tensor  # [kv heads, splits, group, head_dim]
+    split_arrivals: torch.Tensor  # [kv heads] int32
+    router_logits: torch.Tensor  # [experts]
+    expert_in: torch.Tensor  # [hidden], float8e4nv where the writer quantizes
+    expert_in_scale: torch.Tensor  # [hidden / 32] uint8, used there only
+    expert_act: torch.Tensor  # [top k, intermediate], likewise
+    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8, likewise
+    expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
+    head_value: torch.Tensor  # [programs] each program's largest logit
+    head_index: torch.Tensor  # [programs] int32
+    logits: torch.Tensor  # [vocab]
+    sync: torch.Tensor  # [SYNC_WORDS] int32
+    trace: torch.Tensor  # [events, programs] int64, see common/trace.py; events is 0 unless a token is to be traced
+
+
+def new_state(
+    config: ModelConfig,
+    tuning: Tuning,
+    quant: bool,
+    max_context: int,
+    num_programs: int,
+    device: torch.device | str,
+    kv_dtype: torch.dtype = torch.bfloat16,
+    trace_events: int = 0,
+) -> State:
+    """Zeroed state for one sequence of up to max_context tokens."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    hidden, top_k, inter = config.hidden_size, config.experts_per_token, config.intermediate_size
+    cache = (config.n_layers, config.n_kv_heads, max_context, config.head_dim)
+    splits = (config.n_kv_heads, tuning.max_splits, config.padded_group)
+    expert_dtype = torch.float8_e4m3fn if quant and tuning.writer_quantizes else torch.float32
+    cos, sin = rope_tables(config, max_context, device)
+    windows = [config.window(n) for n in range(config.n_layers)]
+    return State(
+        tokens=zeros(max_context + 1, dtype=torch.int32),
+        k_cache=zeros(*cache, dtype=kv_dtype),
+        v_cache=zeros(*cache, dtype=kv_dtype),
+        cos=cos,
+        sin=sin,
+        windows=torch.tensor(windows, dtype=torch.int32, device=device),
+        x=zeros(hidden),
+        qkv=zeros(config.qkv_size),
+        attention=zeros(config.q_size),
+        split_m=zeros(*splits),
+        split_l=zeros(*splits),
+        split_acc=zeros(*splits, config.head_dim),
+        split_arrivals=zeros(config.n_kv_heads, dtype=torch.int32),
+        router_logits=zeros(config.n_experts),
+        expert_in=zeros(hidden, dtype=expert_dtype),
+        expert_in_scale=zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
+        expert_act=zeros(top_k, inter, dtype=expert_dtype),
+        expert_act_scale=zeros(top_k, inter // MXFP4_GROUP, dtype=torch.uint8),
+        expert_out=zeros(top_k, hidden),
+        head_value=zeros(num_programs),
+        head_index=zeros(num_programs, dtype=torch.int32),
+        logits=zeros(config.vocab_size),
+        sync=zeros(SYNC_WORDS, dtype=torch.int32),
+        trace=zeros(trace_events, num_programs, dtype=torch.int64),
+    )
