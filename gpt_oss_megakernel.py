@@ -50,12 +50,13 @@ from host.config import PRESETS, ModelConfig, check_token
 from host.errors import InputError, MegakernelAborted
 from host.launch import Tuning, check_program_count, next_power_of_2, program_count, tuning_for
 from host.limits import check_memory, context_length
+from host.phases import PHASES, barrier_name
 from host.state import State, new_state
+from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
+from host.traffic import bytes_by_phase
 from host.weights import Weights, load_weights, weight_bytes
 from load_hf import open_checkpoint
 from tokenizer_util import Tokenizer
-
-PHASES = ("QKV", "attention", "O projection", "router", "gate-up", "down")  # each ends with a barrier
 
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
@@ -94,14 +95,16 @@ def megakernel(
     for n in range(n_layers):
         layer = tl.cast(n, tl.int64)
         barrier = 2 + n * 6
+        window = tl.load(s.windows + layer)
+        phases.prefetch_attention(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         phases.qkv_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier, pid, n_programs, TRACE, ARCH)
         phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
 
-        phases.attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG, TUNING)
+        phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
-        o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
+        o_tile = phases.first_o_tile(w, s, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
         phases.o_phase(w, s, layer, o_tile, pid, n_programs, CONFIG, TUNING)
@@ -163,11 +166,13 @@ class MegaModel:
         kv_dtype: torch.dtype = torch.bfloat16,
         show_progress: bool = False,
         trace_position: int | None = None,
+        weights: Weights | None = None,
     ):
         """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
 
-        kv_dtype is float32 for comparisons without rounding. InputError if the context is longer than the model's, or
-        weights and cache do not fit the device.
+        kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
+        checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
+        device.
         """
         self.config: ModelConfig = checkpoint.config
         self.device = usable_device(device)
@@ -177,9 +182,9 @@ class MegaModel:
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
-        needed = weight_bytes(self.config, self.tuning)
+        needed = weight_bytes(self.config, self.tuning) if weights is None else 0
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
-        self.weights: Weights = load_weights(checkpoint, self.device, self.tuning, show_progress)
+        self.weights = weights or load_weights(checkpoint, self.device, self.tuning, show_progress)
         self.trace_position = trace_position
         self.state = self._new_state(kv_dtype)
         # Compiles, and shows that the programs can be resident, before anyone waits.
@@ -223,6 +228,11 @@ class MegaModel:
             kv_dtype,
             trace_events=0 if self.trace_position is None else 2 + 2 * barriers,
         )
+
+    def traced_launch(self) -> Launch:
+        """What the launch at trace_position noted, once it has ended. ValueError if there was none."""
+        n_bytes = bytes_by_phase(self.config, self.trace_position or 0)
+        return Launch.from_events(self.state.trace.cpu().numpy(), self.config.n_layers, n_bytes)
 
     def step(self, token_id: int, position: int) -> int:
         """Feed a token at a position whose predecessors were fed; returns the most likely next token."""
@@ -350,8 +360,7 @@ class MegaModel:
                 QUANT=self.quant,
                 BLOCK_P=next_power_of_2(self.num_programs),
                 TRACE=position == self.trace_position,
-                num_warps=self.tuning.num_warps,
-                launch_cooperative_grid=self.tuning.arch == "cuda",
+                **self.tuning.options(),
             )
         except RuntimeError as error:
             if "cooperative launch" not in str(error):
@@ -376,14 +385,6 @@ class MegaModel:
             )
 
 
-def barrier_name(barrier: int, n_layers: int) -> str:
-    """What precedes barrier number 1, 2, ... of a launch."""
-    layer, phase = divmod(barrier - 2, len(PHASES))
-    if barrier == 1:
-        return "the embedding"
-    return f"the {PHASES[phase]} phase of layer {layer}" if layer < n_layers else "the LM head"
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description="GPT-OSS decoded by one persistent kernel launch per token.")
@@ -394,6 +395,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
     parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
     parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
+    parser.add_argument(
+        "--trace", metavar="FILE.json", type=Path, help="time the phases of one token, as a Chrome trace and a table"
+    )
+    parser.add_argument(
+        "--trace-token",
+        metavar="N",
+        type=positive_int,
+        help=f"time the Nth generated token; default: {USUAL_TOKEN}, or the last one",
+    )
     return parser.parse_args()
 
 
@@ -411,20 +421,34 @@ def main() -> None:
     args = parse_arguments()
     checkpoint, tokenizer = open_model(args)
     prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
-    with logits_writer(args.logits_out, checkpoint.config.vocab_size) as on_logits:
-        model = MegaModel(
-            checkpoint, args.quant, args.max_context, num_programs=args.num_programs, show_progress=sys.stderr.isatty()
-        )
-        stream_generation(
-            model.generate(prompt_ids, args.max_new_tokens, on_logits),
-            prompt_ids,
-            tokenizer,
-            checkpoint.config,
-            args.max_new_tokens,
-            device=device_name(model.device),
-            path="quant" if args.quant else "default",
-            as_json=args.json,
-        )
+    traced = token_to_trace(args, len(prompt_ids), context_length(checkpoint.config, args.max_context))
+    with trace_writer(args.trace) as write_trace:
+        with logits_writer(args.logits_out, checkpoint.config.vocab_size) as on_logits:
+            model = MegaModel(
+                checkpoint,
+                args.quant,
+                args.max_context,
+                num_programs=args.num_programs,
+                show_progress=sys.stderr.isatty(),
+                trace_position=None if traced is None else len(prompt_ids) - 1 + traced - 1,
+            )
+            generation = stream_generation(
+                model.generate(prompt_ids, args.max_new_tokens, on_logits),
+                prompt_ids,
+                tokenizer,
+                checkpoint.config,
+                args.max_new_tokens,
+                device=device_name(model.device),
+                path="quant" if args.quant else "default",
+                as_json=args.json,
+            )
+        if write_trace:
+            if len(generation.token_ids) < traced:
+                raise InputError(f"--trace-token {traced}: the answer ended after {len(generation.token_ids)} tokens")
+            launch = model.traced_launch()
+            title = f"token {traced} at position {model.trace_position}: {generation.device}, {generation.path}"
+            write_trace(chrome_trace(launch, title))
+            print(f"{title}\n{table_text(table_rows(launch))}", file=sys.stderr)
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:

@@ -8,6 +8,8 @@ values weighted by exp(score - m). States merge in a fixed order, so the result 
 import triton
 import triton.language as tl
 
+NO_SCORE = tl.constexpr(-1e30)  # below any score, yet finite: a warp may have seen no position
+
 
 @triton.jit
 def attend_cache(
@@ -19,33 +21,61 @@ def attend_cache(
     SM_SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Attend cached positions start <= t < end of one KV head.
 
-    q float32 [G, HEAD_DIM]; k_ptr, v_ptr bfloat16 [positions, HEAD_DIM]; PRECISION is tl.dot's input_precision.
-    Returns the state m [G], l [G], acc [G, HEAD_DIM], float32; with no position at all m is -inf and the rest zero.
+    q float32 [G, HEAD_DIM]; k_ptr, v_ptr bfloat16 [positions, HEAD_DIM], or float32. Returns the state m [G], l [G],
+    acc [G, HEAD_DIM], float32; with no position at all m is -inf and the rest zero. A step of BLOCK_T positions is
+    shared evenly by WARPS warps, each of which has a state of its own until the end.
     """
     G: tl.constexpr = q.shape[0]
-    m = tl.full([G], float("-inf"), tl.float32)
-    l = tl.zeros([G], tl.float32)  # noqa: E741 - the softmax literature's name
-    acc = tl.zeros([G, HEAD_DIM], tl.float32)
+    SHARE: tl.constexpr = BLOCK_T // WARPS
+    m = tl.full([WARPS, G], NO_SCORE, tl.float32)
+    l = tl.zeros([WARPS, G], tl.float32)  # noqa: E741 - the softmax literature's name
+    acc = tl.zeros([WARPS, G, HEAD_DIM], tl.float32)
     dim = tl.arange(0, HEAD_DIM)
-    for t0 in range(start, end, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        seen = t < end
-        offsets = t[:, None] * HEAD_DIM + dim[None, :]
-        k = tl.load(k_ptr + offsets, mask=seen[:, None], other=0.0)
-        v = tl.load(v_ptr + offsets, mask=seen[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision=PRECISION) * SM_SCALE
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, axis=1))
-        p = tl.exp(scores - m_new[:, None])
+    position = tl.arange(0, WARPS)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    queries = tl.broadcast_to(q[None, :, :], (WARPS, G, HEAD_DIM)) * SM_SCALE
+    for t0 in tl.range(start, end, BLOCK_T, num_stages=1):
+        seen = t0 + position < end
+        offsets = (t0 + position)[:, :, None] * HEAD_DIM + dim[None, None, :]
+        k = tl.load(k_ptr + offsets, mask=seen[:, :, None], other=0.0)
+        v = tl.load(v_ptr + offsets, mask=seen[:, :, None], other=0.0)
+        scores = _dot(queries, tl.permute(k, (0, 2, 1)))
+        scores = tl.where(seen[:, None, :], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=2))
+        p = tl.exp(scores - m_new[:, :, None])
         keep = tl.exp(m - m_new)
-        l = l * keep + tl.sum(p, axis=1)  # noqa: E741
-        acc = acc * keep[:, None] + tl.dot(p, v.to(tl.float32), input_precision=PRECISION)
+        l = l * keep + tl.sum(p, axis=2)  # noqa: E741
+        acc = acc * keep[:, :, None] + _dot(p, v)
         m = m_new
-    return m, l, acc
+    m_all = tl.max(m, axis=0)
+    keep = tl.exp(m - m_all[None, :])
+    l = tl.sum(l * keep, axis=0)  # noqa: E741
+    return tl.where(l > 0, m_all, float("-inf")), l, tl.sum(acc * keep[:, :, None], axis=0)
+
+
+@triton.jit
+def _dot(a, b):
+    """float32 a [B, M, K] times b [B, K, N], to float32's precision.
+
+    For bfloat16 b, a becomes three bfloat16 matrices that add up to it, stacked: one matrix product on matrix cores.
+    """
+    if b.dtype == tl.bfloat16:
+        B: tl.constexpr = a.shape[0]
+        M: tl.constexpr = a.shape[1]
+        K: tl.constexpr = a.shape[2]
+        high = a.to(tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        parts = tl.join(tl.join(high, middle), tl.join(low, tl.zeros_like(low)))
+        parts = tl.reshape(tl.permute(parts, (0, 4, 3, 1, 2)), (B, 4 * M, K))
+        products = tl.dot(parts, b, out_dtype=tl.float32)
+        return tl.sum(tl.reshape(products, (B, 4, M, b.shape[2])), axis=1)
+    else:
+        return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def load_fp4_fragments(blocks_ptr, scales_ptr, K: tl.constexpr, WARPS: tl.conste
     UNIT_WORDS: tl.constexpr = UNIT_BYTES // 4
     WORDS: tl.constexpr = (K + UNIT_K - 1) // UNIT_K * UNIT_WORDS
     STEP_WORDS: tl.constexpr = 2 * WARPS * UNIT_WORDS
-    STEPS: tl.constexpr = (K + 2 * WARPS * DOT_K - 1) // (2 * WARPS * DOT_K) * 2  # one word has the scales of two
+    STEPS: tl.constexpr = (K + WARPS * DOT_K - 1) // (WARPS * DOT_K)
     word = tl.arange(0, STEP_WORDS)
     lane = tl.arange(0, WARPS * 32)
     blocks = ()
@@ -56,7 +56,7 @@ def load_fp4_fragments(blocks_ptr, scales_ptr, K: tl.constexpr, WARPS: tl.conste
         # Read once a token, if at all: leaves the cache to what is fetched ahead.
         words = tl.load(blocks_ptr + step * STEP_WORDS + word, mask=mask, other=0, eviction_policy="evict_first")
         blocks = blocks + (words,)
-    for pair in tl.static_range(STEPS // 2):
+    for pair in tl.static_range((STEPS + 1) // 2):  # a word has the scales of two steps
         scales = scales + (tl.load(scales_ptr + pair * (WARPS * 32) + lane, mask=(lane >= 0) & valid, other=0),)
     return blocks, scales
 
@@ -67,7 +67,7 @@ def fragment_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, QUANT: tl.const
 
     With QUANT x is rounded to MXFP8 first.
     """
-    STEPS: tl.constexpr = (K + 2 * WARPS * DOT_K - 1) // (2 * WARPS * DOT_K) * 2
+    STEPS: tl.constexpr = (K + WARPS * DOT_K - 1) // (WARPS * DOT_K)
     i = tl.arange(0, WARPS * DOT_K)
     blocks = ()
     largest = tl.zeros([WARPS * DOT_K // GROUP, GROUP], tl.float32)
@@ -95,11 +95,16 @@ def fragment_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, QUANT: tl.const
 @triton.jit
 def _diagonal(high, low, WARPS: tl.constexpr):
     """[groups, 32] twice -> [WARPS, DOT_K, 8]: columns 2 j and 2 j + 1 hold group j of each warp, zeros elsewhere."""
-    x = tl.reshape(tl.join(high, low), (2, WARPS, 2, GROUP, 1, 2))  # unit, warp, group in unit, element, -, part
-    x = tl.reshape(tl.permute(x, (1, 0, 2, 3, 4, 5)), (WARPS, 4, GROUP, 1, 2))
+    # Both parts in one word, so that there is half as much to select.
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    words = (high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | low
+    words = tl.reshape(words, (2, WARPS, 2, GROUP, 1))  # unit, warp, group in unit, element, -
+    words = tl.reshape(tl.permute(words, (1, 0, 2, 3, 4)), (WARPS, 4, GROUP, 1))
     group = tl.arange(0, 4)
-    on = group[None, :, None, None, None] == group[None, None, None, :, None]
-    return tl.reshape(tl.where(on, x, 0.0), (WARPS, DOT_K, 8))
+    words = tl.where(group[None, :, None, None] == group[None, None, None, :], words, 0)
+    high = words.to(tl.int16).to(tl.float16, bitcast=True)
+    low = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(high, low), (WARPS, DOT_K, 8))
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def load_bf16_rows(w_ptr, row0, end_row, K: tl.constexpr, BLOCK_M: tl.constexpr,
     for k0 in tl.static_range(0, K // 2, BLOCK_K // 2):
         k = k0 + tl.arange(0, BLOCK_K // 2)
         mask = (row0 + row < end_row)[:, None] & (k < K // 2)[None, :]
-        blocks = blocks + (tl.load(w_ptr + row[:, None] * (K // 2) + k[None, :], mask=mask, other=0),)
+        blocks = blocks + (tl.load(w_ptr + row[:, None] * (K // 2) + k[None, :], mask=mask, other=0, eviction_policy="evict_first"),)
     return blocks
 
 

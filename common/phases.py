@@ -53,10 +53,14 @@ def load_residual(s, CONFIG: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_qkv_tile(w, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(rows, bias): loaded together, since behind a reduction the bias would cost its latency once more."""
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
     M: tl.constexpr = TUNING.qkv_m
-    return load_bf16_rows(w.qkv + layer * ROWS * (H // 2), tile * M, tl.minimum(end * M, ROWS), H, M, TUNING.dense_k)
+    last = tl.minimum(end * M, ROWS)
+    row = tile * M + tl.arange(0, M)
+    bias = tl.load(w.qkv_bias + layer * ROWS + row, mask=row < last, other=0.0).to(tl.float32)
+    return load_bf16_rows(w.qkv + layer * ROWS * (H // 2), tile * M, last, H, M, TUNING.dense_k), bias
 
 
 @triton.jit
@@ -73,12 +77,16 @@ def first_qkv_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.c
 def prefetch_qkv(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """Ask for this program's share of a layer's QKV weights."""
     ROW_BYTES: tl.constexpr = 2 * CONFIG.hidden_size
+    ARCH: tl.constexpr = TUNING.arch
     if TUNING.prefetch_qkv > 0:
-        ARCH: tl.constexpr = TUNING.arch
         first, end = share(tl.cdiv(CONFIG.qkv_size, TUNING.qkv_m), pid, n_programs)
         rows = (end - first) * TUNING.qkv_m * TUNING.prefetch_qkv // 8
         at = w.qkv + (layer * CONFIG.qkv_size + end * TUNING.qkv_m - rows) * (CONFIG.hidden_size // 2)
         prefetch_l2(at, rows * ROW_BYTES, ARCH)
+    if TUNING.prefetch_small:
+        if pid == n_programs - 1:
+            prefetch_l2(w.attn_norm + layer * CONFIG.hidden_size, CONFIG.hidden_size * 4, ARCH)
+            prefetch_l2(w.qkv_bias + layer * CONFIG.qkv_size, CONFIG.qkv_size * 2, ARCH)
 
 
 @triton.jit
@@ -108,36 +116,75 @@ def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNIN
         else:
             weights = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        y = gemv_bf16(weights, x) * rstd
-        y += tl.load(w.qkv_bias + layer * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
-        tl.store(s.qkv + row, y, mask=row < ROWS)
+        tl.store(s.qkv + row, gemv_bf16(weights[0], x) * rstd + weights[1], mask=row < ROWS)
         if TUNING.prefetch:
             weights = following
 
 
 @triton.jit
-def attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+def split_cache(window, position, TUNING: tl.constexpr):
+    """(first position that a query sees, positions of a split, splits): functions of the position alone."""
+    SPLITS: tl.constexpr = TUNING.max_splits
+    start = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
+    past = position - start
+    split_size = tl.maximum(tl.cdiv(tl.cdiv(past, SPLITS), TUNING.block_t) * TUNING.block_t, TUNING.split_t)
+    return start, split_size, tl.maximum(tl.cdiv(past, split_size), 1)
+
+
+@triton.jit
+def prefetch_attention(
+    w, s, layer, window, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
+):
+    """Ask for this program's part of the cache, and for the small vectors that the next three phases read."""
+    ARCH: tl.constexpr = TUNING.arch
+    if TUNING.prefetch_small:
+        H: tl.constexpr = CONFIG.hidden_size
+        D: tl.constexpr = CONFIG.head_dim
+        KV_BYTES: tl.constexpr = s.k_cache.dtype.element_ty.primitive_bitwidth // 8
+        start, split_size, n_splits = split_cache(window, position, TUNING)
+        if pid < CONFIG.n_kv_heads * n_splits:
+            first = start + (pid % n_splits) * split_size
+            n_bytes = tl.minimum(split_size, position - first) * (D * KV_BYTES)
+            at = ((layer * CONFIG.n_kv_heads + pid // n_splits) * max_context + first) * D
+            prefetch_l2(s.k_cache + at, n_bytes, ARCH)
+            prefetch_l2(s.v_cache + at, n_bytes, ARCH)
+        if pid == n_programs - 1:
+            prefetch_l2(w.sinks + layer * CONFIG.n_heads, CONFIG.n_heads * 4, ARCH)
+            prefetch_l2(w.o_bias + layer * H, H * 2, ARCH)
+            prefetch_l2(w.mlp_norm + layer * H, H * 4, ARCH)
+            prefetch_l2(w.router_bias + layer * CONFIG.n_experts, CONFIG.n_experts * 2, ARCH)
+        for row in range(pid, CONFIG.n_experts, n_programs):
+            prefetch_l2(w.router + (layer * CONFIG.n_experts + row) * (H // 2), H * 2, ARCH)
+
+
+@triton.jit
+def attention_phase(
+    w, s, layer, window, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
+):
     """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
     D: tl.constexpr = CONFIG.head_dim
     G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
     BLOCK_G: tl.constexpr = CONFIG.padded_group
     SPLITS: tl.constexpr = TUNING.max_splits
-    PRECISION: tl.constexpr = TUNING.attention_precision
+    WARPS: tl.constexpr = TUNING.num_warps
     ARCH: tl.constexpr = TUNING.arch
     g = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, D)
-    window = tl.load(s.windows + layer)
-    start = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
-    past = position - start
-    split_size = tl.maximum(tl.cdiv(tl.cdiv(past, SPLITS), TUNING.block_t) * TUNING.block_t, TUNING.split_t)
-    n_splits = tl.maximum(tl.cdiv(past, split_size), 1)
+    start, split_size, n_splits = split_cache(window, position, TUNING)
     cos_ptr = s.cos + position * (D // 2)
     sin_ptr = s.sin + position * (D // 2)
     for unit in range(pid, CONFIG.n_kv_heads * n_splits, n_programs):
         kv_head = unit // n_splits
         split = unit % n_splits
         cache = (layer * CONFIG.n_kv_heads + kv_head) * max_context * D
-        q = load_rotated(s.qkv, kv_head * G + g, g < G, cos_ptr, sin_ptr, D)
+        head = kv_head * G + g
+        # Early, as behind the reductions below each would cost its latency once more.
+        sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
+        q = load_rotated(s.qkv, head, g < G, cos_ptr, sin_ptr, D)
+        one = kv_head + tl.arange(0, 1)
+        new_k = load_rotated(s.qkv + CONFIG.q_size, one, one >= 0, cos_ptr, sin_ptr, D)
+        new_k = tl.reshape(new_k, (D,)).to(s.k_cache.dtype.element_ty)
+        new_v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head * D + dim).to(s.v_cache.dtype.element_ty)
         first = start + split * split_size
         last = tl.minimum(first + split_size, position)
         m, l, acc = attend_cache(  # noqa: E741
@@ -149,18 +196,15 @@ def attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG:
             CONFIG.sm_scale,
             D,
             TUNING.block_t,
-            PRECISION,
+            WARPS,
         )
         if split == n_splits - 1:
             # The current key and value stay in registers: no program waits for the cache to be appended.
-            one = kv_head + tl.arange(0, 1)
-            k = load_rotated(s.qkv + CONFIG.q_size, one, one >= 0, cos_ptr, sin_ptr, D)
-            k = tl.reshape(k, (D,)).to(s.k_cache.dtype.element_ty)
-            v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head * D + dim)
-            v = v.to(s.v_cache.dtype.element_ty)
-            tl.store(s.k_cache + cache + position.to(tl.int64) * D + dim, k)
-            tl.store(s.v_cache + cache + position.to(tl.int64) * D + dim, v)
-            m, l, acc = attend_one(m, l, acc, q, k.to(tl.float32), v.to(tl.float32), CONFIG.sm_scale)  # noqa: E741
+            tl.store(s.k_cache + cache + position.to(tl.int64) * D + dim, new_k)
+            tl.store(s.v_cache + cache + position.to(tl.int64) * D + dim, new_v)
+            m, l, acc = attend_one(  # noqa: E741
+                m, l, acc, q, new_k.to(tl.float32), new_v.to(tl.float32), CONFIG.sm_scale
+            )
 
         complete = n_splits == 1
         if n_splits > 1:
@@ -182,26 +226,32 @@ def attention_phase(w, s, layer, position, max_context, pid, n_programs, CONFIG:
                     TUNING.merge_s,
                 )
         if complete:
-            head = kv_head * G + g
-            sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
             out = finish_with_sink(m, l, acc, sink)
             tl.store(s.attention + head[:, None] * D + dim[None, :], out, mask=(g < G)[:, None])
 
 
 @triton.jit
-def load_o_tile(w, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+def load_o_tile(w, s, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(rows, residual + bias)."""
     H: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.q_size
     M: tl.constexpr = TUNING.o_m
-    return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, tl.minimum(end * M, H), K, M, TUNING.dense_k)
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    last = tl.minimum(end * M, H)
+    row = tile * M + tl.arange(0, M)
+    x = tl.load(s.x + row, mask=row < last, other=0.0)
+    for slot in tl.static_range(TOP_K):
+        x += tl.load(s.expert_out + slot * H + row, mask=row < last, other=0.0)
+    x += tl.load(w.o_bias + layer * H + row, mask=row < last, other=0.0).to(tl.float32)
+    return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING.dense_k), x
 
 
 @triton.jit
-def first_o_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+def first_o_tile(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """What o_phase begins with, to be loaded before it may begin; () without TUNING.prefetch."""
     if TUNING.prefetch:
         first, end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
-        return load_o_tile(w, layer, first, end, CONFIG, TUNING)
+        return load_o_tile(w, s, layer, first, end, CONFIG, TUNING)
     else:
         return ()
 
@@ -211,23 +261,28 @@ def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING:
     """x = residual + W_o @ attention + b. `weights`: the first tile."""
     H: tl.constexpr = CONFIG.hidden_size
     M: tl.constexpr = TUNING.o_m
-    TOP_K: tl.constexpr = CONFIG.experts_per_token
     a = load_vector(s.attention, CONFIG.q_size, TUNING.dense_k)
     first, end = share(tl.cdiv(H, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
-            following = load_o_tile(w, layer, tile + 1, end, CONFIG, TUNING)
+            following = load_o_tile(w, s, layer, tile + 1, end, CONFIG, TUNING)
         else:
-            weights = load_o_tile(w, layer, tile, end, CONFIG, TUNING)
+            weights = load_o_tile(w, s, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        x = tl.load(s.x + row, mask=row < H, other=0.0)
-        for slot in tl.static_range(TOP_K):
-            x += tl.load(s.expert_out + slot * H + row, mask=row < H, other=0.0)
-        y = gemv_bf16(weights, a)
-        y += tl.load(w.o_bias + layer * H + row, mask=row < H, other=0.0).to(tl.float32)
-        tl.store(s.x + row, x + y, mask=row < H)
+        tl.store(s.x + row, gemv_bf16(weights[0], a) + weights[1], mask=row < H)
         if TUNING.prefetch:
             weights = following
+
+
+@triton.jit
+def load_router_tile(w, layer, tile, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(rows, bias)."""
+    H: tl.constexpr = CONFIG.hidden_size
+    E: tl.constexpr = CONFIG.n_experts
+    M: tl.constexpr = TUNING.router_m
+    row = tile * M + tl.arange(0, M)
+    bias = tl.load(w.router_bias + layer * E + row, mask=row < E, other=0.0).to(tl.float32)
+    return load_bf16_rows(w.router + layer * E * (H // 2), tile * M, E, H, M, TUNING.dense_k), bias
 
 
 @triton.jit
@@ -242,17 +297,15 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
     norm_ptr = w.mlp_norm + layer * H
     # Rows from the first program on, blocks from the last one on, so that few have both.
     if (pid < N_TILES) | (n_programs - 1 - pid < N_BLOCKS):
-        weights = load_bf16_rows(w.router + layer * E * (H // 2), pid * M, E, H, M, TUNING.dense_k)
+        weights = load_router_tile(w, layer, pid, CONFIG, TUNING)
         x = load_vector(s.x, H, TUNING.dense_k)
         rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
         x = multiply_blocks(x, load_vector(norm_ptr, H, TUNING.dense_k))
         for tile in range(pid, N_TILES, n_programs):
             if tile != pid:
-                weights = load_bf16_rows(w.router + layer * E * (H // 2), tile * M, E, H, M, TUNING.dense_k)
+                weights = load_router_tile(w, layer, tile, CONFIG, TUNING)
             row = tile * M + tl.arange(0, M)
-            y = gemv_bf16(weights, x) * rstd
-            y += tl.load(w.router_bias + layer * E + row, mask=row < E, other=0.0).to(tl.float32)
-            tl.store(s.router_logits + row, y, mask=row < E)
+            tl.store(s.router_logits + row, gemv_bf16(weights[0], x) * rstd + weights[1], mask=row < E)
         for block in range(n_programs - 1 - pid, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM)
             normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
@@ -345,19 +398,13 @@ def gate_up_phase(
     M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANTIZE else TUNING.gate_up_m
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     first, end = share(N_TILES * CONFIG.experts_per_token, pid, n_programs)
-    matrix = (layer * CONFIG.n_experts + pick(experts, first // N_TILES))
-    weights = load_expert_tile(w.gate_up, w.gate_up_scales, matrix, first % N_TILES, first < end, ROWS, K, M, TUNING)
+    weights = load_gate_up_tile(w, layer, experts, first, end, CONFIG, TUNING, M)
     vector = expert_vector(s.expert_in, s.expert_in_scale, K, TUNING, QUANT)
     for item in range(first, end):
-        following_matrix = (layer * CONFIG.n_experts + pick(experts, (item + 1) // N_TILES))
-        following = load_expert_tile(
-            w.gate_up, w.gate_up_scales, following_matrix, (item + 1) % N_TILES, item + 1 < end, ROWS, K, M, TUNING
-        )
+        following = load_gate_up_tile(w, layer, experts, item + 1, end, CONFIG, TUNING, M)
         slot = item // N_TILES
         row0 = (item % N_TILES) * M
-        row = row0 + tl.arange(0, M)
-        y = expert_gemv(weights, vector, row0, ROWS, K, M, TUNING, QUANT)
-        y += tl.load(w.gate_up_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
+        y = expert_gemv(weights[0], vector, row0, ROWS, K, M, TUNING, QUANT) + weights[1]
         gate, up = tl.split(tl.reshape(y, (M // 2, 2)))
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_activations(
@@ -369,7 +416,21 @@ def gate_up_phase(
             QUANTIZE,
         )
         weights = following
-        matrix = following_matrix
+
+
+@triton.jit
+def load_gate_up_tile(w, layer, experts, item, end, CONFIG: tl.constexpr, TUNING: tl.constexpr, M: tl.constexpr):
+    """(rows, bias) of an item, a tile of M rows of one of the chosen experts; nothing is read from `end` on."""
+    ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
+    N_TILES: tl.constexpr = (ROWS + M - 1) // M
+    matrix = layer * CONFIG.n_experts + pick(experts, item // N_TILES)
+    tile = item % N_TILES
+    row = tile * M + tl.arange(0, M)
+    mask = (row < ROWS) & (item < end)
+    bias = tl.load(w.gate_up_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
+    H: tl.constexpr = CONFIG.hidden_size
+    rows = load_expert_tile(w.gate_up, w.gate_up_scales, matrix, tile, item < end, ROWS, H, M, TUNING)
+    return rows, bias
 
 
 @triton.jit
@@ -387,15 +448,26 @@ def down_phase(
         first, end = share(N_TILES, pid // lanes, (n_programs - lane + lanes - 1) // lanes)
         matrix = layer * CONFIG.n_experts + pick(experts, slot)
         expert_weight = pick(weights, slot)
-        tile_weights = load_expert_tile(w.down, w.down_scales, matrix, first, first < end, ROWS, K, M, TUNING)
+        rows = load_down_tile(w, matrix, first, end, CONFIG, TUNING)
         vector = expert_vector(s.expert_act + slot * K, s.expert_act_scale + slot * (K // GROUP), K, TUNING, QUANT)
         for tile in range(first, end):
-            following = load_expert_tile(w.down, w.down_scales, matrix, tile + 1, tile + 1 < end, ROWS, K, M, TUNING)
+            following = load_down_tile(w, matrix, tile + 1, end, CONFIG, TUNING)
             row = tile * M + tl.arange(0, M)
-            y = expert_gemv(tile_weights, vector, tile * M, ROWS, K, M, TUNING, QUANT)
-            y += tl.load(w.down_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
+            y = expert_gemv(rows[0], vector, tile * M, ROWS, K, M, TUNING, QUANT) + rows[1]
             tl.store(s.expert_out + slot * ROWS + row, expert_weight * y, mask=row < ROWS)
-            tile_weights = following
+            rows = following
+
+
+@triton.jit
+def load_down_tile(w, matrix, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(rows, bias); nothing is read from `end` on."""
+    ROWS: tl.constexpr = CONFIG.hidden_size
+    K: tl.constexpr = CONFIG.intermediate_size
+    M: tl.constexpr = TUNING.down_m
+    row = tile * M + tl.arange(0, M)
+    mask = (row < ROWS) & (tile < end)
+    bias = tl.load(w.down_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
+    return load_expert_tile(w.down, w.down_scales, matrix, tile, tile < end, ROWS, K, M, TUNING), bias
 
 
 @triton.jit

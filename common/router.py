@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LOWEST = tl.constexpr(-(1 << 63))
+
 
 @triton.jit
 def top_k_softmax(logits_ptr, N: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TOP_K: tl.constexpr):
@@ -11,16 +13,23 @@ def top_k_softmax(logits_ptr, N: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.
     logits_ptr float32 [N]. Indices are in range whatever the logits hold; places from TOP_K on have weight 0.
     """
     index = tl.arange(0, BLOCK_N)
-    logits = tl.load(logits_ptr + index, mask=index < N, other=float("-inf"))
+    logits = tl.load(logits_ptr + index, mask=index < N, other=float("-inf")) + 0.0  # -0.0 ties with 0.0
+    bits = logits.to(tl.int32, bitcast=True)
+    ascending = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
+    # One reduction finds value and place: among equal values the lower index makes the larger key.
+    keys = (ascending.to(tl.int64) << 32) | (BLOCK_N - 1 - index).to(tl.int64)
+    keys = tl.where(index < N, keys, LOWEST)
     place = tl.arange(0, BLOCK_TOP_K)
     chosen = tl.zeros([BLOCK_TOP_K], tl.int32)
     values = tl.full([BLOCK_TOP_K], float("-inf"), tl.float32)
     for i in tl.static_range(TOP_K):
-        top = tl.max(logits, axis=0)
-        at = tl.minimum(tl.min(tl.where(logits == top, index, N), axis=0), N - 1)
+        top = tl.max(keys, axis=0)
+        at = BLOCK_N - 1 - (top & (BLOCK_N - 1)).to(tl.int32)
+        bits = (top >> 32).to(tl.int32)
+        value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
         chosen = tl.where(place == i, at, chosen)
-        values = tl.where(place == i, top, values)
-        logits = tl.where(index == at, float("-inf"), logits)
+        values = tl.where(place == i, value, values)
+        keys = tl.where(index == at, LOWEST, keys)
     p = tl.exp(values - tl.max(values, axis=0))
     return chosen, p / tl.sum(p, axis=0)
 

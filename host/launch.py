@@ -18,6 +18,7 @@ class Tuning:
     arch: str  # "cuda", "hip", or "cpu" for Triton's interpreter
     programs_per_unit: int  # resident programs on each SM or CU
     num_warps: int
+    max_registers: int | None  # a thread, where the compiler takes such a limit
     qkv_m: int  # QKV rows per tile
     o_m: int  # O rows per tile
     router_m: int
@@ -32,12 +33,19 @@ class Tuning:
     split_t: int  # positions that a split has at least, a multiple of block_t
     max_splits: int  # splits grow beyond split_t so that there are never more
     merge_s: int  # splits that are read together when they are merged
-    attention_precision: str  # of tl.dot on float32
     dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
     prefetch: bool  # a dense tile is loaded while the one before it is multiplied, the first one during the barrier
+    prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
+
+    def options(self) -> dict:
+        """What to compile and launch with."""
+        options = {"num_warps": self.num_warps}
+        if self.arch == "cuda":
+            options |= {"launch_cooperative_grid": True, "maxnreg": self.max_registers}
+        return options
 
     @property
     def writer_quantizes(self) -> bool:
@@ -50,6 +58,7 @@ GFX950 = Tuning(
     arch="hip",
     programs_per_unit=1,
     num_warps=8,
+    max_registers=None,
     qkv_m=8,
     o_m=8,
     router_m=1,
@@ -64,9 +73,9 @@ GFX950 = Tuning(
     split_t=256,
     max_splits=32,
     merge_s=8,
-    attention_precision="ieee",
     dot_scaled=True,
     prefetch=True,
+    prefetch_small=False,
     prefetch_qkv=0,
     prefetch_o=0,
     spin_limit=1 << 24,
@@ -75,25 +84,26 @@ SM_90 = Tuning(
     arch="cuda",
     programs_per_unit=2,
     num_warps=4,
+    max_registers=None,
     qkv_m=4,
     o_m=4,
     router_m=1,
     head_m=8,
-    dense_k=1024,
+    dense_k=4096,
     norm_block=128,
     fragments=True,
     gate_up_m=16,
     down_m=16,
     expert_k=0,  # fragments hold whole rows
-    block_t=64,
-    split_t=128,
+    block_t=128,
+    split_t=256,
     max_splits=32,
     merge_s=8,
-    attention_precision="tf32x3",
     dot_scaled=False,
     prefetch=True,
-    prefetch_qkv=8,
-    prefetch_o=8,
+    prefetch_small=True,
+    prefetch_qkv=0,
+    prefetch_o=0,
     spin_limit=1 << 24,
 )
 
@@ -140,6 +150,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         arch="cpu",
         programs_per_unit=1,
         num_warps=1,
+        max_registers=None,
         qkv_m=rows(config.qkv_size, dense_k),
         o_m=rows(config.hidden_size, dense_k),
         router_m=rows(config.n_experts, dense_k),
@@ -154,9 +165,9 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         split_t=4096,
         max_splits=64,
         merge_s=4,
-        attention_precision="ieee",
-        dot_scaled=True,
+            dot_scaled=True,
         prefetch=False,
+        prefetch_small=False,
         prefetch_qkv=0,
         prefetch_o=0,
         spin_limit=1 << 14,

@@ -1,6 +1,7 @@
 """The grid barrier: right under any schedule, free of races, each of its parts needed, and never an endless wait."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mutations import loud_checkpoint, random_token_ids, small_config
 
 import common
 import common.barrier
+import gpt_oss_megakernel
 from gpt_oss_megakernel import PHASES, MegaModel, barrier_name
 from host.cpu_interpreter import simulate
 from host.errors import MegakernelAborted
@@ -107,6 +109,56 @@ def test_a_program_that_never_arrives_ends_the_launch():
 
 
 @triton.jit
+def halves_kernel(slots_ptr, between_ptr, wrong_ptr, sync_ptr, n_programs, SPINS: tl.constexpr, EARLY: tl.constexpr):
+    """Between a barrier's halves each program stores to a place of its own; after them it reads all that came before.
+
+    With EARLY it reads between the halves instead, when the others may not have stored yet.
+    """
+    pid = tl.program_id(0)
+    tl.store(slots_ptr + pid, 1)
+    common.arrive(sync_ptr, "cpu")
+    tl.store(between_ptr + pid, 1)
+    if not EARLY:
+        common.wait(sync_ptr, 1, n_programs, SPINS, "cpu")
+    for other in range(n_programs):
+        if tl.load(slots_ptr + other) != 1:
+            tl.store(wrong_ptr + pid, 1)
+    if EARLY:
+        common.wait(sync_ptr, 1, n_programs, SPINS, "cpu")
+    common.leave_grid(sync_ptr, n_programs, "cpu")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("early", [False, True])
+def test_what_came_before_the_first_half_is_seen_after_the_second(early, seed):
+    slots, between, wrong = (torch.zeros(5, dtype=torch.int32) for _ in range(3))
+    sync = torch.zeros(common.SYNC_WORDS, dtype=torch.int32)
+    with simulate(seed=seed, detect_races=True) as simulation:
+        halves_kernel[(5,)](slots, between, wrong, sync, 5, SPINS=SPINS, EARLY=early)
+    assert bool(simulation.races) == early
+    assert between.all()
+    assert early or not wrong.any()
+    assert not sync.any(), "ready for the next launch"
+
+
+@triton.jit
+def between_kernel(between_ptr, out_ptr, sync_ptr, n_programs, SPINS: tl.constexpr):
+    pid = tl.program_id(0)
+    common.arrive(sync_ptr, "cpu")
+    tl.store(between_ptr + pid, 1)
+    common.wait(sync_ptr, 1, n_programs, SPINS, "cpu")
+    tl.store(out_ptr + pid, tl.load(between_ptr + (pid + 1) % n_programs))
+
+
+def test_what_is_stored_between_the_halves_is_not_ordered():
+    between, out = (torch.zeros(5, dtype=torch.int32) for _ in range(2))
+    sync = torch.zeros(common.SYNC_WORDS, dtype=torch.int32)
+    with simulate(detect_races=True) as simulation:
+        between_kernel[(5,)](between, out, sync, 5, SPINS=SPINS)
+    assert simulation.races
+
+
+@triton.jit
 def last_sums_kernel(parts_ptr, sum_ptr, counter_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     tl.store(parts_ptr + pid, pid + 1)
@@ -136,12 +188,24 @@ def test_the_last_to_arrive_needs_its_ordering(tmp_path, monkeypatch):
 POSITION = 40  # beyond the window of 20, and far enough for several splits of the full-attention layer
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["default", "quant"])
+KINDS = {
+    "default": (False, {}),
+    "quant": (True, {}),
+    # Tiles are loaded between a barrier's halves; who reads activations quantizes them.
+    "fragments, loaded ahead": (True, dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, prefetch=True)),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
 def model(request):
-    """Two layers, four programs, several tiles a phase, with POSITION tokens in the cache."""
+    """Two layers, several tiles a phase, with POSITION tokens in the cache.
+
+    Five programs: of four, each would have one expert to itself, and need no barrier between gate-up and down.
+    """
+    quant, changes = request.param
     config = small_config(n_layers=2, layer_is_sliding=(True, False))
-    tuning = with_small_tiles(tuning_for(torch.device("cpu"), config))
-    model = MegaModel(loud_checkpoint(config), request.param, max_context=POSITION + 1, num_programs=4, tuning=tuning)
+    tuning = replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), **changes)
+    model = MegaModel(loud_checkpoint(config), quant, max_context=POSITION + 1, num_programs=5, tuning=tuning)
     for position, token in enumerate(random_token_ids(POSITION, config)):
         model.hidden(token, position, config.n_layers)
     return model
@@ -154,27 +218,39 @@ def test_the_megakernel_has_no_race(model, seed):
     assert not simulation.races
 
 
-def without_barriers_after(phase: str, n_layers: int):
-    """A grid_barrier that leaves out those that end one phase, and renumbers the rest."""
-    names = [barrier_name(index, n_layers) for index in range(1, 3 + n_layers * len(PHASES))]
-    left_out = [index for index, name in enumerate(names, 1) if name.startswith(f"the {phase}")]
-    assert left_out
-    barrier = common.grid_barrier
+def leave_out(barriers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of these barriers of the megakernel, and renumber the rest."""
+    arrive, wait = gpt_oss_megakernel.arrive, gpt_oss_megakernel.wait
 
-    def grid_barrier(sync_ptr, index, *rest):
-        index = int(index)
-        if index not in left_out:
-            barrier(sync_ptr, index - sum(gone < index for gone in left_out), *rest)
+    def arrive_unless_left_out(s, barrier, *rest):
+        if int(barrier) not in barriers:
+            arrive(s, barrier, *rest)
 
-    return grid_barrier
+    def wait_unless_left_out(s, barrier, *rest):
+        if int(barrier) not in barriers:
+            wait(s, int(barrier) - sum(gone < int(barrier) for gone in barriers), *rest)
+
+    monkeypatch.setattr(gpt_oss_megakernel, "arrive", arrive_unless_left_out)
+    monkeypatch.setattr(gpt_oss_megakernel, "wait", wait_unless_left_out)
 
 
 @pytest.mark.parametrize("phase", ["embedding", *PHASES, "LM head"])
 def test_each_barrier_of_the_megakernel_is_needed(phase, model, monkeypatch):
-    monkeypatch.setattr(common, "grid_barrier", without_barriers_after(phase, model.config.n_layers))
+    n_layers = model.config.n_layers
+    names = [barrier_name(index, n_layers) for index in range(1, 3 + n_layers * len(PHASES))]
+    left_out = [index for index, name in enumerate(names, 1) if name.startswith(f"the {phase}")]
+    assert left_out
+    leave_out(left_out, monkeypatch)
     with simulate(detect_races=True) as simulation:
         model.step(5, POSITION)
     assert simulation.races
+
+
+def test_leaving_out_no_barrier_brings_no_race(model, monkeypatch):
+    leave_out([], monkeypatch)
+    with simulate(detect_races=True) as simulation:
+        model.step(5, POSITION)
+    assert not simulation.races
 
 
 @pytest.mark.parametrize(
@@ -188,15 +264,18 @@ def test_each_barrier_of_the_megakernel_is_needed(phase, model, monkeypatch):
 )
 def test_a_program_that_stops_arriving_is_reported(index, place, model, monkeypatch):
     """From barrier `index` on, the last program runs past all barriers without arriving."""
-    barrier = common.grid_barrier
     deserter = model.num_programs - 1
 
-    def grid_barrier(sync_ptr, number, *rest):
-        if int(tl.program_id(0).handle.data.item()) != deserter or int(number) < index:
-            barrier(sync_ptr, number, *rest)
+    def until_it_deserts(half):
+        def run(s, barrier, *rest):
+            if int(tl.program_id(0).handle.data.item()) != deserter or int(barrier) < index:
+                half(s, barrier, *rest)
+
+        return run
 
     expected = model.step(5, POSITION)
-    monkeypatch.setattr(common, "grid_barrier", grid_barrier)
+    for name in ("arrive", "wait"):
+        monkeypatch.setattr(gpt_oss_megakernel, name, until_it_deserts(getattr(gpt_oss_megakernel, name)))
     with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted, match=place):
         model.step(5, POSITION)
     monkeypatch.undo()

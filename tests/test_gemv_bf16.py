@@ -5,10 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
-from common import gemv_bf16
+from common import gemv_bf16, load_bf16_rows, load_vector, multiply_blocks
 
-SHAPES = [(1, 1), (5, 37), (8, 32), (13, 129), (7, 2880)]
-BLOCKS = [(1, 32), (4, 16), (8, 128), (16, 4096)]
+SHAPES = [(1, 2), (5, 38), (8, 32), (13, 130), (7, 2880)]
+BLOCKS = [(1, 32), (4, 16), (8, 128), (16, 4096), (2, 2)]
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def gemv_kernel(
     x_ptr,
     norm_ptr,
     first_row,
-    n_rows,
+    end_row,
     rstd,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -26,42 +26,96 @@ def gemv_kernel(
     NORM: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    row0 = first_row + tile * BLOCK_M
+    x = load_vector(x_ptr, K, BLOCK_K)
     if NORM:
-        y = gemv_bf16(w_ptr, x_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K, norm_ptr, rstd)
-    else:
-        y = gemv_bf16(w_ptr, x_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K)
-    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), y)
+        x = multiply_blocks(x, load_vector(norm_ptr, K, BLOCK_K))
+    weights = load_bf16_rows(w_ptr, first_row + tile * BLOCK_M, end_row, K, BLOCK_M, BLOCK_K)
+    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_bf16(weights, x) * rstd)
+
+
+@triton.jit
+def vector_kernel(out_ptr, x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    blocks = load_vector(x_ptr, K, BLOCK_K)
+    half = tl.arange(0, BLOCK_K // 2)
+    for i in tl.static_range(len(blocks)):
+        tl.store(out_ptr + i * (BLOCK_K // 2) + half, blocks[i])
+
+
+@triton.jit
+def rows_kernel(
+    out_ptr, w_ptr, row0, end_row, STRIDE: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    blocks = load_bf16_rows(w_ptr, row0, end_row, K, BLOCK_M, BLOCK_K)
+    at = tl.arange(0, BLOCK_M)[:, None] * STRIDE + tl.arange(0, BLOCK_K // 2)[None, :]
+    for i in tl.static_range(len(blocks)):
+        tl.store(out_ptr + i * (BLOCK_K // 2) + at, blocks[i])
 
 
 def before_nan(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat((x.flatten(), x.new_full((count,), torch.nan)))
 
 
-def gemv(w, x, block_m, block_k, norm=None, rstd=1.0, first_row=0) -> torch.Tensor:
-    """All tiles from first_row on: what they give beyond the matrix must be 0, and is cut off."""
+def words(w: torch.Tensor, block_m: int, block_k: int) -> torch.Tensor:
+    """bfloat16 w as the int32 that the kernels take, and more than a tile of NaN after it."""
+    return before_nan(w, (block_m + 1) * w.shape[1] + block_k).view(torch.int32)
+
+
+def gemv(w, x, block_m, block_k, norm=None, rstd=1.0, first_row=0, end_row=None) -> torch.Tensor:
+    """All tiles from first_row to end_row, and one more: what they give from end_row on must be 0, and is cut off."""
     rows, k = w.shape
-    n_tiles = triton.cdiv(rows - first_row, block_m)
+    count = (rows if end_row is None else end_row) - first_row
+    n_tiles = triton.cdiv(count, block_m) + 1
     out = torch.full((n_tiles * block_m,), torch.nan)
     gemv_kernel[(n_tiles,)](
         out,
-        before_nan(w, (block_m + 1) * k + block_k),
+        words(w, 2 * block_m, block_k),
         before_nan(x, block_k),
         before_nan(x if norm is None else norm, block_k),
         first_row,
-        rows,
+        first_row + count,
         rstd,
         K=k,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         NORM=norm is not None,
     )
-    assert (out[rows - first_row :] == 0).all()
-    return out[: rows - first_row]
+    assert (out[count:] == 0).all()
+    return out[:count]
 
 
 def small_integers(*shape: int, seed: int) -> torch.Tensor:
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_k", [2, 16, 64])
+@pytest.mark.parametrize("k", [1, 2, 31, 38, 130])
+def test_a_vector_is_blocks_of_even_and_of_odd_elements(k, block_k, dtype):
+    x = (torch.arange(k) + 1).to(dtype)
+    n_blocks = triton.cdiv(k, block_k)
+    out = torch.full((n_blocks * block_k,), torch.nan)
+    vector_kernel[(1,)](out, before_nan(x, block_k), K=k, BLOCK_K=block_k)
+    padded = torch.zeros(n_blocks * block_k)
+    padded[:k] = x
+    expected = [padded[start + odd : start + block_k : 2] for start in range(0, len(padded), block_k) for odd in (0, 1)]
+    assert torch.equal(out, torch.cat(expected))
+
+
+@pytest.mark.parametrize("row0, end_row", [(0, 13), (3, 13), (3, 5), (12, 13), (13, 13), (20, 13)])
+@pytest.mark.parametrize("block_m, block_k", BLOCKS)
+def test_rows_are_the_words_of_the_matrix(row0, end_row, block_m, block_k):
+    """Every bit, of any value: NaN, infinity and -0 too. Zeros where nothing is to be read."""
+    rows, k = 13, 38
+    w = torch.randint(-(2**15), 2**15, (rows, k), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    stride = triton.cdiv(k, block_k) * block_k // 2
+    out = torch.full((block_m, stride), -1, dtype=torch.int32)
+    rows_kernel[(1,)](
+        out, words(w.view(torch.bfloat16), block_m + 20, block_k), row0, end_row, stride, k, block_m, block_k
+    )
+    expected = torch.zeros(block_m, stride, dtype=torch.int32)
+    inside = w[row0:end_row][:block_m]
+    expected[: len(inside), : k // 2] = inside.contiguous().view(torch.int32)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("block_m, block_k", BLOCKS)
@@ -75,46 +129,49 @@ def test_products_of_integers_are_exact(rows, k, block_m, block_k):
 @pytest.mark.parametrize("first_row", [1, 3, 12])
 @pytest.mark.parametrize("block_m, block_k", BLOCKS)
 def test_rows_from_the_middle_on(first_row, block_m, block_k):
-    w, x = small_integers(13, 129, seed=0), small_integers(129, seed=1)
+    w, x = small_integers(13, 130, seed=0), small_integers(130, seed=1)
     assert torch.equal(gemv(w.bfloat16(), x, block_m, block_k, first_row=first_row), (w @ x)[first_row:])
 
 
-def test_rows_before_the_first_are_not_read():
-    w, x = small_integers(13, 129, seed=0), small_integers(129, seed=1)
-    expected = (w @ x)[6:]
-    w[:6] = torch.nan
-    assert torch.equal(gemv(w.bfloat16(), x, 4, 32, first_row=6), expected)
+@pytest.mark.parametrize("first_row, end_row", [(0, 13), (6, 13), (0, 6), (4, 9), (5, 5)])
+def test_rows_outside_the_range_are_not_read(first_row, end_row):
+    w, x = small_integers(13, 130, seed=0), small_integers(130, seed=1)
+    expected = (w @ x)[first_row:end_row]
+    w[:first_row] = w[end_row:] = torch.nan
+    assert torch.equal(gemv(w.bfloat16(), x, 4, 32, first_row=first_row, end_row=end_row), expected)
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("block_m, block_k", BLOCKS)
+@pytest.mark.parametrize("block_m, block_k", BLOCKS[:4])
 def test_real_numbers(block_m, block_k, with_norm):
     rows, k, rstd = 7, 2880, 0.731
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(rows, k, generator=generator).bfloat16()
     x = torch.randn(k, generator=generator)
     norm = torch.randn(k, generator=generator) if with_norm else None
-    effective = x.double() * (torch.tensor(rstd).double() * norm.double() if with_norm else 1)
+    effective = x.double() * torch.tensor(rstd).double() * (norm.double() if with_norm else 1)
     actual = gemv(w, x, block_m, block_k, norm, rstd).double()
-    # A lane sums K / BLOCK_K terms one after another, the lanes are summed in pairs; products and norm round thrice.
+    # A lane sums K / BLOCK_K pairs one after another, the lanes are summed in pairs; products and norm round thrice.
     roundings = triton.cdiv(k, block_k) + block_k.bit_length() + 3
     bound = roundings * 2.0**-24 * (w.double().abs() @ effective.abs())
     assert ((actual - w.double() @ effective).abs() <= bound).all()
 
 
-def test_the_vector_is_not_rounded():
-    """A float32 activation whose last bit decides."""
-    w = torch.tensor([[1.0, 1.0]]).bfloat16()
-    x = torch.tensor([1 + 2.0**-23, -1.0])
-    assert gemv(w, x, 1, 2).item() == 2.0**-23
-    assert gemv(w, x, 1, 2, norm=torch.ones(2)).item() == 2.0**-23
+@pytest.mark.parametrize("position", [0, 1, 30])
+def test_the_vector_is_not_rounded(position):
+    """A float32 activation whose last bit decides, at an even place and at an odd one."""
+    w, x = torch.zeros(1, 64).bfloat16(), torch.zeros(64)
+    w[0, [position, 63]] = 1.0
+    x[[position, 63]] = torch.tensor([1 + 2.0**-23, -1.0])
+    assert gemv(w, x, 1, 16).item() == 2.0**-23
+    assert gemv(w, x, 1, 16, norm=torch.ones(64)).item() == 2.0**-23
 
 
 def test_huge_and_nan_values_stay():
-    w = torch.zeros(3, 40)
-    w[0, 0], w[1, 39], w[2, 20] = 2.0**100, 1.0, torch.nan
+    w = torch.zeros(4, 40)
+    w[0, 0], w[1, 39], w[2, 20], w[3, 21] = 2.0**100, 1.0, torch.nan, torch.nan
     x = torch.zeros(40)
     x[0], x[39] = 2.0**27, -3.0
     out = gemv(w.bfloat16(), x, 4, 16)
     assert out[:2].tolist() == [2.0**127, -3.0]
-    assert out[2].isnan()
+    assert out[2:].isnan().all()

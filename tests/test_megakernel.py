@@ -38,6 +38,12 @@ def small_tiles(config: ModelConfig, **changes):
     return replace(with_small_tiles(tuning_for(CPU, config)), **changes)
 
 
+def fragment_tiles(config: ModelConfig, **changes):
+    """Experts as tensor core fragments, their columns dealt to two warps, and dense tiles loaded ahead: as on sm_90."""
+    experts = dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, prefetch=True)
+    return small_tiles(config, **(experts | changes))
+
+
 def kernel_logits(
     model: MegaModel, token_ids: list[int], position: int = 0, cache: Reference | None = None
 ) -> torch.Tensor:
@@ -133,13 +139,14 @@ def dequantized(elements: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return elements.float() * torch.exp2(scales.float() - 127).repeat_interleave(32, dim=-1)
 
 
-def test_each_phase_of_each_layer(checkpoint, token_ids, quant):
+@pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
+def test_each_phase_of_each_layer(checkpoint, token_ids, quant, fragments):
     """Every buffer that a phase leaves, for a token beyond the window."""
     config, position = checkpoint.config, 40
     trace = {}
     truth = Reference(checkpoint, quant, F32, max_context=TOKENS)
     truth.forward(token_ids[: position + 1], trace=trace)
-    tuning = small_tiles(config)
+    tuning = (fragment_tiles if fragments else small_tiles)(config)
     model = MegaModel(checkpoint, quant, max_context=TOKENS, tuning=tuning, num_programs=3, kv_dtype=F32)
     copy_cache(truth, model)
     for layer in range(config.n_layers):
@@ -148,7 +155,7 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant):
             name.split(".")[2]: value[position] for name, value in trace.items() if name.startswith(f"layers.{layer}.")
         }
         act = model.state.expert_act
-        if quant:
+        if quant and tuning.writer_quantizes:
             act = dequantized(act, model.state.expert_act_scale)
             expected["expert_act"] = reference.quantize_mxfp8(expected["expert_act"])
         found = {
@@ -164,6 +171,27 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant):
             assert error < (1e-2 if quant else 2e-5), f"layer {layer}, {name}"
 
 
+@pytest.mark.parametrize("num_warps", [1, 2, 4])
+def test_fragments(checkpoint, token_ids, quant, num_warps):
+    few = token_ids[:32]
+    reference = Reference(checkpoint, quant, F32, max_context=32)
+    expected = reference.forward(few)
+    tuning = fragment_tiles(checkpoint.config, num_warps=num_warps)
+    model = MegaModel(checkpoint, quant, max_context=32, num_programs=3, tuning=tuning, kv_dtype=F32)
+    assert_same_logits(kernel_logits(model, few, cache=reference), expected, quant)
+
+
+@pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
+def test_fragments_of_odd_sizes(changes, quant):
+    config = small_config(**{"n_layers": 2, "layer_is_sliding": (True, False), **changes})
+    checkpoint = loud_checkpoint(config)
+    token_ids = random_token_ids(5, config)
+    reference = Reference(checkpoint, quant, F32, max_context=5)
+    expected = reference.forward(token_ids)
+    model = MegaModel(checkpoint, quant, 5, num_programs=2, tuning=fragment_tiles(config), kv_dtype=F32)
+    assert_same_logits(kernel_logits(model, token_ids, cache=reference), expected, quant)
+
+
 @pytest.mark.parametrize("dot_scaled", [True, False], ids=["dot_scaled", "float32 products"])
 def test_quantized_experts_compute_the_same_numbers_both_ways(checkpoint, token_ids, dot_scaled):
     tuning = small_tiles(checkpoint.config, dot_scaled=dot_scaled)
@@ -173,13 +201,17 @@ def test_quantized_experts_compute_the_same_numbers_both_ways(checkpoint, token_
     assert_same_logits(kernel_logits(model, token_ids[:24], cache=reference), expected, quant=True)
 
 
-@pytest.mark.parametrize("tiles", ["device", "small"])
+@pytest.mark.parametrize("tiles", ["device", "small", "fragments"])
 def test_the_number_of_programs_does_not_change_a_bit(checkpoint, token_ids, quant, tiles):
     """Window 20, steps of 16 positions, splits of 32 or more, at most 4 of them: 45 tokens cross all of these."""
     config = checkpoint.config
-    tuning = small_tiles(config, split_t=16, max_splits=3) if tiles == "small" else tuning_for(CPU, config)
+    tuning = {
+        "device": tuning_for(CPU, config),
+        "small": small_tiles(config, split_t=16, max_splits=3),
+        "fragments": fragment_tiles(config, split_t=16, max_splits=3),
+    }[tiles]
     runs = []
-    for num_programs, seed in ((1, 0), (3, 1), (8, 2)):
+    for num_programs, seed in ((1, 0), (3, 1), (8, 2))[: 2 if tuning.fragments else 3]:
         model = MegaModel(checkpoint, quant, max_context=45, num_programs=num_programs, tuning=tuning)
         with simulate(seed=seed):
             prompt, last = token_ids[:44], token_ids[44]

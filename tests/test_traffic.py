@@ -4,7 +4,8 @@ import pytest
 from mutations import small_config
 
 from host.config import GPT_OSS_20B, GPT_OSS_120B
-from host.traffic import bytes_per_token, kv_bytes_per_token, weight_bytes_per_token
+from host.phases import Phase, phases_of_token
+from host.traffic import bytes_by_phase, bytes_per_token, kv_bytes_per_token, weight_bytes_per_token
 
 # One layer of either: QKV and O with their biases, sinks, two norms, then four experts.
 ATTENTION = 2 * (5120 * 2880 + 5120 + 2880 * 4096 + 2880 + 64 + 2 * 2880)
@@ -41,3 +42,23 @@ def test_kv_cache_of_120b(context, positions):
 def test_a_token_reads_weights_and_cache():
     config = small_config()  # two sliding layers with window 20 and a full one; 2 KV heads of 64
     assert bytes_per_token(config, 30) - weight_bytes_per_token(config) == (19 + 30 + 19) * 2 * 128 * 2
+
+
+def test_phases_of_120b():
+    parts = dict(zip(phases_of_token(36), bytes_by_phase(GPT_OSS_120B, 8192)))
+    assert parts[Phase("embedding", None)] == 2 * 2880
+    assert parts[Phase("QKV", 7)] == 2 * (5120 * 2880 + 5120 + 2880)
+    assert parts[Phase("attention", 0)] == 2 * 64 + 127 * 2048
+    assert parts[Phase("attention", 35)] == 2 * 64 + 8192 * 2048
+    assert parts[Phase("O projection", 35)] == 2 * (2880 * 4096 + 2880)
+    assert parts[Phase("router", 0)] == 2 * (128 * 2880 + 128 + 2880)
+    assert parts[Phase("gate-up", 20)] == 4 * 5760 * (1440 + 90 + 2)
+    assert parts[Phase("down", 20)] == 4 * 2880 * (1440 + 90 + 2)
+    assert parts[Phase("LM head", None)] == 2 * (201088 * 2880 + 2880)
+    assert parts[Phase("argmax", None)] == 0
+
+
+@pytest.mark.parametrize("context", [0, 1, 127, 128, 8192])
+@pytest.mark.parametrize("config", [GPT_OSS_20B, GPT_OSS_120B, small_config()], ids=["20b", "120b", "small"])
+def test_phases_read_what_a_token_reads(config, context):
+    assert sum(bytes_by_phase(config, context)) == bytes_per_token(config, context)

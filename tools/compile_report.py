@@ -60,10 +60,7 @@ def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_1
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attrs,
     )
-    options = {"num_warps": tuning.num_warps}
-    if gpu.backend == "cuda":
-        options["launch_cooperative_grid"] = True
-    return triton.compile(source, target=gpu, options=options)
+    return triton.compile(source, target=gpu, options=tuning.options())
 
 
 def amd_report(kernel) -> dict:

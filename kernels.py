@@ -1,0 +1,125 @@
+"""The megakernel's phases as launches of their own, one after the other, driven by the host.
+
+The same functions of common/phases.py as in the megakernel, so the same bits; what the grid barrier orders there, the
+order of the launches orders here. For debuggers and profilers, which see a phase at a time, and to measure what a phase
+costs and what one persistent kernel saves. run_triton_phased.py is its command line.
+"""
+
+from collections.abc import Callable
+
+from gpt_oss_megakernel import MegaModel  # before Triton: it sets TRITON_INTERPRET
+
+# isort: split
+import triton
+import triton.language as tl
+
+from common import phases
+from host.launch import next_power_of_2
+
+
+@triton.jit(do_not_specialize=["position", "n_programs"])
+def embedding_kernel(w, s, position, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 if the position was never fed
+    BLOCK_H: tl.constexpr = triton.next_power_of_2(CONFIG.hidden_size)
+    phases.embed_token(w, s, token, tl.program_id(0), n_programs, CONFIG, BLOCK_H)
+
+
+@triton.jit(do_not_specialize=["layer", "n_programs"])
+def qkv_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    layer = tl.cast(layer, tl.int64)
+    pid = tl.program_id(0)
+    tile = phases.first_qkv_tile(w, layer, pid, n_programs, CONFIG, TUNING)
+    phases.qkv_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
+
+
+@triton.jit(do_not_specialize=["layer", "position", "n_programs"])
+def attention_kernel(
+    w, s, layer, position, max_context, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
+):
+    layer = tl.cast(layer, tl.int64)
+    window = tl.load(s.windows + layer)
+    phases.attention_phase(w, s, layer, window, position, max_context, tl.program_id(0), n_programs, CONFIG, TUNING)
+
+
+@triton.jit(do_not_specialize=["layer", "n_programs"])
+def o_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    layer = tl.cast(layer, tl.int64)
+    pid = tl.program_id(0)
+    tile = phases.first_o_tile(w, s, layer, pid, n_programs, CONFIG, TUNING)
+    phases.o_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
+
+
+@triton.jit(do_not_specialize=["layer", "n_programs"])
+def router_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    layer = tl.cast(layer, tl.int64)
+    phases.router_phase(w, s, layer, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+
+
+@triton.jit(do_not_specialize=["layer", "n_programs"])
+def gate_up_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    layer = tl.cast(layer, tl.int64)
+    experts, _ = phases.choose_experts(s, CONFIG)
+    phases.gate_up_phase(w, s, layer, experts, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+
+
+@triton.jit(do_not_specialize=["layer", "n_programs"])
+def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    layer = tl.cast(layer, tl.int64)
+    experts, weights = phases.choose_experts(s, CONFIG)
+    phases.down_phase(w, s, layer, experts, weights, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+
+
+@triton.jit(do_not_specialize=["want_logits", "n_programs"])
+def head_kernel(w, s, want_logits, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    phases.head_phase(w, s, want_logits, tl.program_id(0), n_programs, CONFIG, TUNING)
+
+
+@triton.jit(do_not_specialize=["position", "n_programs"])
+def argmax_kernel(
+    w, s, position, BLOCK_P: tl.constexpr, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
+):
+    phases.argmax_phase(s, position, tl.program_id(0), n_programs, BLOCK_P)
+
+
+class PhasedModel(MegaModel):
+    """MegaModel with a launch for each phase of each layer: the same interface, tokens and logits.
+
+    There is no barrier, so that none can give up, and no trace; and nothing is loaded ahead of its phase.
+    """
+
+    on_phase: Callable[[], None] | None = None  # called after each launch, which a GPU may only have queued
+
+    def __init__(self, *args, **options):
+        """As MegaModel."""
+        super().__init__(*args, **options)
+        self._launch(0, token=True, n_layers=1)  # compiles them all
+        self.reset()
+
+    def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
+        """The launches of a position, with `token` those of host.phases.phases_of_token in that order."""
+        self._launch_phase(embedding_kernel, position)
+        for layer in range(self.config.n_layers if n_layers is None else n_layers):
+            self._launch_phase(qkv_kernel, layer)
+            self._launch_phase(attention_kernel, layer, position, self.max_context)
+            self._launch_phase(o_kernel, layer)
+            self._launch_phase(router_kernel, layer)
+            self._launch_phase(gate_up_kernel, layer)
+            self._launch_phase(down_kernel, layer)
+        if token or logits:
+            self._launch_phase(head_kernel, int(logits))
+        if token:
+            self._launch_phase(argmax_kernel, position, next_power_of_2(self.num_programs))
+
+    def _launch_phase(self, kernel, *arguments: int) -> None:
+        kernel[self.grid](
+            self.weights,
+            self.state,
+            *arguments,
+            self.num_programs,
+            CONFIG=self.config,
+            TUNING=self.tuning,
+            QUANT=self.quant,
+            **(self.tuning.options() | {"launch_cooperative_grid": False}),  # no program waits for another
+        )
+        if self.on_phase:
+            self.on_phase()

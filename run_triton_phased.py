@@ -1,0 +1,204 @@
+"""Generates text with one launch for each phase of each layer, and times the phases; see kernels.py."""
+
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+
+import argparse
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+
+from gpt_oss_megakernel import MegaModel, open_model  # before Triton and NumPy: it sets what they read
+
+# isort: split
+import numpy as np
+import torch
+
+from host.cli import (
+    DEFAULT_MODEL,
+    ArgumentParser,
+    add_prompt_arguments,
+    device_name,
+    logits_writer,
+    positive_int,
+    prompt_ids_from,
+    run_main,
+    stream_generation,
+)
+from host.config import PRESETS
+from host.phases import PHASE_NAMES, phases_of_token
+from host.timing import DeviceMarks, WallMarks
+from kernels import PhasedModel
+
+GPU_TOKENS, CPU_TOKENS = 33, 5  # decoded for --times; the first warms up
+HOLD_CYCLES = 400_000  # of the GPU's clock, for each launch of a token: 200 us, of which the host takes a few tens
+
+
+@dataclass(frozen=True)
+class Row:
+    """A phase. Times are microseconds."""
+
+    phase: str
+    launches: int  # for a token
+    us_per_launch: float  # median of all launches
+    us_per_token: float  # of a token's launches together, median of the tokens
+    share: float  # of the sum over phases
+
+
+@dataclass(frozen=True)
+class Times:
+    """Where a token's time goes. Times are microseconds for a token, medians."""
+
+    rows: tuple[Row, ...]
+    sum_us: float  # of all phases
+    separate_us: float  # the same launches with nothing between them, as fast as the host queues them
+    megakernel_us: float
+    first_position: int
+    n_tokens: int
+    on_device: bool  # else of the host's clock
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; InputError where it is wrong."""
+    parser = ArgumentParser(description="GPT-OSS decoded by a launch for each phase: the megakernel's tokens, slower.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped one")
+    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device, for timing")
+    add_prompt_arguments(parser)
+    parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
+    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
+    parser.add_argument(
+        "--num-programs", metavar="N", type=positive_int, help="of each launch; default: as the megakernel"
+    )
+    parser.add_argument(
+        "--times",
+        action="store_true",
+        help="then time each phase, and the megakernel on the same weights; with --json a second JSON object",
+    )
+    return parser.parse_args()
+
+
+def compare(phased: PhasedModel, mega: MegaModel, prompt_ids: list[int], generated: list[int]) -> Times:
+    """Decodes what follows the prompt by phases and by the megakernel, and times both.
+
+    `phased` has been fed the prompt and gave `generated`. SystemExit with a message if any tokens differ.
+    """
+    on_device = phased.device.type != "cpu"
+    start = len(prompt_ids) - 1
+    n_tokens = min(GPU_TOKENS if on_device else CPU_TOKENS, phased.max_context - start)
+    list(mega.generate(prompt_ids, 1))  # feeds the prompt
+    phase_ids, phase_us = time_phases(phased, prompt_ids[-1], start, n_tokens)
+    separate_ids, separate_us = time_tokens(phased, prompt_ids[-1], start, n_tokens)
+    mega_ids, mega_us = time_tokens(mega, prompt_ids[-1], start, n_tokens)
+    n_common = min(n_tokens, len(generated))
+    if not phase_ids == separate_ids == mega_ids or generated[:n_common] != mega_ids[:n_common]:
+        sys.exit(f"error: separate launches gave {phase_ids}, the megakernel {mega_ids}")
+    n_warm = min(1, n_tokens - 1)
+    rows = table_rows(phase_us[n_warm:], phased.config.n_layers)
+    return Times(
+        rows=rows,
+        sum_us=sum(row.us_per_token for row in rows),
+        separate_us=statistics.median(separate_us[n_warm:]),
+        megakernel_us=statistics.median(mega_us[n_warm:]),
+        first_position=start + n_warm,
+        n_tokens=n_tokens - n_warm,
+        on_device=on_device,
+    )
+
+
+def time_tokens(model: MegaModel, token_id: int, start: int, n_tokens: int) -> tuple[list[int], list[float]]:
+    """The ids that follow, and the microseconds of each."""
+    marks = WallMarks() if model.device.type == "cpu" else DeviceMarks()
+    marks.mark()
+    token_ids = list(model.decode(token_id, start, n_tokens, on_launch=marks.mark))
+    return token_ids, [ms * 1e3 for ms in marks.intervals_ms()]
+
+
+def time_phases(model: PhasedModel, token_id: int, start: int, n_tokens: int) -> tuple[list[int], np.ndarray]:
+    """The ids that follow, and microseconds [tokens, launches of a token], each from the end of the launch before.
+
+    A GPU is held up before each token but the first until the host has queued its launches, which are too short for
+    the host to keep up with.
+    """
+    n_launches = len(phases_of_token(model.config.n_layers))
+    on_device = model.device.type != "cpu"
+    marks = DeviceMarks() if on_device else WallMarks()
+
+    def before_next_token() -> None:
+        if on_device:
+            torch.cuda._sleep(HOLD_CYCLES * n_launches)
+        marks.mark()
+
+    marks.mark()
+    model.on_phase = marks.mark
+    try:
+        token_ids = list(model.decode(token_id, start, n_tokens, on_launch=before_next_token))
+    finally:
+        model.on_phase = None
+    us = np.array(marks.intervals_ms()).reshape(n_tokens, n_launches + 1) * 1e3
+    return token_ids, us[:, :-1]  # the last one of each token is the hold
+
+
+def table_rows(us: np.ndarray, n_layers: int) -> tuple[Row, ...]:
+    """Of microseconds [tokens, phases_of_token(n_layers)]."""
+    phases = phases_of_token(n_layers)
+    columns = {name: us[:, [phase.name == name for phase in phases]] for name in PHASE_NAMES}
+    per_token = {name: float(np.median(times.sum(-1))) for name, times in columns.items()}
+    total = sum(per_token.values())
+    return tuple(
+        Row(name, times.shape[1], float(np.median(times)), per_token[name], per_token[name] / total)
+        for name, times in columns.items()
+    )
+
+
+def table_text(times: Times) -> str:
+    """The rows in columns, their sum, and what it compares with."""
+    first, last = times.first_position, times.first_position + times.n_tokens - 1
+    clock = "device time between events" if times.on_device else "wall clock of an interpreter on a CPU: no claim"
+    lines = [
+        f"{times.n_tokens} tokens at positions {first} to {last}, medians; {clock}",
+        f"{'phase':<30}{'launches':>10}{'us/launch':>14}{'us/token':>14}{'share':>9}",
+    ]
+    lines += [
+        f"{row.phase:<30}{row.launches:>10}{row.us_per_launch:>14.2f}{row.us_per_token:>14.2f}{row.share:>9.1%}"
+        for row in times.rows
+    ]
+    n_launches = sum(row.launches for row in times.rows)
+    lines += [
+        f"{'sum':<30}{n_launches:>10}{'':>14}{times.sum_us:>14.2f}{1:>9.1%}",
+        f"{'as the host launches them':<30}{n_launches:>10}{'':>14}{times.separate_us:>14.2f}",
+        f"{'megakernel, the same tokens':<30}{1:>10}{'':>14}{times.megakernel_us:>14.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_arguments()
+    checkpoint, tokenizer = open_model(args)
+    config = checkpoint.config
+    prompt_ids = prompt_ids_from(args, tokenizer, config)
+    with logits_writer(args.logits_out, config.vocab_size) as on_logits:
+        options = {"max_context": args.max_context, "num_programs": args.num_programs}
+        model = PhasedModel(checkpoint, args.quant, show_progress=sys.stderr.isatty(), **options)
+        mega = MegaModel(checkpoint, args.quant, weights=model.weights, **options) if args.times else None
+        generation = stream_generation(
+            model.generate(prompt_ids, args.max_new_tokens, on_logits),
+            prompt_ids,
+            tokenizer,
+            config,
+            args.max_new_tokens,
+            device=device_name(model.device),
+            path="phased-quant" if args.quant else "phased",
+            as_json=args.json,
+        )
+    if mega is not None:
+        times = compare(model, mega, prompt_ids, generation.token_ids)
+        print(json.dumps(dataclasses.asdict(times)) if args.json else f"\n{table_text(times)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

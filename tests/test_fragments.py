@@ -1,0 +1,129 @@
+"""host.fragments against a slow unpacking, one element at a time, written from the description of the layout."""
+
+import pytest
+import torch
+
+from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
+
+# Rows and scale groups: whole tiles, one short of it and one beyond, an odd number of groups, and the published width.
+SIZES = [(16, 2), (1, 1), (7, 3), (15, 2), (17, 4), (33, 13), (40, 90)]
+LEADS = [(), (3,), (2, 3), (1, 1, 2)]
+WARPS = [1, 2, 4, 8]
+
+
+def random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def codes_of(blocks: torch.Tensor) -> list[list[int]]:
+    """Published blocks [rows, groups, 16] -> E2M1 codes by row and column; the low nibble is the even element."""
+    return [[code for byte in row.flatten().tolist() for code in (byte & 15, byte >> 4)] for row in blocks]
+
+
+def words_to_bytes(words: torch.Tensor) -> list[list[int]]:
+    return [[word >> shift & 255 for word in tile for shift in (0, 8, 16, 24)] for tile in words.tolist()]
+
+
+def unpack_blocks(words: torch.Tensor) -> list[list[int]]:
+    """int32 [tiles, words] -> E2M1 codes by row and column, of all that the tiles hold."""
+    n_units = words.shape[1] // 128
+    codes = [[-1] * (64 * n_units) for _ in range(16 * len(words))]
+    for tile, tile_bytes in enumerate(words_to_bytes(words)):
+        for at, byte in enumerate(tile_bytes):
+            unit, lane, place = at // 512, at % 512 // 16, at % 16
+            g, t = lane // 4, lane % 4
+            group, half, i = place // 8, place % 8 // 4, place % 4
+            column = 64 * unit + 32 * group + 16 * half + 4 * t + i
+            bit = [byte >> b & 1 for b in range(8)]
+            codes[16 * tile + g][column] = bit[7] << 3 | bit[3] << 2 | bit[2] << 1 | bit[1]
+            codes[16 * tile + g + 8][column] = bit[0] << 3 | bit[6] << 2 | bit[5] << 1 | bit[4]
+    return codes
+
+
+def unpack_scales(words: torch.Tensor, warps: int) -> list[list[int]]:
+    """int32 [tiles, words] -> scales by row and group, of all that the tiles hold.
+
+    In a step, warp w has units w and warps + w of the step's 2 * warps. A word is a lane's: for two steps, the scales
+    of rows g and g + 8 in the group that t counts over both units.
+    """
+    n_pairs = words.shape[1] // (32 * warps)
+    scales = [[-1] * (8 * warps * n_pairs) for _ in range(16 * len(words))]
+    for tile, tile_bytes in enumerate(words_to_bytes(words)):
+        for at, scale in enumerate(tile_bytes):
+            pair, warp, lane, byte = at // (128 * warps), at // 128 % warps, at % 128 // 4, at % 4
+            g, t = lane // 4, lane % 4
+            unit = (2 * pair + byte // 2) * 2 * warps + t // 2 * warps + warp
+            scales[16 * tile + g + 8 * (byte % 2)][2 * unit + t % 2] = scale
+    return scales
+
+
+def padded(values: list[list[int]], n_rows: int, n_columns: int) -> list[list[int]]:
+    return [row + [0] * (n_columns - len(row)) for row in values] + [[0] * n_columns] * (n_rows - len(values))
+
+
+@pytest.mark.parametrize("rows, tiles", [(1, 1), (15, 1), (16, 1), (17, 2), (2880, 180), (5760, 360)])
+def test_tiles(rows, tiles):
+    assert tile_count(rows) == tiles
+
+
+@pytest.mark.parametrize("k, n_bytes", [(32, 512), (64, 512), (96, 1024), (2880, 45 * 512)])
+def test_words_of_the_blocks(k, n_bytes):
+    assert 4 * block_words(k) == n_bytes
+
+
+@pytest.mark.parametrize("warps", WARPS)
+@pytest.mark.parametrize("k", [32, 64, 256, 288, 2048, 2080, 2880])
+def test_words_of_the_scales(k, warps):
+    """A byte for each row and group, over as many pairs of steps, of 128 columns a warp, as it takes to cover K."""
+    pairs = next(n for n in range(1, 100) if n * 2 * warps * 128 >= k)
+    assert 4 * scale_words(k, warps) == pairs * 2 * warps * 4 * 16
+
+
+@pytest.mark.parametrize("rows, groups", SIZES)
+def test_blocks(rows, groups):
+    """Every element is where the description says, and all others are zeros."""
+    blocks = random_bytes(rows, groups, 16)
+    words = pack_blocks(blocks)
+    assert words.dtype == torch.int32
+    assert words.shape == (tile_count(rows), block_words(32 * groups))
+    found = unpack_blocks(words)
+    assert found == padded(codes_of(blocks), len(found), len(found[0]))
+
+
+@pytest.mark.parametrize("warps", WARPS)
+@pytest.mark.parametrize("rows, groups", SIZES)
+def test_scales(rows, groups, warps):
+    scales = random_bytes(rows, groups)
+    words = pack_scales(scales, warps)
+    assert words.dtype == torch.int32
+    assert words.shape == (tile_count(rows), scale_words(32 * groups, warps))
+    found = unpack_scales(words, warps)
+    assert found == padded(scales.tolist(), len(found), len(found[0]))
+
+
+def test_whole_tiles_take_no_more_room():
+    """Together with the unpacking, which finds all elements again: the packing is a bijection."""
+    rows, groups, warps = 32, 16, 2
+    assert pack_blocks(random_bytes(rows, groups, 16)).nbytes == rows * groups * 16
+    assert pack_scales(random_bytes(rows, groups), warps).nbytes == rows * groups
+
+
+@pytest.mark.parametrize("lead", LEADS)
+def test_leading_dimensions(lead):
+    """As if each matrix were packed by itself."""
+    rows, groups, warps = 19, 3, 2
+    blocks, scales = random_bytes(*lead, rows, groups, 16), random_bytes(*lead, rows, groups)
+    words, scale = pack_blocks(blocks), pack_scales(scales, warps)
+    assert words.shape == (*lead, 2, block_words(32 * groups))
+    assert scale.shape == (*lead, 2, scale_words(32 * groups, warps))
+    n = blocks.numel() // (rows * groups * 16)
+    for i in range(n):
+        assert torch.equal(words.view(n, 2, -1)[i], pack_blocks(blocks.view(n, rows, groups, 16)[i]))
+        assert torch.equal(scale.view(n, 2, -1)[i], pack_scales(scales.view(n, rows, groups)[i], warps))
+
+
+def test_views_are_packed_like_their_copies():
+    """A checkpoint's tensors need not be contiguous."""
+    blocks, scales = random_bytes(4, 40, 16).transpose(0, 1)[::2], random_bytes(4, 40).T[::2]
+    assert torch.equal(pack_blocks(blocks), pack_blocks(blocks.contiguous()))
+    assert torch.equal(pack_scales(scales, 2), pack_scales(scales.contiguous(), 2))
