@@ -117,12 +117,12 @@ def megakernel(
         arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
         wait(s, barrier + 3, pid, n_programs, TRACE, SPINS, ARCH)
 
-        experts, weights = phases.choose_experts(s, CONFIG)
-        phases.gate_up_phase(w, s, layer, experts, pid, n_programs, CONFIG, TUNING, QUANT)
+        experts, weights = phases.gate_up_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
+        down_tile = phases.first_down_tile(w, layer, experts, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
 
-        phases.down_phase(w, s, layer, experts, weights, pid, n_programs, CONFIG, TUNING, QUANT)
+        phases.down_phase(w, s, layer, experts, weights, down_tile, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
         tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)

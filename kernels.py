@@ -58,15 +58,15 @@ def router_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.cons
 @triton.jit(do_not_specialize=["layer", "n_programs"])
 def gate_up_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    experts, _ = phases.choose_experts(s, CONFIG)
-    phases.gate_up_phase(w, s, layer, experts, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+    phases.gate_up_phase(w, s, layer, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
 def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    experts, weights = phases.choose_experts(s, CONFIG)
-    phases.down_phase(w, s, layer, experts, weights, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+    experts, weights = phases.choose_experts(s, CONFIG, TUNING)
+    rows = phases.first_down_tile(w, layer, experts, tl.program_id(0), n_programs, CONFIG, TUNING)
+    phases.down_phase(w, s, layer, experts, weights, rows, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
 
 
 @triton.jit(do_not_specialize=["want_logits", "n_programs"])

@@ -9,7 +9,7 @@ beyond every target, so that all programs run out of the kernel; the record stay
 import triton
 import triton.language as tl
 
-from common.arch import drain_stores
+from common.arch import drain_stores, write_back
 
 # Each word on its own 128-byte line: polling one must not slow the others.
 ARRIVALS = tl.constexpr(0)
@@ -32,14 +32,16 @@ def arrive(sync_ptr, ARCH: tl.constexpr):
     """The first half of a barrier. What is read between the halves must not be written by any program."""
     drain_stores(ARCH)
     tl.debug_barrier()
-    tl.atomic_add(sync_ptr + ARRIVALS, 1, sem="release", scope="gpu")
+    write_back(ARCH)
+    RELEASE: tl.constexpr = "relaxed" if ARCH == "hip" else "release"
+    tl.atomic_add(sync_ptr + ARRIVALS, 1, sem=RELEASE, scope="gpu")
 
 
 @triton.jit
 def wait(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, ARCH: tl.constexpr):
     """The second half."""
     target = index * n_programs
-    arrived = tl.atomic_add(sync_ptr + ARRIVALS, 0, sem="relaxed", scope="gpu")
+    arrived = 0
     spins = 0
     # Polling relaxed: an acquire per poll would invalidate the cache each time, and Triton 3.6 hoists a volatile load.
     while (arrived < target) & (spins < SPIN_LIMIT):
@@ -61,7 +63,9 @@ def arrive_last(counter_ptr, n_expected, ARCH: tl.constexpr):
     """
     drain_stores(ARCH)
     tl.debug_barrier()
-    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n_expected - 1
+    write_back(ARCH)
+    ORDER: tl.constexpr = "acquire" if ARCH == "hip" else "acq_rel"
+    is_last = tl.atomic_add(counter_ptr, 1, sem=ORDER, scope="gpu") == n_expected - 1
     tl.debug_barrier()
     if is_last:
         tl.store(counter_ptr, 0)

@@ -62,18 +62,28 @@ def load_fp4_fragments(blocks_ptr, scales_ptr, K: tl.constexpr, WARPS: tl.conste
 
 
 @triton.jit
-def fragment_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, QUANT: tl.constexpr):
-    """(operands, scale) of float32 x [K]: a tuple of float16 [WARPS, DOT_K, 8], and what to multiply results by.
-
-    With QUANT x is rounded to MXFP8 first.
-    """
+def load_fragment_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr):
+    """float32 x [K] as fragment_vector takes it: blocks [groups, 32], zeros beyond K."""
     STEPS: tl.constexpr = (K + WARPS * DOT_K - 1) // (WARPS * DOT_K)
     i = tl.arange(0, WARPS * DOT_K)
     blocks = ()
-    largest = tl.zeros([WARPS * DOT_K // GROUP, GROUP], tl.float32)
     for step in tl.static_range(STEPS):
         k = step * (WARPS * DOT_K) + i
-        x = tl.reshape(tl.load(x_ptr + k, mask=k < K, other=0.0), (WARPS * DOT_K // GROUP, GROUP))
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        blocks = blocks + (tl.reshape(x, (WARPS * DOT_K // GROUP, GROUP)),)
+    return blocks
+
+
+@triton.jit
+def fragment_vector(loaded, WARPS: tl.constexpr, QUANT: tl.constexpr):
+    """(operands, scale) of a vector: a tuple of float16 [WARPS, DOT_K, 8], and what to multiply results by.
+
+    With QUANT x is rounded to MXFP8 first.
+    """
+    blocks = ()
+    largest = tl.zeros([WARPS * DOT_K // GROUP, GROUP], tl.float32)
+    for step in tl.static_range(len(loaded)):
+        x = loaded[step]
         if QUANT:
             elements, e8m0 = quantize_mxfp8(x)
             x = dequantize_mxfp8(elements, e8m0)
@@ -84,7 +94,7 @@ def fragment_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, QUANT: tl.const
     exponent = tl.maximum(exponent, 32)
     unit = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     operands = ()
-    for step in tl.static_range(STEPS):
+    for step in tl.static_range(len(blocks)):
         x = blocks[step] * unit
         high = x.to(tl.float16)
         low = (x - high.to(tl.float32)).to(tl.float16)

@@ -1,9 +1,9 @@
 """Rows of a bfloat16 matrix times a float32 vector, accumulated in float32.
 
 Loading is a step of its own, so that a kernel can have the next tile's weights on their way while it multiplies. A
-matrix is read as int32 words of two elements, each of which is a float32 after one shift or mask (as bfloat16 they would
-take a register each where they live across a loop's turns). A vector, and a tile's rows, are tuples of blocks over K, so
-that K need not be near a power of two; a vector has two blocks for each of a tile: even elements and odd ones.
+matrix is read as int32 words of two elements, each of which is a float32 after one shift or mask (as bfloat16 they
+would take a register each where they live across a loop's turns). A vector, and a tile's rows, are tuples of blocks
+over K, so that K need not be near a power of two; a vector has two blocks for each of a tile: even elements, odd ones.
 """
 
 import triton
@@ -11,11 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x [K] as float32 blocks [BLOCK_K / 2]: even, odd, even, ... zeros beyond K."""
+def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
+    """x [K] as float32 blocks [BLOCK_K / 2]: even, odd, even, ... zeros beyond K. `zero`: see arch.opaque_zero."""
     blocks = ()
     for k0 in tl.static_range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
+        k = k0 + tl.arange(0, BLOCK_K) + zero
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(x, (BLOCK_K // 2, 2)))
         blocks = blocks + (even, odd)
@@ -23,7 +23,7 @@ def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_bf16_rows(w_ptr, row0, end_row, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_bf16_rows(w_ptr, row0, end_row, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
     """Rows row0 .. row0 + BLOCK_M of W, bfloat16 [rows, K] given as int32, as int32 blocks [BLOCK_M, BLOCK_K / 2].
 
     Zeros beyond K and from end_row on, where nothing is read.
@@ -32,9 +32,11 @@ def load_bf16_rows(w_ptr, row0, end_row, K: tl.constexpr, BLOCK_M: tl.constexpr,
     w_ptr += tl.cast(row0, tl.int64) * (K // 2)
     blocks = ()
     for k0 in tl.static_range(0, K // 2, BLOCK_K // 2):
-        k = k0 + tl.arange(0, BLOCK_K // 2)
+        k = k0 + tl.arange(0, BLOCK_K // 2) + zero
         mask = (row0 + row < end_row)[:, None] & (k < K // 2)[None, :]
-        blocks = blocks + (tl.load(w_ptr + row[:, None] * (K // 2) + k[None, :], mask=mask, other=0, eviction_policy="evict_first"),)
+        blocks = blocks + (
+            tl.load(w_ptr + row[:, None] * (K // 2) + k[None, :], mask=mask, other=0, eviction_policy="evict_first"),
+        )
     return blocks
 
 

@@ -8,10 +8,11 @@ before it: the megakernel does so by a grid barrier, separate launches by their 
 import triton
 import triton.language as tl
 
+from common.arch import opaque_zero
 from common.argmax import keep_larger, reduce_argmax
 from common.attention import attend_cache, attend_one, finish_with_sink, merge_splits
 from common.barrier import ABORT, arrive_last
-from common.fp4_fragments import fragment_vector, gemv_fp4_fragments, load_fp4_fragments
+from common.fp4_fragments import fragment_vector, gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.prefetch import prefetch_l2
@@ -41,26 +42,28 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
 
 
 @triton.jit
-def load_residual(s, CONFIG: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_residual(s, CONFIG: tl.constexpr, BLOCK_K: tl.constexpr, zero):
     """x plus what the experts left, as blocks."""
     H: tl.constexpr = CONFIG.hidden_size
     TOP_K: tl.constexpr = CONFIG.experts_per_token
-    x = load_vector(s.x, H, BLOCK_K)
+    x = load_vector(s.x, H, BLOCK_K, zero)
     for slot in tl.static_range(TOP_K):
-        x = add_blocks(x, load_vector(s.expert_out + slot * H, H, BLOCK_K))
+        x = add_blocks(x, load_vector(s.expert_out + slot * H, H, BLOCK_K, zero))
     return x
 
 
 @triton.jit
 def load_qkv_tile(w, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """(rows, bias): loaded together, since behind a reduction the bias would cost its latency once more."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
     M: tl.constexpr = TUNING.qkv_m
     last = tl.minimum(end * M, ROWS)
     row = tile * M + tl.arange(0, M)
     bias = tl.load(w.qkv_bias + layer * ROWS + row, mask=row < last, other=0.0).to(tl.float32)
-    return load_bf16_rows(w.qkv + layer * ROWS * (H // 2), tile * M, last, H, M, TUNING.dense_k), bias
+    return load_bf16_rows(w.qkv + layer * ROWS * (H // 2), tile * M, last, H, M, TUNING.dense_k, zero), bias
 
 
 @triton.jit
@@ -97,18 +100,22 @@ def prefetch_o(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.const
         ARCH: tl.constexpr = TUNING.arch
         first, end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
         rows = (end - first) * TUNING.o_m * TUNING.prefetch_o // 8
-        prefetch_l2(w.o + (layer * CONFIG.hidden_size + end * TUNING.o_m - rows) * (CONFIG.q_size // 2), rows * ROW_BYTES, ARCH)
+        prefetch_l2(
+            w.o + (layer * CONFIG.hidden_size + end * TUNING.o_m - rows) * (CONFIG.q_size // 2), rows * ROW_BYTES, ARCH
+        )
 
 
 @triton.jit
 def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """qkv = W_qkv @ rmsnorm(residual) + b. `weights`: the first tile."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
     M: tl.constexpr = TUNING.qkv_m
-    x = load_residual(s, CONFIG, TUNING.dense_k)
+    x = load_residual(s, CONFIG, TUNING.dense_k, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_vector(w.attn_norm + layer * H, H, TUNING.dense_k))
+    x = multiply_blocks(x, load_vector(w.attn_norm + layer * H, H, TUNING.dense_k, zero))
     first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
@@ -164,10 +171,10 @@ def attention_phase(
     """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
     D: tl.constexpr = CONFIG.head_dim
     G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
-    BLOCK_G: tl.constexpr = CONFIG.padded_group
+    BLOCK_G: tl.constexpr = max(TUNING.least_group, triton.next_power_of_2(G))
     SPLITS: tl.constexpr = TUNING.max_splits
-    WARPS: tl.constexpr = TUNING.num_warps
     ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     g = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, D)
     start, split_size, n_splits = split_cache(window, position, TUNING)
@@ -196,7 +203,9 @@ def attention_phase(
             CONFIG.sm_scale,
             D,
             TUNING.block_t,
-            WARPS,
+            TUNING.attention_parts,
+            TUNING.bf16_parts,
+            zero,
         )
         if split == n_splits - 1:
             # The current key and value stay in registers: no program waits for the cache to be appended.
@@ -224,6 +233,7 @@ def attention_phase(
                     D,
                     triton.next_power_of_2(SPLITS),
                     TUNING.merge_s,
+                    zero,
                 )
         if complete:
             out = finish_with_sink(m, l, acc, sink)
@@ -233,6 +243,8 @@ def attention_phase(
 @triton.jit
 def load_o_tile(w, s, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """(rows, residual + bias)."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.q_size
     M: tl.constexpr = TUNING.o_m
@@ -243,7 +255,7 @@ def load_o_tile(w, s, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constex
     for slot in tl.static_range(TOP_K):
         x += tl.load(s.expert_out + slot * H + row, mask=row < last, other=0.0)
     x += tl.load(w.o_bias + layer * H + row, mask=row < last, other=0.0).to(tl.float32)
-    return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING.dense_k), x
+    return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING.dense_k, zero), x
 
 
 @triton.jit
@@ -259,9 +271,11 @@ def first_o_tile(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
 @triton.jit
 def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """x = residual + W_o @ attention + b. `weights`: the first tile."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     M: tl.constexpr = TUNING.o_m
-    a = load_vector(s.attention, CONFIG.q_size, TUNING.dense_k)
+    a = load_vector(s.attention, CONFIG.q_size, TUNING.dense_k, zero)
     first, end = share(tl.cdiv(H, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
@@ -277,17 +291,21 @@ def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING:
 @triton.jit
 def load_router_tile(w, layer, tile, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """(rows, bias)."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     E: tl.constexpr = CONFIG.n_experts
     M: tl.constexpr = TUNING.router_m
     row = tile * M + tl.arange(0, M)
     bias = tl.load(w.router_bias + layer * E + row, mask=row < E, other=0.0).to(tl.float32)
-    return load_bf16_rows(w.router + layer * E * (H // 2), tile * M, E, H, M, TUNING.dense_k), bias
+    return load_bf16_rows(w.router + layer * E * (H // 2), tile * M, E, H, M, TUNING.dense_k, zero), bias
 
 
 @triton.jit
 def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     """router_logits = W_r @ rmsnorm(x) + b, and the experts' input: rmsnorm(x)."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     E: tl.constexpr = CONFIG.n_experts
     M: tl.constexpr = TUNING.router_m
@@ -298,23 +316,25 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
     # Rows from the first program on, blocks from the last one on, so that few have both.
     if (pid < N_TILES) | (n_programs - 1 - pid < N_BLOCKS):
         weights = load_router_tile(w, layer, pid, CONFIG, TUNING)
-        x = load_vector(s.x, H, TUNING.dense_k)
+        x = load_vector(s.x, H, TUNING.dense_k, zero)
         rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-        x = multiply_blocks(x, load_vector(norm_ptr, H, TUNING.dense_k))
+        x = multiply_blocks(x, load_vector(norm_ptr, H, TUNING.dense_k, zero))
         for tile in range(pid, N_TILES, n_programs):
             if tile != pid:
                 weights = load_router_tile(w, layer, tile, CONFIG, TUNING)
             row = tile * M + tl.arange(0, M)
             tl.store(s.router_logits + row, gemv_bf16(weights[0], x) * rstd + weights[1], mask=row < E)
         for block in range(n_programs - 1 - pid, N_BLOCKS, n_programs):
-            h = block * NORM + tl.arange(0, NORM)
+            h = block * NORM + tl.arange(0, NORM) + zero
             normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
-            write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT and TUNING.writer_quantizes)
+            write_activations(
+                s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT and TUNING.writer_quantizes
+            )
 
 
 @triton.jit
 def write_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: tl.constexpr):
-    """Store float32 x [N] as elements first .. first + N of SIZE; in MXFP8 with QUANTIZE, for which N has whole groups."""
+    """Store float32 x [N] as elements first .. first + N of SIZE; in MXFP8 with QUANTIZE, then N is whole groups."""
     N: tl.constexpr = x.shape[0]
     i = first + tl.arange(0, N)
     if QUANTIZE:
@@ -327,29 +347,48 @@ def write_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: 
 
 
 @triton.jit
-def choose_experts(s, CONFIG: tl.constexpr):
+def choose_experts(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """(experts, weights) of the router's choice; every program makes it for itself."""
+    ARCH: tl.constexpr = TUNING.arch
     return top_k_softmax(
         s.router_logits,
         CONFIG.n_experts,
         CONFIG.experts_per_token,
         triton.next_power_of_2(CONFIG.n_experts),
         triton.next_power_of_2(CONFIG.experts_per_token),
+        opaque_zero(ARCH),
     )
 
 
 @triton.jit
-def expert_vector(x_ptr, x_scale_ptr, K: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    """Activations as expert_gemv takes them."""
+def load_activations(x_ptr, x_scale_ptr, K: tl.constexpr, TUNING: tl.constexpr):
+    """Activations as expert_vector takes them."""
     if TUNING.fragments:
-        return fragment_vector(x_ptr, K, TUNING.num_warps, QUANT)
+        return load_fragment_vector(x_ptr, K, TUNING.num_warps)
     else:
         return x_ptr, x_scale_ptr
 
 
 @triton.jit
+def expert_vector(loaded, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """Activations as expert_gemv takes them."""
+    if TUNING.fragments:
+        return fragment_vector(loaded, TUNING.num_warps, QUANT)
+    else:
+        return loaded
+
+
+@triton.jit
 def load_expert_tile(
-    blocks_ptr, scales_ptr, matrix, tile, valid, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, TUNING: tl.constexpr
+    blocks_ptr,
+    scales_ptr,
+    matrix,
+    tile,
+    valid,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    TUNING: tl.constexpr,
 ):
     """Tile of M rows of matrix number `matrix` of the stack as expert_gemv takes it; nothing is read if not `valid`."""
     if TUNING.fragments:
@@ -370,6 +409,7 @@ def expert_gemv(
     ROWS: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
@@ -378,19 +418,32 @@ def expert_gemv(
         ARCH: tl.constexpr = TUNING.arch
         return gemv_fp4_fragments(weights, vector, TUNING.num_warps, ARCH)
     else:
+        ARCH: tl.constexpr = TUNING.arch
+        zero = opaque_zero(ARCH)
         if QUANT:
             return gemv_fp4_fp8(
-                weights[0], weights[1], vector[0], vector[1], row0, ROWS, K, M, TUNING.expert_k, TUNING.dot_scaled
+                weights[0],
+                weights[1],
+                vector[0],
+                vector[1],
+                row0,
+                ROWS,
+                K,
+                M,
+                BLOCK_K,
+                TUNING.dot_scaled,
+                zero,
             )
         else:
-            return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, TUNING.expert_k)
+            return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K, None, zero)
 
 
 @triton.jit
-def gate_up_phase(
-    w, s, layer, experts, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
-):
-    """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate."""
+def gate_up_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate.
+
+    Returns choose_experts' choice.
+    """
     K: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
     # Whoever quantizes needs all 32 outputs of a scale, that is 64 rows.
@@ -398,13 +451,15 @@ def gate_up_phase(
     M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANTIZE else TUNING.gate_up_m
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     first, end = share(N_TILES * CONFIG.experts_per_token, pid, n_programs)
+    activations = load_activations(s.expert_in, s.expert_in_scale, K, TUNING)
+    experts, expert_weights = choose_experts(s, CONFIG, TUNING)
     weights = load_gate_up_tile(w, layer, experts, first, end, CONFIG, TUNING, M)
-    vector = expert_vector(s.expert_in, s.expert_in_scale, K, TUNING, QUANT)
+    vector = expert_vector(activations, TUNING, QUANT)  # while the weights are on their way
     for item in range(first, end):
         following = load_gate_up_tile(w, layer, experts, item + 1, end, CONFIG, TUNING, M)
         slot = item // N_TILES
         row0 = (item % N_TILES) * M
-        y = expert_gemv(weights[0], vector, row0, ROWS, K, M, TUNING, QUANT) + weights[1]
+        y = expert_gemv(weights[0], vector, row0, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT) + weights[1]
         gate, up = tl.split(tl.reshape(y, (M // 2, 2)))
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_activations(
@@ -416,6 +471,7 @@ def gate_up_phase(
             QUANTIZE,
         )
         weights = following
+    return experts, expert_weights
 
 
 @triton.jit
@@ -434,26 +490,55 @@ def load_gate_up_tile(w, layer, experts, item, end, CONFIG: tl.constexpr, TUNING
 
 
 @triton.jit
+def down_share(slot, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(first tile, end) of a program in an expert's down projection.
+
+    Programs are dealt out over the experts, as each expert has another vector to prepare; too few take several.
+    """
+    lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
+    members = (n_programs - slot % lanes + lanes - 1) // lanes
+    return share(tl.cdiv(CONFIG.hidden_size, TUNING.down_m), pid // lanes, members)
+
+
+@triton.jit
+def first_down_tile(w, layer, experts, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """What down_phase begins with, to be loaded before it may begin."""
+    slot = pid % tl.minimum(n_programs, CONFIG.experts_per_token)
+    first, end = down_share(slot, pid, n_programs, CONFIG, TUNING)
+    return load_down_tile(w, layer * CONFIG.n_experts + pick(experts, slot), first, end, CONFIG, TUNING)
+
+
+@triton.jit
 def down_phase(
-    w, s, layer, experts, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
+    w,
+    s,
+    layer,
+    experts,
+    weights,
+    rows,
+    pid,
+    n_programs,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+    QUANT: tl.constexpr,
 ):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert, one after the other for each program."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. `rows`: the first tile."""
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m
-    N_TILES: tl.constexpr = (ROWS + M - 1) // M
-    lanes = tl.minimum(n_programs, CONFIG.experts_per_token)  # a program takes few experts, as each is another vector
-    lane = pid % lanes
-    for slot in range(lane, CONFIG.experts_per_token, lanes):
-        first, end = share(N_TILES, pid // lanes, (n_programs - lane + lanes - 1) // lanes)
+    lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
+    for slot in range(pid % lanes, CONFIG.experts_per_token, lanes):
+        first, end = down_share(slot, pid, n_programs, CONFIG, TUNING)
         matrix = layer * CONFIG.n_experts + pick(experts, slot)
         expert_weight = pick(weights, slot)
-        rows = load_down_tile(w, matrix, first, end, CONFIG, TUNING)
-        vector = expert_vector(s.expert_act + slot * K, s.expert_act_scale + slot * (K // GROUP), K, TUNING, QUANT)
-        for tile in range(first, end):
+        activations = load_activations(s.expert_act + slot * K, s.expert_act_scale + slot * (K // GROUP), K, TUNING)
+        if slot >= lanes:
+            rows = load_down_tile(w, matrix, first, end, CONFIG, TUNING)
+        vector = expert_vector(activations, TUNING, QUANT)
+        for tile in tl.range(first, end, num_stages=1):
             following = load_down_tile(w, matrix, tile + 1, end, CONFIG, TUNING)
             row = tile * M + tl.arange(0, M)
-            y = expert_gemv(rows[0], vector, tile * M, ROWS, K, M, TUNING, QUANT) + rows[1]
+            y = expert_gemv(rows[0], vector, tile * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT) + rows[1]
             tl.store(s.expert_out + slot * ROWS + row, expert_weight * y, mask=row < ROWS)
             rows = following
 
@@ -473,23 +558,25 @@ def load_down_tile(w, matrix, tile, end, CONFIG: tl.constexpr, TUNING: tl.conste
 @triton.jit
 def load_head_tile(w, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     M: tl.constexpr = TUNING.head_m
-    return load_bf16_rows(
-        w.lm_head, tile * M, tl.minimum(end * M, CONFIG.vocab_size), CONFIG.hidden_size, M, TUNING.dense_k
-    )
+    ARCH: tl.constexpr = TUNING.arch
+    last = tl.minimum(end * M, CONFIG.vocab_size)
+    return load_bf16_rows(w.lm_head, tile * M, last, CONFIG.hidden_size, M, TUNING.dense_k, opaque_zero(ARCH))
 
 
 @triton.jit
 def head_phase(w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """Each program's largest logit of W_head @ rmsnorm(residual); the logits themselves only when asked for."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     V: tl.constexpr = CONFIG.vocab_size
     M: tl.constexpr = TUNING.head_m
     first, end = share(tl.cdiv(V, M), pid, n_programs)
     if TUNING.prefetch:
         weights = load_head_tile(w, first, end, CONFIG, TUNING)
-    x = load_residual(s, CONFIG, TUNING.dense_k)
+    x = load_residual(s, CONFIG, TUNING.dense_k, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_vector(w.final_norm, H, TUNING.dense_k))
+    x = multiply_blocks(x, load_vector(w.final_norm, H, TUNING.dense_k, zero))
     best = tl.full([M], float("-inf"), tl.float32)
     best_index = tl.zeros([M], tl.int32)
     for tile in range(first, end):

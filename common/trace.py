@@ -1,7 +1,7 @@
 """Timestamps of a launch, taken by every program at every barrier.
 
-`trace_ptr` is int64 [2 + 2 * barriers, n_programs]. Event 0 is a program's start, event 2 b - 1 its arrival at barrier b
-(1, 2, ...), event 2 b its leaving it, and the last one its end.
+`trace_ptr` is int64 [2 + 2 * barriers, n_programs]. Event 0 is a program's start, event 2 b - 1 its arrival at barrier
+b (1, 2, ...), event 2 b its leaving it, and the last one its end.
 """
 
 import triton

@@ -69,11 +69,6 @@ class ModelConfig:
         return self.q_size + 2 * self.kv_size
 
     @property
-    def padded_group(self) -> int:
-        """Query heads per KV head, as rows of a matrix product, of which attention makes four times as many."""
-        return max(4, 1 << (self.n_heads // self.n_kv_heads - 1).bit_length())
-
-    @property
     def sm_scale(self) -> float:
         return self.head_dim**-0.5
 

@@ -27,9 +27,12 @@ class Tuning:
     norm_block: int  # elements of the experts' input that a program writes at a time, a multiple of 32
     fragments: bool  # experts as fragments of tensor core operands, whose tiles are 16 rows; else plain rows
     gate_up_m: int  # interleaved gate and up rows, two of which give one output; at least 64 with --quant
+    gate_up_k: int  # block over K, unused for fragments
     down_m: int
-    expert_k: int
+    down_k: int
     block_t: int  # cached positions per attention step
+    attention_parts: int  # parts of a step with a softmax of their own, one per warp or one for all
+    bf16_parts: bool  # attention multiplies bfloat16 parts of its float32 operands; else float32
     split_t: int  # positions that a split has at least, a multiple of block_t
     max_splits: int  # splits grow beyond split_t so that there are never more
     merge_s: int  # splits that are read together when they are merged
@@ -39,6 +42,11 @@ class Tuning:
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
+
+    @property
+    def least_group(self) -> int:
+        """Query heads of a KV head as rows of a matrix product's least tile; bf16_parts makes four times as many."""
+        return 4 if self.bf16_parts else 16
 
     def options(self) -> dict:
         """What to compile and launch with."""
@@ -52,6 +60,7 @@ class Tuning:
         """With --quant: whether activations are quantized by who writes them, or by each who reads them."""
         return not self.fragments
 
+
 # 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The blocks follow what
 # is known to suit the chip; nothing here was run on one.
 GFX950 = Tuning(
@@ -59,20 +68,23 @@ GFX950 = Tuning(
     programs_per_unit=1,
     num_warps=8,
     max_registers=None,
-    qkv_m=8,
-    o_m=8,
+    qkv_m=4,
+    o_m=4,
     router_m=1,
-    head_m=8,
+    head_m=16,
     dense_k=1024,
     norm_block=512,
     fragments=False,
     gate_up_m=64,
+    gate_up_k=256,
     down_m=16,
-    expert_k=256,  # the widest without spills, and at least the 128 of a scaled MFMA
-    block_t=32,
+    down_k=128,  # all that a scaled MFMA takes; with 256 the kernel spills
+    block_t=16,
+    attention_parts=1,
+    bf16_parts=False,
     split_t=256,
     max_splits=32,
-    merge_s=8,
+    merge_s=1,
     dot_scaled=True,
     prefetch=True,
     prefetch_small=False,
@@ -93,17 +105,20 @@ SM_90 = Tuning(
     norm_block=128,
     fragments=True,
     gate_up_m=16,
+    gate_up_k=0,
     down_m=16,
-    expert_k=0,  # fragments hold whole rows
-    block_t=128,
+    down_k=0,
+    block_t=64,
+    attention_parts=4,
+    bf16_parts=True,
     split_t=256,
     max_splits=32,
     merge_s=8,
     dot_scaled=False,
     prefetch=True,
     prefetch_small=True,
-    prefetch_qkv=0,
-    prefetch_o=0,
+    prefetch_qkv=3,
+    prefetch_o=5,
     spin_limit=1 << 24,
 )
 
@@ -159,13 +174,16 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         norm_block=max(MXFP4_GROUP, next_power_of_2(config.hidden_size)),
         fragments=False,
         gate_up_m=rows(2 * config.intermediate_size, expert_k),
+        gate_up_k=expert_k,
         down_m=rows(config.hidden_size, expert_k, least=16),
-        expert_k=expert_k,
+        down_k=expert_k,
         block_t=256,
+        attention_parts=1,
+        bf16_parts=False,
         split_t=4096,
         max_splits=64,
         merge_s=4,
-            dot_scaled=True,
+        dot_scaled=True,
         prefetch=False,
         prefetch_small=False,
         prefetch_qkv=0,
@@ -185,8 +203,9 @@ def with_small_tiles(tuning: Tuning) -> Tuning:
         dense_k=128,
         norm_block=32,
         gate_up_m=64,
+        gate_up_k=128,
         down_m=16,
-        expert_k=128,
+        down_k=128,
         block_t=16,
         split_t=32,
         max_splits=4,

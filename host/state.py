@@ -6,7 +6,7 @@ import torch
 
 from common import SYNC_WORDS
 from host.config import MXFP4_GROUP, ModelConfig
-from host.launch import Tuning
+from host.launch import Tuning, next_power_of_2
 from host.rope import rope_tables
 
 
@@ -56,7 +56,8 @@ def new_state(
 
     hidden, top_k, inter = config.hidden_size, config.experts_per_token, config.intermediate_size
     cache = (config.n_layers, config.n_kv_heads, max_context, config.head_dim)
-    splits = (config.n_kv_heads, tuning.max_splits, config.padded_group)
+    group = max(tuning.least_group, next_power_of_2(config.n_heads // config.n_kv_heads))
+    splits = (config.n_kv_heads, tuning.max_splits, group)
     expert_dtype = torch.float8_e4m3fn if quant and tuning.writer_quantizes else torch.float32
     cos, sin = rope_tables(config, max_context, device)
     windows = [config.window(n) for n in range(config.n_layers)]

@@ -53,10 +53,11 @@ def cache_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    WARPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BF16_PARTS: tl.constexpr,
 ):
     q = tl.load(q_ptr + tl.arange(0, G)[:, None] * D + tl.arange(0, D)[None, :])
-    m, l, acc = attend_cache(q, k_ptr, v_ptr, start, end, SCALE, D, BLOCK_T, WARPS)  # noqa: E741
+    m, l, acc = attend_cache(q, k_ptr, v_ptr, start, end, SCALE, D, BLOCK_T, PARTS, BF16_PARTS)  # noqa: E741
     store_state(out[0], out[1], out[2], m, l, acc, G, D)
 
 
@@ -96,7 +97,7 @@ class Case:
     def new_state(self) -> State:
         return State(*(torch.full(shape, torch.nan) for shape in ((G,), (G,), tuple(self.q.shape))))
 
-    def attend(self, start: int, end: int, block_t: int = BLOCK_T, warps: int = 2) -> State:
+    def attend(self, start: int, end: int, block_t: int = BLOCK_T, parts: int = 2, bf16: bool = True) -> State:
         """attend_cache, with NaN around start .. end, more of it than a block."""
         room = (block_t + 3, self.q.shape[1])
         k, v = torch.full_like(self.k, torch.nan), torch.full_like(self.v, torch.nan)
@@ -104,7 +105,18 @@ class Case:
         k, v = (torch.cat((x, x.new_full(room, torch.nan))) for x in (k, v))
         state, head_dim = self.new_state(), self.q.shape[1]
         cache_kernel[(1,)](
-            state, self.q, k, v, start, end, SCALE=self.scale, G=G, D=head_dim, BLOCK_T=block_t, WARPS=warps
+            state,
+            self.q,
+            k,
+            v,
+            start,
+            end,
+            SCALE=self.scale,
+            G=G,
+            D=head_dim,
+            BLOCK_T=block_t,
+            PARTS=parts,
+            BF16_PARTS=bf16,
         )
         return state
 
@@ -152,27 +164,28 @@ def assert_same_state(actual: State, expected: State) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("start", [0, 1, 37])
-@pytest.mark.parametrize("warps", [1, 2, 8])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bfloat16 parts", "float32"])
+@pytest.mark.parametrize("parts", [1, 2, 8])
 @pytest.mark.parametrize("length", LENGTHS[1:])
-def test_attend_cache(length, warps, start, dtype):
+def test_attend_cache(length, parts, start, dtype, bf16):
     case = Case(start + length, dtype=dtype)
-    assert_same_state(case.attend(start, start + length, warps=warps), case.expected(start, start + length))
+    assert_same_state(case.attend(start, start + length, parts=parts, bf16=bf16), case.expected(start, start + length))
 
 
-@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("start", [0, 5])
-def test_attending_nothing(start, warps):
-    m, l, acc = Case(5).attend(start, start, warps=warps)  # noqa: E741
+def test_attending_nothing(start, parts):
+    m, l, acc = Case(5).attend(start, start, parts=parts)  # noqa: E741
     assert (m == -torch.inf).all()
     assert (l == 0).all()
     assert (acc == 0).all()
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 128])
-@pytest.mark.parametrize("block_t, warps", [(16, 1), (16, 16), (128, 1), (128, 4)])
-def test_other_blocks_and_head_dims(head_dim, block_t, warps):
+@pytest.mark.parametrize("block_t, parts", [(16, 1), (16, 16), (128, 1), (128, 4)])
+def test_other_blocks_and_head_dims(head_dim, block_t, parts):
     case = Case(151, head_dim)
-    assert_same_state(case.attend(20, 151, block_t, warps), case.expected(20, 151))
+    assert_same_state(case.attend(20, 151, block_t, parts), case.expected(20, 151))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

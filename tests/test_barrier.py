@@ -75,7 +75,7 @@ def mutated_barrier(tmp_path: Path, old: str, new: str):
 
 
 BARRIER_MUTATIONS = {
-    "release weakened": ('sem="release"', 'sem="relaxed"'),
+    "release weakened": ('else "release"', 'else "relaxed"'),
     "acquire weakened": ('sem="acquire"', 'sem="relaxed"'),
     "target one too low": ("target = index * n_programs", "target = index * n_programs - 1"),
     "does not wait": ("(arrived < target) & (spins < SPIN_LIMIT)", "arrived < 0"),
@@ -177,7 +177,7 @@ def test_the_last_to_arrive_sees_all_parts(seed):
 
 
 def test_the_last_to_arrive_needs_its_ordering(tmp_path, monkeypatch):
-    module = mutated_barrier(tmp_path, 'sem="acq_rel"', 'sem="relaxed"')
+    module = mutated_barrier(tmp_path, 'else "acq_rel"', 'else "relaxed"')
     monkeypatch.setattr(common, "arrive_last", module.arrive_last)
     parts, total, counter = (torch.zeros(n, dtype=torch.int32) for n in (7, 1, 1))
     with simulate(detect_races=True) as simulation:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import fragment_vector, gemv_fp4_fragments, load_fp4_fragments
+from common import fragment_vector, gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
 from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
 from reference import dequantize_mxfp4, quantize_mxfp8
 
@@ -40,7 +40,7 @@ def gemv_kernel(
     tile = tl.program_id(0)
     vector = tl.program_id(1)
     weights = load_fp4_fragments(blocks_ptr + tile * BLOCK_WORDS, scales_ptr + tile * SCALE_WORDS, K, WARPS, valid != 0)
-    x = fragment_vector(x_ptr + vector * STRIDE, K, WARPS, QUANT)
+    x = fragment_vector(load_fragment_vector(x_ptr + vector * STRIDE, K, WARPS), WARPS, QUANT)
     y = gemv_fp4_fragments(weights, x, WARPS, "cpu")
     tl.store(out_ptr + (vector * tl.num_programs(0) + tile) * 16 + tl.arange(0, 16), y)
 

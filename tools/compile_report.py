@@ -42,10 +42,18 @@ def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_1
     gpu, default_tuning = TARGETS[target]
     tuning = tuning or default_tuning
     n_programs = 132 * tuning.programs_per_unit
-    weights = Weights(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning)))
+    weights = Weights(
+        *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning))
+    )
     state = new_state(config, tuning, quant, 4096, n_programs, "meta")
     names = mega.megakernel.arg_names
-    constants = {"CONFIG": config, "TUNING": tuning, "QUANT": quant, "BLOCK_P": next_power_of_2(n_programs), "TRACE": False}
+    constants = {
+        "CONFIG": config,
+        "TUNING": tuning,
+        "QUANT": quant,
+        "BLOCK_P": next_power_of_2(n_programs),
+        "TRACE": False,
+    }
     signature = {
         "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),
         "s": State(*(TRITON_TYPES[t.dtype] for t in state)),
@@ -85,16 +93,23 @@ def amd_report(kernel) -> dict:
 def amd_barriers(program: "Program") -> dict:
     """How the arrivals, acquires and polls of the grid barriers came out on gfx950.
 
-    An arrival (release) writes the cache back at device scope and waits for that, then adds; an acquire invalidates.
+    An arrival writes the cache back at device scope and waits for that, then adds; an acquire invalidates.
     """
-    arrivals = program.find(r"buffer_wbl2 sc1", r"s_waitcnt vmcnt\(0\)", r"global_atomic_add ")
+    adds = program.find(r"global_atomic_add ")
     polls = [i for i in program.find(r"global_load_dword .* sc1") if not program.within(i, 4, "buffer_inv sc1")]
     return {
-        "arrivals": len(arrivals),
-        "arrivals_drained": sum(amd_drained(program, i) for i in arrivals),
+        "arrivals": sum(amd_written_back(program, i) for i in adds),
+        "arrivals_drained": sum(amd_drained(program, i) for i in adds),
         "acquires": len(program.find(r"buffer_inv sc1")) - len(program.find(r"global_atomic_cmpswap")),
         "polls_in_loops": sum(program.repeats(i, r"buffer_wbl2") for i in polls),
     }
+
+
+def amd_written_back(program: "Program", arrival: int) -> bool:
+    """Whether the cache is written back, and that waited for, after the last store before an arrival."""
+    write_back = program.last_before(arrival, r"buffer_wbl2 sc1")
+    store = program.last_before(arrival, r"(?:global|buffer|flat)_store")
+    return store < write_back and program.within(write_back + 1, 0, r"s_waitcnt vmcnt\(0\)")
 
 
 def amd_drained(program: "Program", arrival: int) -> bool:
@@ -110,7 +125,7 @@ def nvidia_report(kernel) -> dict:
     sass = cuobjdump(kernel, "--dump-sass")
     usage = cuobjdump(kernel, "--dump-resource-usage")
     program = Program.from_sass(sass)
-    arrivals = program.find(r"MEMBAR\.ALL\.GPU", r"ERRBAR", r"CGAERRBAR", r"ATOMG\.E\.ADD\.STRONG\.GPU")
+    arrivals = program.find(r"MEMBAR\.ALL\.GPU", r"ERRBAR", r"CGAERRBAR", r"(?:REDG|ATOMG)\.E\.ADD\.STRONG\.GPU")
     polls = [i for i in program.find(r"LDG\.E\.STRONG\.GPU") if not program.within(i, 2, r"CCTL\.IVALL")]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
