@@ -5,11 +5,16 @@ steps before N, and the kernel decodes from there. Device time is that between e
 time that between tokens as the caller gets them.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+
 import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 

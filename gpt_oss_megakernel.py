@@ -5,15 +5,20 @@ each other:
 
     embedding | per layer: QKV | attention | O projection | router | gate-up | down | then: LM head | argmax
 
-`megakernel` below is that walk; the functions above it are its phases, in order. `MegaModel` holds the weights and the
-state and launches it; `main` is the command line.
+`megakernel` below is that walk; common/phases.py has its phases, in order. `MegaModel` holds the weights and the state
+and launches it; `main` is the command line.
 """
+
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
 
 import argparse
 import dataclasses
 import functools
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

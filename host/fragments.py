@@ -4,8 +4,8 @@ A matrix is cut into tiles of 16 rows, a tile into units of 64 columns, 512 byte
 16 bytes. Byte 8 group + 4 half + i of lane 4 g + t holds column 16 half + 4 t + i of a group of 32, row g in bits 7
 (sign) and 3..1, row g + 8 in bits 0 (sign) and 6..4. Rows and columns beyond the matrix are zeros.
 
-A step of all warps takes two units a warp: unit u of warp w in step s is number (2 s + u) * warps + w. Lane 4 g + t of a
-warp has the scales of group t of its step (two groups a unit), rows g and g + 8, for two steps: four bytes, the first
+A step of all warps takes two units a warp: unit u of warp w in step s is number (2 s + u) * warps + w. Lane 4 g + t of
+a warp has the scales of group t of its step (two groups a unit), rows g and g + 8, for two steps: four bytes, the first
 step's first.
 """
 

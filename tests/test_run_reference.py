@@ -167,10 +167,11 @@ def test_an_early_end_leaves_no_traceback(folder, ending, code):
     assert (process.wait(timeout=60), process.stderr.read()) == (code, "")
 
 
-def test_an_interrupt_during_the_imports_leaves_no_traceback(tmp_path):
+@pytest.mark.parametrize("script", ["run_reference.py", "gpt_oss_megakernel.py", "bench_tpot.py"])
+def test_an_interrupt_during_the_imports_leaves_no_traceback(tmp_path, script):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
-        [sys.executable, ROOT / "run_reference.py"],
+        [sys.executable, ROOT / script],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
