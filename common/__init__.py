@@ -5,7 +5,7 @@ from common.argmax import keep_larger, reduce_argmax
 from common.attention import attend_cache, attend_one, finish_with_sink, merge_splits
 from common.barrier import ABORT, ARRIVALS, SYNC_WORDS, arrive, arrive_last, grid_barrier, leave_grid, wait
 from common.fp4 import e2m1_to_float32
-from common.fp4_fragments import fragment_vector, gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
+from common.fp4_fragments import gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, load_mxfp8, quantize_mxfp8
@@ -31,7 +31,6 @@ __all__ = [
     "e2m1_to_float32",
     "e8m0_to_float32",
     "finish_with_sink",
-    "fragment_vector",
     "gemv_bf16",
     "gemv_fp4",
     "gemv_fp4_fp8",

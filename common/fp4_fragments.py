@@ -1,171 +1,290 @@
 """MXFP4 matrices as NVIDIA's tensor cores take them: rows of an MXFP4 matrix times a vector, by FP16 products.
 
-host/fragments.py packs a matrix so that the 16 bytes which a thread loads are its own part of the left operands of
-mma.m16n8k16, without any exchange between threads. The vector becomes the right operand: each column of a block holds
-one group of 32 elements, so that a product leaves one sum per row and scale group, to which the scale is applied. There
-are two columns a group: the vector's FP16 value, and what FP16 leaves of it, which together carry 22 bits.
+The instruction is mma.m16n8k16, and everything is laid out as its threads hold it, so that nothing is exchanged between
+them: a tensor [LANES] has one element for each thread of a program. Lane 4 r + t of a warp holds scale group t of a
+quad, four groups or 128 columns, of the tile's rows 2 r and 2 r + 1. host/fragments.py packs a matrix in that order.
+
+The vector is the right operand. Of its eight columns lane 4 n + t holds the part of column n that meets group t. That
+is zero but for t = n / 2, so that a product leaves one sum for each row and group, to which the scale is applied:
+column 2 q gets the vector as FP16, column 2 q + 1 what FP16 leaves of it, times 2^11. Together they carry 22 bits.
 """
 
 import triton
 import triton.language as tl
 
-from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, quantize_mxfp8
+from common.quant import GROUP, e8m0_to_float32, mxfp8_scale, to_mxfp8
 
 ROWS = tl.constexpr(16)  # of a tile
-UNIT_K = tl.constexpr(64)  # elements of each row in the 512 bytes that a warp loads at once
-UNIT_BYTES = tl.constexpr(512)
-DOT_K = tl.constexpr(128)  # of each warp in a step: two units, four groups in two columns each
+QUAD = tl.constexpr(4)  # groups that a warp multiplies at a time
+QUAD_WORDS = tl.constexpr(256)  # of a tile: 16 rows of 128 elements
+REST_FACTOR = tl.constexpr(2048.0)
+REST_PLACE = tl.constexpr(32)
 
-# A byte is s'MMM'mmm's'... two elements: bits 7, 3..1 and bits 0, 6..4 are sign and magnitude. The upper byte of a
-# float16 with bits 7 and 3..1 of it alone is the element times 2^-14, subnormals included.
+# A word holds eight elements, two at each of four places: sign and magnitude of the first two in bits 15 and 11..9 of
+# either half, of the others in bits 12 and 8..6, 14 and 5..3, 13 and 2..0. Bits 15 and 11..9 alone, as a float16, are
+# an element times 2^-14, subnormals included. The factors move sign and magnitude at once, and on another pipe than the
+# masks, which are what limits the loop over tiles.
 MISSING_EXPONENT = tl.constexpr(14)
-SPLIT_WORD = tl.constexpr("""{
-    .reg .b32 first, second, sign, low, high;
-    and.b32 first, $8, 0x8E8E8E8E;
-    shr.u32 second, $8, 3;
-    shl.b32 sign, $8, 7;
-    and.b32 sign, sign, 0x80808080;
-    lop3.b32 second, second, 0x0E0E0E0E, sign, 0xEA;
-    prmt.b32 low, first, 0, 0x1404;
-    prmt.b32 high, first, 0, 0x3424;
-    mov.b32 {$0, $1}, low;
-    mov.b32 {$2, $3}, high;
-    prmt.b32 low, second, 0, 0x1404;
-    prmt.b32 high, second, 0, 0x3424;
-    mov.b32 {$4, $5}, low;
-    mov.b32 {$6, $7}, high;
-}""")
+PLACES = tl.constexpr(((0x8E008E00 - (1 << 32), 1), (0x11C011C0, 8), (0x40384038, 66), (0x20072007, 516)))
+
+
+def _multiply_quad(first_byte: int) -> str:
+    """PTX that adds a quad's products to sums, times the weights' scales in two bytes and the vector's scale.
+
+    $0, $1: the sums of rows 2 r and 2 r + 1; $2, $3: what they were; $4, $8: four words of each row; $12: sixteen of
+    the vector; $28: the weights' scales; $29: the vector's. The products are summed in two halves, so that each waits
+    for half as many before it.
+    """
+    lines = [".reg .f32 c<8>, scale, zero;", ".reg .b32 a<8>, w;", "mov.f32 zero, 0f00000000;"]
+    for word in range(4):
+        for row in range(2):
+            for place, (mask, factor) in enumerate(PLACES.value):
+                lines += [
+                    f"and.b32 w, ${4 + 4 * row + word}, {mask};",
+                    f"mul.lo.u32 w, w, {factor};",
+                    f"and.b32 a{2 * place + row}, w, {PLACES.value[0][0]};",
+                ]
+        for half in range(2):
+            a = ", ".join(f"a{4 * half + i}" for i in range(4))
+            c = ", ".join(f"c{4 * half + i}" for i in range(4))
+            x = 12 + 4 * word + 2 * half
+            lines.append(
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                f"{{{c}}}, {{{a}}}, {{${x}, ${x + 1}}}, {{{c if word else 'zero, zero, zero, zero'}}};"
+            )
+    for row in range(2):
+        shift = 23 - 8 * (first_byte + row)  # brings the byte to a float32's exponent
+        value, rest, more_value, more_rest = (f"c{2 * row + i}" for i in (0, 1, 4, 5))
+        lines += [
+            f"shl.b32 w, $28, {shift};" if shift > 0 else f"shr.u32 w, $28, {-shift};",
+            "and.b32 w, w, 0x7F800000;",
+            "max.u32 w, w, 0x00400000;",  # byte 0 is 2^-127, a subnormal; byte 255 infinity for now
+            "mov.b32 scale, w;",
+            "mul.f32 scale, scale, $29;",
+            f"add.f32 {value}, {value}, {more_value};",
+            f"add.f32 {rest}, {rest}, {more_rest};",
+            f"fma.rn.f32 {value}, {rest}, 0f3A000000, {value};",  # 2^-11
+            f"fma.rn.f32 ${row}, {value}, scale, ${2 + row};",
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+FIRST_STEP = tl.constexpr(_multiply_quad(0))
+SECOND_STEP = tl.constexpr(_multiply_quad(2))
+CONSTRAINTS = tl.constexpr("=f,=f,f,f," + "r," * 25 + "f")
 
 
 @triton.jit
-def load_fp4_fragments(blocks_ptr, scales_ptr, K: tl.constexpr, WARPS: tl.constexpr, valid=True):
-    """(blocks, scales) of one tile of 16 rows: tuples of int32 tensors; zeros if not `valid`, and nothing is read.
-
-    Words, as bytes that live across a loop's turns would take a register each.
-    """
-    UNIT_WORDS: tl.constexpr = UNIT_BYTES // 4
-    WORDS: tl.constexpr = (K + UNIT_K - 1) // UNIT_K * UNIT_WORDS
-    STEP_WORDS: tl.constexpr = 2 * WARPS * UNIT_WORDS
-    STEPS: tl.constexpr = (K + WARPS * DOT_K - 1) // (WARPS * DOT_K)
-    word = tl.arange(0, STEP_WORDS)
-    lane = tl.arange(0, WARPS * 32)
+def load_fp4_fragments(blocks_ptr, scales_ptr, valid, K: tl.constexpr, WARPS: tl.constexpr):
+    """(blocks, scales) of one tile of 16 rows: tuples of int32 tensors; zeros if not `valid`, and nothing is read."""
+    STEPS: tl.constexpr = (K + WARPS * QUAD * GROUP - 1) // (WARPS * QUAD * GROUP)
     blocks = ()
+    for step in tl.static_range(STEPS):
+        blocks = blocks + (_load_step(blocks_ptr, valid, step, K, WARPS),)
+    return blocks, _load_scales(scales_ptr, valid, STEPS, WARPS)
+
+
+@triton.jit
+def _load_step(blocks_ptr, valid, step, K: tl.constexpr, WARPS: tl.constexpr):
+    """Words of even and of odd rows."""
+    word = tl.arange(0, 128 * WARPS)
+    quad = step * WARPS + word // 128
+    at = quad * QUAD_WORDS + word % 128
+    mask = ((quad * QUAD + word // 4 % QUAD) * GROUP < K) & valid
+    # Read once a token, if at all: leaves the cache to what is fetched ahead.
+    even = tl.load(blocks_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+    odd = tl.load(blocks_ptr + QUAD_WORDS // 2 + at, mask=mask, other=0, eviction_policy="evict_first")
+    return even, odd
+
+
+@triton.jit
+def _load_scales(scales_ptr, valid, STEPS: tl.constexpr, WARPS: tl.constexpr):
+    LANES: tl.constexpr = 32 * WARPS
+    lane = tl.arange(0, LANES)
     scales = ()
-    for step in tl.static_range(STEPS):
-        mask = (word < WORDS - step * STEP_WORDS) & valid
-        # Read once a token, if at all: leaves the cache to what is fetched ahead.
-        words = tl.load(blocks_ptr + step * STEP_WORDS + word, mask=mask, other=0, eviction_policy="evict_first")
-        blocks = blocks + (words,)
     for pair in tl.static_range((STEPS + 1) // 2):  # a word has the scales of two steps
-        scales = scales + (tl.load(scales_ptr + pair * (WARPS * 32) + lane, mask=(lane >= 0) & valid, other=0),)
-    return blocks, scales
+        scales = scales + (tl.load(scales_ptr + pair * LANES + lane, mask=(lane >= 0) & valid, other=0),)
+    return scales
 
 
 @triton.jit
-def load_fragment_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr):
-    """float32 x [K] as fragment_vector takes it: blocks [groups, 32], zeros beyond K."""
-    STEPS: tl.constexpr = (K + WARPS * DOT_K - 1) // (WARPS * DOT_K)
-    i = tl.arange(0, WARPS * DOT_K)
-    blocks = ()
-    for step in tl.static_range(STEPS):
-        k = step * (WARPS * DOT_K) + i
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        blocks = blocks + (tl.reshape(x, (WARPS * DOT_K // GROUP, GROUP)),)
-    return blocks
+def fragment_unit(largest):
+    """(unit, scale): the power of two that brings a vector, `largest` its largest magnitude, to FP16; what undoes it.
 
-
-@triton.jit
-def fragment_vector(loaded, WARPS: tl.constexpr, QUANT: tl.constexpr):
-    """(operands, scale) of a vector: a tuple of float16 [WARPS, DOT_K, 8], and what to multiply results by.
-
-    With QUANT x is rounded to MXFP8 first.
+    The largest element becomes 2^14 to 2^15. The bound keeps the unit 2^(141 - exponent) a normal float32.
     """
-    blocks = ()
-    largest = tl.zeros([WARPS * DOT_K // GROUP, GROUP], tl.float32)
-    for step in tl.static_range(len(loaded)):
-        x = loaded[step]
-        if QUANT:
-            elements, e8m0 = quantize_mxfp8(x)
-            x = dequantize_mxfp8(elements, e8m0)
-        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-        blocks = blocks + (x,)
-    # The largest element becomes 2^14 to 2^15 as a float16. The bound keeps 2^(141 - exponent) a normal float32.
-    exponent = (tl.max(tl.reshape(largest, (WARPS * DOT_K,)), axis=0).to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.maximum(exponent, 32)
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 32)
     unit = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    operands = ()
-    for step in tl.static_range(len(blocks)):
-        x = blocks[step] * unit
-        high = x.to(tl.float16)
-        low = (x - high.to(tl.float32)).to(tl.float16)
-        operands = operands + (_diagonal(high, low, WARPS),)
-    return operands, ((exponent - 141 + 127 + MISSING_EXPONENT) << 23).to(tl.float32, bitcast=True)
+    return unit, ((exponent - 141 + 127 + MISSING_EXPONENT) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _diagonal(high, low, WARPS: tl.constexpr):
-    """[groups, 32] twice -> [WARPS, DOT_K, 8]: columns 2 j and 2 j + 1 hold group j of each warp, zeros elsewhere."""
-    # Both parts in one word, so that there is half as much to select.
-    low = low.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    words = (high.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | low
-    words = tl.reshape(words, (2, WARPS, 2, GROUP, 1))  # unit, warp, group in unit, element, -
-    words = tl.reshape(tl.permute(words, (1, 0, 2, 3, 4)), (WARPS, 4, GROUP, 1))
-    group = tl.arange(0, 4)
-    words = tl.where(group[None, :, None, None] == group[None, None, None, :], words, 0)
-    high = words.to(tl.int16).to(tl.float16, bitcast=True)
-    low = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.reshape(tl.join(high, low), (WARPS, DOT_K, 8))
+def fragment_parts(x, unit):
+    """float32 x -> its float16 value and rest, as load_fragment_vector reads them."""
+    x *= unit
+    value = x.to(tl.float16)
+    return value, ((x - value.to(tl.float32)) * REST_FACTOR).to(tl.float16)
 
 
 @triton.jit
-def gemv_fp4_fragments(tile, vector, WARPS: tl.constexpr, ARCH: tl.constexpr):
-    """tile @ x, float32 [16], of what load_fp4_fragments and fragment_vector return."""
+def fragment_places(k):
+    """Where element k of a vector goes among float16 [quads, 4, 2, 4, 8]; its rest goes to REST_PLACE after it.
+
+    In this order a warp's loads are contiguous: eighths of a group, values and rests, groups.
+    """
+    return k // 128 * 256 + k // 8 % 4 * 64 + k // 32 % QUAD * 8 + k % 8
+
+
+@triton.jit
+def load_fragment_vector(x_ptr, scale, K: tl.constexpr, WARPS: tl.constexpr):
+    """A vector as gemv_fp4_fragments takes it, from what fragment_parts gave: (words, scale) of each step.
+
+    x_ptr: int32, two float16 each, see fragment_places. `scale`: see fragment_unit.
+    """
+    LANES: tl.constexpr = 32 * WARPS
+    STEPS: tl.constexpr = (K + WARPS * QUAD * GROUP - 1) // (WARPS * QUAD * GROUP)
+    word = tl.arange(0, 4 * LANES)
+    column = word // 16 % 8
+    own = word // 4 % QUAD
+    scales = tl.full([LANES], 1.0, tl.float32) * scale
+    steps = ()
+    for step in tl.static_range(STEPS):
+        quad = step * WARPS + word // 128
+        at = quad * 128 + column % 2 * 16 + word % 16
+        mask = (column // 2 == own) & ((quad * QUAD + own) * GROUP < K)
+        words = ()
+        for i in tl.static_range(4):
+            words = words + _by_lane(tl.load(x_ptr + at + 32 * i, mask=mask, other=0), LANES)
+        steps = steps + ((words, scales),)
+    return steps
+
+
+@triton.jit
+def load_quantized_fragments(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
+    """The same of float32 x [K], rounded to MXFP8: the elements are exact as FP16, and each group keeps its scale.
+
+    As there are no rests, a group's second column takes the second half of its elements, times what a rest weighs less.
+    """
+    LANES: tl.constexpr = 32 * WARPS
+    STEPS: tl.constexpr = (K + WARPS * QUAD * GROUP - 1) // (WARPS * QUAD * GROUP)
+    CAST_SATURATES: tl.constexpr = ARCH == "cuda"
+    i = tl.arange(0, 4 * LANES)
+    lane = tl.arange(0, LANES)
+    column = lane // 4 % 8
+    weight = tl.where(i // 16 % 2 == 0, 1 / 32, REST_FACTOR / 32).to(tl.float16)  # so that 448 and 2^-9 fit both
+    steps = ()
+    for step in tl.static_range(STEPS):
+        group = (step * WARPS + i // 128) * QUAD + i // 4 % QUAD
+        loaded = ()
+        for part in tl.static_range(4):
+            at = group * GROUP + i // 16 % 2 * (GROUP // 2) + 4 * part + i % 4
+            loaded = loaded + (tl.load(x_ptr + at, mask=group * GROUP < K, other=0.0),)
+        largest = tl.abs(loaded[0])
+        for part in tl.static_range(1, 4):
+            largest = tl.maximum(largest, tl.abs(loaded[part]))
+        halves = tl.reshape(tl.max(tl.reshape(largest, (LANES, 4)), axis=1), (WARPS * 4, 2, 4))
+        e8m0 = mxfp8_scale(tl.max(halves, axis=1))
+        e8m0 = tl.reshape(tl.broadcast_to(e8m0[:, None, :], (WARPS * 4, 2, 4)), (LANES,))
+        each = tl.reshape(tl.broadcast_to(e8m0[:, None], (LANES, 4)), (4 * LANES,))
+        words = ()
+        for part in tl.static_range(4):
+            elements = to_mxfp8(loaded[part], each, CAST_SATURATES).to(tl.float16) * weight
+            words = words + tl.split(tl.reshape(_word(tl.reshape(elements, (2 * LANES, 2))), (LANES, 2)))
+        all_words = ()
+        for half in tl.static_range(2):
+            for word in tl.static_range(8):
+                all_words = all_words + (tl.where(column == lane % QUAD * 2 + half, words[word], 0),)
+        steps = steps + ((all_words, e8m0_to_float32(e8m0) * (32 * 16384.0)),)  # 2^MISSING_EXPONENT
+    return steps
+
+
+@triton.jit
+def _word(pairs):
+    """float16 [N, 2] -> int32 [N]."""
+    first, second = tl.split(pairs.to(tl.int16, bitcast=True).to(tl.int32))
+    return (first & 0xFFFF) | (second << 16)
+
+
+@triton.jit
+def _by_lane(words, LANES: tl.constexpr):
+    """[4 LANES] -> four [LANES]: what is in places 4 i .. 4 i + 3 is thread i's own."""
+    even, odd = tl.split(tl.reshape(words, (LANES, 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return (a, b, c, d)
+
+
+@triton.jit
+def gemv_fp4_fragments(tile, x, next_tile, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
+    """(tile @ x, the next tile) of a loaded tile and vector: float32 [8, 2], rows 2 r and 2 r + 1 side by side.
+
+    next_tile: load_fp4_fragments' blocks_ptr, scales_ptr and valid. Each step's words are loaded as soon as the same
+    step of this tile has been multiplied, so that they take no more registers than one tile.
+    """
+    LANES: tl.constexpr = 32 * WARPS
     blocks, scales = tile
-    operands, scale = vector
-    acc = tl.zeros([WARPS, ROWS, 4], tl.float32)
-    for step in tl.static_range(len(operands)):
-        products = tl.dot(_decode(blocks[step], WARPS, ARCH), operands[step], out_dtype=tl.float32)
-        sums = tl.sum(tl.reshape(products, (WARPS, ROWS, 4, 2)), axis=3)
-        acc += sums * _scales(scales[step // 2], step % 2, WARPS)
-    return tl.sum(tl.sum(acc, axis=2), axis=0) * scale
+    even = tl.zeros([LANES], tl.float32)
+    odd = tl.zeros([LANES], tl.float32)
+    next_blocks = ()
+    for step in tl.static_range(len(x)):
+        a = _by_lane(blocks[step][0], LANES)
+        b = _by_lane(blocks[step][1], LANES)
+        even, odd = _add_quad(even, odd, a, b, x[step][0], scales[step // 2], x[step][1], step % 2, WARPS, ARCH)
+        next_blocks = next_blocks + (_load_step(next_tile[0], next_tile[2], step, K, WARPS),)
+    sums = tl.sum(tl.reshape(tl.join(even, odd), (WARPS, 8, 4, 2)), axis=2)
+    sums = tl.sum(sums, axis=0)
+    # Infinity, as a scale of NaN gives, becomes NaN.
+    return sums + sums * 0.0, (next_blocks, _load_scales(next_tile[1], next_tile[2], len(x), WARPS))
 
 
 @triton.jit
-def _scales(words, STEP: tl.constexpr, WARPS: tl.constexpr):
-    """float32 [WARPS, 16, 4] of the first or second step of a pair."""
-    first = e8m0_to_float32((words >> (16 * STEP)) & 0xFF)
-    second = e8m0_to_float32((words >> (16 * STEP + 8)) & 0xFF)
-    both = tl.reshape(tl.join(first, second), (WARPS, 8, 4, 2))  # warp, row, group, row / 8
-    return tl.reshape(tl.permute(both, (0, 3, 1, 2)), (WARPS, ROWS, 4))
-
-
-@triton.jit
-def _decode(words, WARPS: tl.constexpr, ARCH: tl.constexpr):
-    """int32 [WARPS * 256] -> float16 [WARPS, 16, DOT_K]: the elements times 2^-14."""
+def _add_quad(even, odd, a, b, x, scales, x_scale, STEP: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
+    """The sums of even and odd rows and a quad's products. a, b: four words of each row, x: sixteen of the vector."""
     if ARCH == "cuda":
-        a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
-            SPLIT_WORD,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r",
-            [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+        ASM: tl.constexpr = SECOND_STEP if STEP else FIRST_STEP
+        return tl.inline_asm_elementwise(
+            ASM,
+            CONSTRAINTS,
+            [even, odd, a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
+             x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15], scales, x_scale],
+            dtype=(tl.float32, tl.float32),
             is_pure=True,
             pack=1,
-        )
+        )  # fmt: skip
     else:
-        a0, b0 = _split_byte(words)
-        a1, b1 = _split_byte(words >> 8)
-        a2, b2 = _split_byte(words >> 16)
-        a3, b3 = _split_byte(words >> 24)
-    even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
-    odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
-    x = tl.join(even, odd)  # words, row / 8, i / 2, i % 2
-    x = tl.reshape(x, (2, WARPS, 8, 4, 2, 2, 2, 2, 2))  # unit, warp, row, t, group, half, row / 8, i / 2, i % 2
-    return tl.reshape(tl.permute(x, (1, 6, 2, 0, 4, 5, 3, 7, 8)), (WARPS, ROWS, DOT_K))
+        even_scale = e8m0_to_float32((scales >> (16 * STEP)) & 0xFF) * x_scale
+        odd_scale = e8m0_to_float32((scales >> (16 * STEP + 8)) & 0xFF) * x_scale
+        return even + _products(a, x, WARPS) * even_scale, odd + _products(b, x, WARPS) * odd_scale
 
 
 @triton.jit
-def _split_byte(words):
-    """The two elements in the lowest byte."""
-    first = (words & 0x8E) << 8
-    second = (((words >> 3) & 0x0E) | ((words << 7) & 0x80)) << 8
-    return first.to(tl.int16).to(tl.float16, bitcast=True), second.to(tl.int16).to(tl.float16, bitcast=True)
+def _products(words, x, WARPS: tl.constexpr):
+    """What the tensor cores make of a row's four words and the vector: the sum in lane 4 r + q is that of group q."""
+    w = _stack(words[0], words[1], words[2], words[3])
+    places = ()
+    for place in tl.static_range(4):
+        places = places + (((w & PLACES[place][0]) * PLACES[place][1]) & PLACES[0][0],)
+    w = _stack(places[0], places[1], places[2], places[3])  # lanes, word, place
+    x0 = _stack(x[0], x[1], x[2], x[3])
+    x1 = _stack(x[4], x[5], x[6], x[7])
+    x2 = _stack(x[8], x[9], x[10], x[11])
+    x3 = _stack(x[12], x[13], x[14], x[15])
+    x = tl.permute(_stack(x0, x1, x2, x3), (0, 2, 1))
+    return _column_sums(w, x, WARPS) + _column_sums(w >> 16, x >> 16, WARPS)
+
+
+@triton.jit
+def _stack(a, b, c, d):
+    """Four tensors side by side in a last dimension of four."""
+    both = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(both, a.shape + [4])
+
+
+@triton.jit
+def _column_sums(w, x, WARPS: tl.constexpr):
+    """[LANES] of the lower halves of int32 w and x [LANES, 4, 4], as float16."""
+    w = tl.reshape(w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (WARPS, 8, 1, 64))
+    x = tl.reshape(x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (WARPS, 4, 2, 64))
+    value, rest = tl.split(tl.permute(x, (0, 1, 3, 2)))
+    x = tl.reshape(value + rest / REST_FACTOR, (WARPS, 1, 4, 64))
+    return tl.reshape(tl.sum(w * x, axis=3), (WARPS * 32,))

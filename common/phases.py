@@ -12,12 +12,21 @@ from common.arch import opaque_zero
 from common.argmax import keep_larger, reduce_argmax
 from common.attention import attend_cache, attend_one, finish_with_sink, merge_splits
 from common.barrier import ABORT, arrive_last
-from common.fp4_fragments import fragment_vector, gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
+from common.fp4_fragments import (
+    REST_PLACE,
+    fragment_parts,
+    fragment_places,
+    fragment_unit,
+    gemv_fp4_fragments,
+    load_fp4_fragments,
+    load_fragment_vector,
+    load_quantized_fragments,
+)
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.prefetch import prefetch_l2
-from common.quant import GROUP, quantize_mxfp8
-from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
+from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
+from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_rstd
 from common.rope import load_rotated
 from common.router import pick, top_k_softmax
 from common.swiglu import swiglu
@@ -327,9 +336,31 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
         for block in range(n_programs - 1 - pid, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
             normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
-            write_activations(
-                s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT and TUNING.writer_quantizes
-            )
+            if TUNING.fragments:
+                unit, scale = fragment_unit(largest_magnitude(x) * rstd)
+                if QUANT:
+                    normed = round_to_mxfp8(normed)
+                store_parts(s.expert_in, h, H, normed, unit)
+                tl.store(s.expert_in_scale, scale)
+            else:
+                write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT)
+
+
+@triton.jit
+def round_to_mxfp8(x):
+    """float32 x [N], N whole groups, to what MXFP8 makes of it."""
+    groups = tl.reshape(x, (x.shape[0] // GROUP, GROUP))
+    elements, scale = quantize_mxfp8(groups)
+    return tl.reshape(dequantize_mxfp8(elements, scale), x.shape)
+
+
+@triton.jit
+def store_parts(x_ptr, k, SIZE: tl.constexpr, x, unit):
+    """Store elements k of a vector of SIZE as load_fragment_vector reads it."""
+    value, rest = fragment_parts(x, unit)
+    at = x_ptr + fragment_places(k)
+    tl.store(at, value, mask=k < SIZE)
+    tl.store(at + REST_PLACE, rest, mask=k < SIZE)
 
 
 @triton.jit
@@ -347,39 +378,67 @@ def write_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: 
 
 
 @triton.jit
+def load_router_logits(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    ARCH: tl.constexpr = TUNING.arch
+    expert = tl.arange(0, triton.next_power_of_2(CONFIG.n_experts)) + opaque_zero(ARCH)
+    return tl.load(s.router_logits + expert, mask=expert < CONFIG.n_experts, other=0.0)
+
+
+@triton.jit
 def choose_experts(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """(experts, weights) of the router's choice; every program makes it for itself."""
-    ARCH: tl.constexpr = TUNING.arch
-    return top_k_softmax(
-        s.router_logits,
-        CONFIG.n_experts,
-        CONFIG.experts_per_token,
-        triton.next_power_of_2(CONFIG.n_experts),
-        triton.next_power_of_2(CONFIG.experts_per_token),
-        opaque_zero(ARCH),
-    )
+    return top_k_softmax(load_router_logits(s, CONFIG, TUNING), CONFIG.n_experts, CONFIG.experts_per_token)
 
 
 @triton.jit
-def load_activations(x_ptr, x_scale_ptr, K: tl.constexpr, TUNING: tl.constexpr):
-    """Activations as expert_vector takes them."""
+def load_expert_in(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """The experts' input as expert_gemv takes it."""
     if TUNING.fragments:
-        return load_fragment_vector(x_ptr, K, TUNING.num_warps)
+        H: tl.constexpr = CONFIG.hidden_size
+        scale = tl.load(s.expert_in_scale)
+        return load_fragment_vector(as_words(s.expert_in), scale, H, TUNING.num_warps)
     else:
-        return x_ptr, x_scale_ptr
+        return s.expert_in, s.expert_in_scale
 
 
 @triton.jit
-def expert_vector(loaded, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    """Activations as expert_gemv takes them."""
+def load_expert_act(s, slot, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """An expert's activations as expert_gemv takes them."""
+    K: tl.constexpr = CONFIG.intermediate_size
     if TUNING.fragments:
-        return fragment_vector(loaded, TUNING.num_warps, QUANT)
+        ARCH: tl.constexpr = TUNING.arch
+        if QUANT:
+            return load_quantized_fragments(s.expert_act + slot * K, K, TUNING.num_warps, ARCH)
+        else:
+            _, scale = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
+            WORDS: tl.constexpr = (K + 127) // 128 * 128
+            return load_fragment_vector(as_words(s.expert_act) + slot * WORDS, scale, K, TUNING.num_warps)
     else:
-        return loaded
+        return s.expert_act + slot * K, s.expert_act_scale + slot * (K // GROUP)
 
 
 @triton.jit
-def load_expert_tile(
+def as_words(ptr):
+    """A pointer to pairs of float16 as one to int32."""
+    return ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """Store an expert's activations from `first` on; with QUANT, where whoever writes quantizes, whole groups."""
+    K: tl.constexpr = CONFIG.intermediate_size
+    if TUNING.fragments and not QUANT:
+        unit, _ = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
+        i = first + tl.arange(0, act.shape[0])
+        PARTS: tl.constexpr = (K + 127) // 128 * 256
+        store_parts(s.expert_act + slot * PARTS, i, K, act, unit)
+    else:
+        scale_ptr = s.expert_act_scale + slot * (K // GROUP)
+        write_activations(s.expert_act + slot * K, scale_ptr, act, first, K, QUANT and not TUNING.fragments)
+
+
+@triton.jit
+def locate_expert_tile(
     blocks_ptr,
     scales_ptr,
     matrix,
@@ -390,21 +449,31 @@ def load_expert_tile(
     M: tl.constexpr,
     TUNING: tl.constexpr,
 ):
-    """Tile of M rows of matrix number `matrix` of the stack as expert_gemv takes it; nothing is read if not `valid`."""
+    """(blocks, scales, valid) of a tile of M rows of matrix number `matrix` of the stack; of plain rows, the matrix."""
     if TUNING.fragments:
         WARPS: tl.constexpr = TUNING.num_warps
-        TILE_WORDS: tl.constexpr = (K + 63) // 64 * 128
+        TILE_WORDS: tl.constexpr = (K + 127) // 128 * 256
         SCALE_WORDS: tl.constexpr = (K + 256 * WARPS - 1) // (256 * WARPS) * 32 * WARPS
         at = matrix * ((ROWS + M - 1) // M) + tile
-        return load_fp4_fragments(blocks_ptr + at * TILE_WORDS, scales_ptr + at * SCALE_WORDS, K, WARPS, valid)
+        return blocks_ptr + at * TILE_WORDS, scales_ptr + at * SCALE_WORDS, valid
     else:
-        return blocks_ptr + matrix * (ROWS * (K // 8)), scales_ptr + matrix * (ROWS * (K // GROUP))
+        return blocks_ptr + matrix * (ROWS * (K // 8)), scales_ptr + matrix * (ROWS * (K // GROUP)), valid
+
+
+@triton.jit
+def load_expert_tile(place, K: tl.constexpr, TUNING: tl.constexpr):
+    """A tile as expert_gemv takes it, from its place; nothing is read if it is not valid."""
+    if TUNING.fragments:
+        return load_fp4_fragments(place[0], place[1], place[2], K, TUNING.num_warps)
+    else:
+        return place
 
 
 @triton.jit
 def expert_gemv(
     weights,
     vector,
+    following,
     row0,
     ROWS: tl.constexpr,
     K: tl.constexpr,
@@ -413,29 +482,20 @@ def expert_gemv(
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """Rows row0 .. row0 + M of an MXFP4 matrix [ROWS, K] times a vector."""
+    """Rows row0 .. row0 + M of an MXFP4 matrix [ROWS, K] times a vector, and the tile at the place `following`."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
     if TUNING.fragments:
-        ARCH: tl.constexpr = TUNING.arch
-        return gemv_fp4_fragments(weights, vector, TUNING.num_warps, ARCH)
+        y, weights = gemv_fp4_fragments(weights, vector, following, K, TUNING.num_warps, ARCH)
+        return tl.reshape(y, (M,)), weights
+    elif QUANT:
+        SCALED: tl.constexpr = TUNING.dot_scaled
+        y = gemv_fp4_fp8(
+            weights[0], weights[1], vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED, zero
+        )
+        return y, following
     else:
-        ARCH: tl.constexpr = TUNING.arch
-        zero = opaque_zero(ARCH)
-        if QUANT:
-            return gemv_fp4_fp8(
-                weights[0],
-                weights[1],
-                vector[0],
-                vector[1],
-                row0,
-                ROWS,
-                K,
-                M,
-                BLOCK_K,
-                TUNING.dot_scaled,
-                zero,
-            )
-        else:
-            return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K, None, zero)
+        return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K, None, zero), following
 
 
 @triton.jit
@@ -447,36 +507,30 @@ def gate_up_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl
     K: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
     # Whoever quantizes needs all 32 outputs of a scale, that is 64 rows.
-    QUANTIZE: tl.constexpr = QUANT and TUNING.writer_quantizes
+    QUANTIZE: tl.constexpr = QUANT and not TUNING.fragments
     M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANTIZE else TUNING.gate_up_m
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     first, end = share(N_TILES * CONFIG.experts_per_token, pid, n_programs)
-    activations = load_activations(s.expert_in, s.expert_in_scale, K, TUNING)
-    experts, expert_weights = choose_experts(s, CONFIG, TUNING)
-    weights = load_gate_up_tile(w, layer, experts, first, end, CONFIG, TUNING, M)
-    vector = expert_vector(activations, TUNING, QUANT)  # while the weights are on their way
+    logits = load_router_logits(s, CONFIG, TUNING)  # before what is needed later
+    vector = load_expert_in(s, CONFIG, TUNING)
+    experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
+    place, bias = locate_gate_up_tile(w, layer, experts, first, end, CONFIG, TUNING, M)
+    weights = load_expert_tile(place, K, TUNING)
     for item in range(first, end):
-        following = load_gate_up_tile(w, layer, experts, item + 1, end, CONFIG, TUNING, M)
+        following, next_bias = locate_gate_up_tile(w, layer, experts, item + 1, end, CONFIG, TUNING, M)
         slot = item // N_TILES
         row0 = (item % N_TILES) * M
-        y = expert_gemv(weights[0], vector, row0, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT) + weights[1]
-        gate, up = tl.split(tl.reshape(y, (M // 2, 2)))
+        y, weights = expert_gemv(weights, vector, following, row0, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT)
+        gate, up = tl.split(tl.reshape(y + bias, (M // 2, 2)))
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
-        write_activations(
-            s.expert_act + slot * (ROWS // 2),
-            s.expert_act_scale + slot * (ROWS // 2 // GROUP),
-            act,
-            row0 // 2,
-            ROWS // 2,
-            QUANTIZE,
-        )
-        weights = following
+        write_expert_act(s, slot, act, row0 // 2, CONFIG, TUNING, QUANT)
+        bias = next_bias
     return experts, expert_weights
 
 
 @triton.jit
-def load_gate_up_tile(w, layer, experts, item, end, CONFIG: tl.constexpr, TUNING: tl.constexpr, M: tl.constexpr):
-    """(rows, bias) of an item, a tile of M rows of one of the chosen experts; nothing is read from `end` on."""
+def locate_gate_up_tile(w, layer, experts, item, end, CONFIG: tl.constexpr, TUNING: tl.constexpr, M: tl.constexpr):
+    """(place, bias) of an item, a tile of M rows of one of the chosen experts; nothing is read from `end` on."""
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     matrix = layer * CONFIG.n_experts + pick(experts, item // N_TILES)
@@ -485,8 +539,7 @@ def load_gate_up_tile(w, layer, experts, item, end, CONFIG: tl.constexpr, TUNING
     mask = (row < ROWS) & (item < end)
     bias = tl.load(w.gate_up_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
     H: tl.constexpr = CONFIG.hidden_size
-    rows = load_expert_tile(w.gate_up, w.gate_up_scales, matrix, tile, item < end, ROWS, H, M, TUNING)
-    return rows, bias
+    return locate_expert_tile(w.gate_up, w.gate_up_scales, matrix, tile, item < end, ROWS, H, M, TUNING), bias
 
 
 @triton.jit
@@ -505,7 +558,9 @@ def first_down_tile(w, layer, experts, pid, n_programs, CONFIG: tl.constexpr, TU
     """What down_phase begins with, to be loaded before it may begin."""
     slot = pid % tl.minimum(n_programs, CONFIG.experts_per_token)
     first, end = down_share(slot, pid, n_programs, CONFIG, TUNING)
-    return load_down_tile(w, layer * CONFIG.n_experts + pick(experts, slot), first, end, CONFIG, TUNING)
+    matrix = layer * CONFIG.n_experts + pick(experts, slot)
+    place, bias = locate_down_tile(w, matrix, first, end, CONFIG, TUNING)
+    return load_expert_tile(place, CONFIG.intermediate_size, TUNING), bias
 
 
 @triton.jit
@@ -514,45 +569,46 @@ def down_phase(
     s,
     layer,
     experts,
-    weights,
-    rows,
+    expert_weights,
+    tile,
     pid,
     n_programs,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. `rows`: the first tile."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. `tile`: the first one."""
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m
     lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
+    weights, bias = tile
     for slot in range(pid % lanes, CONFIG.experts_per_token, lanes):
         first, end = down_share(slot, pid, n_programs, CONFIG, TUNING)
         matrix = layer * CONFIG.n_experts + pick(experts, slot)
-        expert_weight = pick(weights, slot)
-        activations = load_activations(s.expert_act + slot * K, s.expert_act_scale + slot * (K // GROUP), K, TUNING)
+        expert_weight = pick(expert_weights, slot)
+        vector = load_expert_act(s, slot, CONFIG, TUNING, QUANT)
         if slot >= lanes:
-            rows = load_down_tile(w, matrix, first, end, CONFIG, TUNING)
-        vector = expert_vector(activations, TUNING, QUANT)
-        for tile in tl.range(first, end, num_stages=1):
-            following = load_down_tile(w, matrix, tile + 1, end, CONFIG, TUNING)
-            row = tile * M + tl.arange(0, M)
-            y = expert_gemv(rows[0], vector, tile * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT) + rows[1]
-            tl.store(s.expert_out + slot * ROWS + row, expert_weight * y, mask=row < ROWS)
-            rows = following
+            place, bias = locate_down_tile(w, matrix, first, end, CONFIG, TUNING)
+            weights = load_expert_tile(place, K, TUNING)
+        for item in tl.range(first, end, num_stages=1):
+            following, next_bias = locate_down_tile(w, matrix, item + 1, end, CONFIG, TUNING)
+            row = item * M + tl.arange(0, M)
+            y, weights = expert_gemv(weights, vector, following, item * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
+            tl.store(s.expert_out + slot * ROWS + row, expert_weight * (y + bias), mask=row < ROWS)
+            bias = next_bias
 
 
 @triton.jit
-def load_down_tile(w, matrix, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(rows, bias); nothing is read from `end` on."""
+def locate_down_tile(w, matrix, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(place, bias); nothing is read from `end` on."""
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m
     row = tile * M + tl.arange(0, M)
     mask = (row < ROWS) & (tile < end)
     bias = tl.load(w.down_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
-    return load_expert_tile(w.down, w.down_scales, matrix, tile, tile < end, ROWS, K, M, TUNING), bias
+    return locate_expert_tile(w.down, w.down_scales, matrix, tile, tile < end, ROWS, K, M, TUNING), bias
 
 
 @triton.jit

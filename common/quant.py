@@ -18,16 +18,29 @@ def e8m0_to_float32(e8m0):
 
 @triton.jit
 def quantize_mxfp8(x):
-    """Quantize float32 x [N, GROUP] row by row: E4M3 elements [N, GROUP] and E8M0 scales uint8 [N].
+    """Quantize float32 x [N, GROUP] row by row: E4M3 elements [N, GROUP] and E8M0 scales uint8 [N]."""
+    e8m0 = mxfp8_scale(tl.max(tl.abs(x), axis=1))
+    return to_mxfp8(x, e8m0[:, None]), e8m0.to(tl.uint8)
 
-    The scale is 2^(floor(log2(max |x|)) - 8); elements beyond +-448 saturate, as the specification asks.
-    """
-    amax = tl.max(tl.abs(x), axis=1)
+
+@triton.jit
+def mxfp8_scale(amax):
+    """The E8M0 scale, int32, of elements of which `amax` is the largest magnitude: 2^(floor(log2(amax)) - 8)."""
     exponent = (amax.to(tl.int32, bitcast=True) >> 23) & 0xFF  # floor(log2(amax)) + 127
-    e8m0 = tl.maximum(exponent - E4M3_EMAX, 0)
+    return tl.maximum(exponent - E4M3_EMAX, 0)
+
+
+@triton.jit
+def to_mxfp8(x, e8m0, CAST_SATURATES: tl.constexpr = False):
+    """float32 x / scale as E4M3; what is beyond +-448 saturates, as the specification asks.
+
+    CAST_SATURATES: whether the target's cast does so by itself.
+    """
     to_unit = ((254 - e8m0) << 23).to(tl.float32, bitcast=True)  # 2^(127 - e8m0)
-    scaled = tl.clamp(x * to_unit[:, None], -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
-    return scaled.to(tl.float8e4nv), e8m0.to(tl.uint8)
+    scaled = x * to_unit
+    if not CAST_SATURATES:
+        scaled = tl.clamp(scaled, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return scaled.to(tl.float8e4nv)
 
 
 @triton.jit

@@ -18,6 +18,15 @@ def rms_rstd(x, SIZE: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
+def largest_magnitude(x):
+    """max |x| of a vector."""
+    largest = tl.abs(x[0])
+    for i in tl.static_range(1, len(x)):
+        largest = tl.maximum(largest, tl.abs(x[i]))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
 def add_blocks(a, b):
     """a + b, block by block."""
     blocks = ()

@@ -7,15 +7,15 @@ LOWEST = tl.constexpr(-(1 << 63))
 
 
 @triton.jit
-def top_k_softmax(
-    logits_ptr, N: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TOP_K: tl.constexpr, zero=0
-):
-    """Indices int32 and weights float32 [BLOCK_TOP_K], largest first, the lower index first on ties.
+def top_k_softmax(logits, N: tl.constexpr, TOP_K: tl.constexpr):
+    """Indices int32 and weights float32, largest first, the lower index first on ties, in a power of two of places.
 
-    logits_ptr float32 [N]. Indices are in range whatever the logits hold; places from TOP_K on have weight 0.
+    Of the first N of float32 logits. Indices are below N whatever these hold; places from TOP_K on have weight 0.
     """
-    index = tl.arange(0, BLOCK_N) + zero
-    logits = tl.load(logits_ptr + index, mask=index < N, other=float("-inf")) + 0.0  # -0.0 ties with 0.0
+    BLOCK_N: tl.constexpr = logits.shape[0]
+    BLOCK_TOP_K: tl.constexpr = triton.next_power_of_2(TOP_K)
+    index = tl.arange(0, BLOCK_N)
+    logits += 0.0  # -0.0 ties with 0.0
     bits = logits.to(tl.int32, bitcast=True)
     ascending = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
     # One reduction finds value and place: among equal values the lower index makes the larger key.

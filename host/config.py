@@ -72,6 +72,11 @@ class ModelConfig:
     def sm_scale(self) -> float:
         return self.head_dim**-0.5
 
+    @property
+    def swiglu_bound(self) -> float:
+        """No activation of an expert is larger: z sigmoid(alpha z) lies between -0.2785 / alpha and z."""
+        return max(self.swiglu_limit, 0.2785 / self.swiglu_alpha) * (self.swiglu_limit + 1)
+
     def window(self, layer: int) -> int:
         """Keys that a query of this layer sees, itself included; 0 means all."""
         return self.sliding_window if self.layer_is_sliding[layer] else 0

@@ -55,11 +55,6 @@ class Tuning:
             options |= {"launch_cooperative_grid": True, "maxnreg": self.max_registers}
         return options
 
-    @property
-    def writer_quantizes(self) -> bool:
-        """With --quant: whether activations are quantized by who writes them, or by each who reads them."""
-        return not self.fragments
-
 
 # 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The blocks follow what
 # is known to suit the chip; nothing here was run on one.

@@ -6,6 +6,7 @@ import torch
 
 from common import SYNC_WORDS
 from host.config import MXFP4_GROUP, ModelConfig
+from host.fragments import vector_parts
 from host.launch import Tuning, next_power_of_2
 from host.rope import rope_tables
 
@@ -27,10 +28,10 @@ class State(NamedTuple):
     split_acc: torch.Tensor  # [kv heads, splits, group, head_dim]
     split_arrivals: torch.Tensor  # [kv heads] int32
     router_logits: torch.Tensor  # [experts]
-    expert_in: torch.Tensor  # [hidden], float8e4nv where the writer quantizes
-    expert_in_scale: torch.Tensor  # [hidden / 32] uint8, used there only
-    expert_act: torch.Tensor  # [top k, intermediate], likewise
-    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8, likewise
+    expert_in: torch.Tensor  # [hidden], float8e4nv with --quant; for fragments float16, see host.fragments.vector_parts
+    expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 for fragments
+    expert_act: torch.Tensor  # [top k, intermediate] likewise, but float32 with --quant for fragments
+    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for fragments
     expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
     head_value: torch.Tensor  # [programs] each program's largest logit
     head_index: torch.Tensor  # [programs] int32
@@ -58,7 +59,7 @@ def new_state(
     cache = (config.n_layers, config.n_kv_heads, max_context, config.head_dim)
     group = max(tuning.least_group, next_power_of_2(config.n_heads // config.n_kv_heads))
     splits = (config.n_kv_heads, tuning.max_splits, group)
-    expert_dtype = torch.float8_e4m3fn if quant and tuning.writer_quantizes else torch.float32
+    expert_in, expert_act = _expert_buffers(config, tuning, quant)
     cos, sin = rope_tables(config, max_context, device)
     windows = [config.window(n) for n in range(config.n_layers)]
     return State(
@@ -76,9 +77,9 @@ def new_state(
         split_acc=zeros(*splits, config.head_dim),
         split_arrivals=zeros(config.n_kv_heads, dtype=torch.int32),
         router_logits=zeros(config.n_experts),
-        expert_in=zeros(hidden, dtype=expert_dtype),
-        expert_in_scale=zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
-        expert_act=zeros(top_k, inter, dtype=expert_dtype),
+        expert_in=zeros(*expert_in[0], dtype=expert_in[1]),
+        expert_in_scale=zeros(1) if tuning.fragments else zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
+        expert_act=zeros(*expert_act[0], dtype=expert_act[1]),
         expert_act_scale=zeros(top_k, inter // MXFP4_GROUP, dtype=torch.uint8),
         expert_out=zeros(top_k, hidden),
         head_value=zeros(num_programs),
@@ -87,3 +88,14 @@ def new_state(
         sync=zeros(SYNC_WORDS, dtype=torch.int32),
         trace=zeros(trace_events, num_programs, dtype=torch.int64),
     )
+
+
+def _expert_buffers(config: ModelConfig, tuning: Tuning, quant: bool):
+    """(shape, dtype) of expert_in and of expert_act."""
+    shape_in, shape_act = (config.hidden_size,), (config.experts_per_token, config.intermediate_size)
+    if not tuning.fragments:
+        dtype = torch.float8_e4m3fn if quant else torch.float32
+        return (shape_in, dtype), (shape_act, dtype)
+    # 32 activations share a scale, and who writes them has eight: quantizing is left to who reads them.
+    parts_act = (config.experts_per_token, vector_parts(config.intermediate_size)), torch.float16
+    return ((vector_parts(config.hidden_size),), torch.float16), (shape_act, torch.float32) if quant else parts_act

@@ -29,6 +29,7 @@ from host.weights import Weights, weight_shapes
 TARGETS = {"gfx950": (GPUTarget("hip", "gfx950", 64), GFX950), "sm_90": (GPUTarget("cuda", 90, 32), SM_90)}
 TRITON_TYPES = {
     torch.float32: "*fp32",
+    torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
