@@ -195,24 +195,24 @@ def attention_phase(
 
 
 @triton.jit
-def load_current(s, kv_head, position, CONFIG: tl.constexpr):
+def load_current(s, kv_head, position, zero, CONFIG: tl.constexpr):
     """(keys, values) [N, head_dim] of the current position, rounded to the cache's type; kv_head [N].
 
     They stay in registers: no program waits for the cache to be appended.
     """
     D: tl.constexpr = CONFIG.head_dim
     k = load_rotated(
-        s.qkv + CONFIG.q_size, kv_head, kv_head >= 0, s.cos + position * (D // 2), s.sin + position * (D // 2), D
+        s.qkv + CONFIG.q_size, kv_head, kv_head >= 0, s.cos + position * (D // 2), s.sin + position * (D // 2), D, zero
     )
-    v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head[:, None] * D + tl.arange(0, D)[None, :])
+    v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head[:, None] * D + (tl.arange(0, D) + zero)[None, :])
     return k.to(s.k_cache.dtype.element_ty), v.to(s.v_cache.dtype.element_ty)
 
 
 @triton.jit
-def append_current(s, cache, position, k, v, mask, CONFIG: tl.constexpr):
+def append_current(s, cache, position, k, v, mask, zero, CONFIG: tl.constexpr):
     """Store one of k and v [N, head_dim] in the cache, whose KV head begins at `cache`; mask [N]."""
     D: tl.constexpr = CONFIG.head_dim
-    dim = tl.zeros(k.shape, tl.int32) + tl.arange(0, D)[None, :]
+    dim = tl.zeros(k.shape, tl.int32) + (tl.arange(0, D) + zero)[None, :]
     at = cache + position.to(tl.int64) * D
     tl.store(s.k_cache + at + dim, k, mask=mask[:, None])
     tl.store(s.v_cache + at + dim, v, mask=mask[:, None])
@@ -233,17 +233,17 @@ def attend_head(w, s, layer, head, start, position, max_context, CONFIG: tl.cons
     # All loads before any sum, as behind one each would cost its latency once more.
     block = load_cache_block(k_ptr, v_ptr, start, position, D, T, SLOTS, zero)
     # Every slot loads the same, since what is in the threads' registers need not be exchanged.
-    slot = tl.arange(0, SLOTS)
+    slot = tl.arange(0, SLOTS) + zero
     heads = head + 0 * slot
-    q = load_rotated(s.qkv, heads, heads >= 0, s.cos + position * (D // 2), s.sin + position * (D // 2), D)
-    new_k, new_v = load_current(s, kv_head + 0 * slot, position, CONFIG)
+    q = load_rotated(s.qkv, heads, heads >= 0, s.cos + position * (D // 2), s.sin + position * (D // 2), D, zero)
+    new_k, new_v = load_current(s, kv_head + 0 * slot, position, zero, CONFIG)
     sink = tl.load(w.sinks + layer * CONFIG.n_heads + heads)
-    append_current(s, cache, position, new_k, new_v, (slot == 0) & (head % G == 0), CONFIG)
+    append_current(s, cache, position, new_k, new_v, (slot == 0) & (head % G == 0), zero, CONFIG)
     m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale)  # noqa: E741
     l, acc = attend_cache_by_head(  # noqa: E741
         m, l, acc, q, block, k_ptr, v_ptr, start, position, CONFIG.sm_scale, D, T, SLOTS, zero
     )
-    tl.store(s.attention + head * D + tl.arange(0, D), acc / l)
+    tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
 
 
 @triton.jit
@@ -267,17 +267,17 @@ def attend_split(
     SPLITS: tl.constexpr = TUNING.max_splits
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
-    g = tl.arange(0, BLOCK_G)
-    dim = tl.arange(0, D)
+    g = tl.arange(0, BLOCK_G) + zero
+    dim = tl.arange(0, D) + zero
     kv_head = unit // n_splits
     split = unit % n_splits
     cache = (layer * CONFIG.n_kv_heads + kv_head) * max_context * D
     head = kv_head * G + g
-    q = load_rotated(s.qkv, head, g < G, s.cos + position * (D // 2), s.sin + position * (D // 2), D)
-    new_k, new_v = load_current(s, kv_head + tl.arange(0, 1), position, CONFIG)
+    q = load_rotated(s.qkv, head, g < G, s.cos + position * (D // 2), s.sin + position * (D // 2), D, zero)
+    new_k, new_v = load_current(s, kv_head + tl.arange(0, 1), position, zero, CONFIG)
     sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
     last = split == n_splits - 1
-    append_current(s, cache, position, new_k, new_v, last & (tl.arange(0, 1) == 0), CONFIG)
+    append_current(s, cache, position, new_k, new_v, last & (tl.arange(0, 1) == 0), zero, CONFIG)
     m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale)  # noqa: E741
     m, l, acc = keep_state_if(last, m, l, acc)  # noqa: E741
     first = start + split * split_size
@@ -315,6 +315,7 @@ def attend_split(
                 BLOCK_G,
                 D,
                 triton.next_power_of_2(SPLITS),
+                TUNING.merge_s,
                 zero,
             )
     if complete:

@@ -39,6 +39,7 @@ class Tuning:
     attention_stages: int  # steps whose loads are under way together
     split_t: int  # positions that a split has at least, a multiple of block_t
     max_splits: int  # splits grow beyond split_t so that there are never more
+    merge_s: int  # splits that are read together when they are merged
     dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
     prefetch: bool  # a dense tile is loaded while the one before it is multiplied, the first one during the barrier
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
@@ -84,13 +85,14 @@ GFX950 = Tuning(
     down_k=128,  # all that a scaled MFMA takes; with 256 the kernel spills
     head_keys=512,
     head_block_t=64,
-    head_slots=64,
+    head_slots=32,
     block_t=16,
     attention_parts=1,
     bf16_parts=False,
     attention_stages=1,
     split_t=256,
     max_splits=32,
+    merge_s=1,
     dot_scaled=True,
     prefetch=True,
     prefetch_small=False,
@@ -120,9 +122,10 @@ SM_90 = Tuning(
     block_t=64,
     attention_parts=4,
     bf16_parts=True,
-    attention_stages=2,
+    attention_stages=3,
     split_t=256,
     max_splits=32,
+    merge_s=8,
     dot_scaled=False,
     prefetch=True,
     prefetch_small=True,
@@ -195,6 +198,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         attention_stages=1,
         split_t=4096,
         max_splits=64,
+        merge_s=16,
         dot_scaled=True,
         prefetch=False,
         prefetch_small=False,
@@ -224,4 +228,5 @@ def with_small_tiles(tuning: Tuning) -> Tuning:
         block_t=16,
         split_t=32,
         max_splits=4,
+        merge_s=2,
     )

@@ -115,8 +115,8 @@ def head_kernel(
 
 
 @triton.jit
-def merge_kernel(out, states, n_splits, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
-    m, l, acc = merge_splits(states[0], states[1], states[2], n_splits, G, D, SPLITS)  # noqa: E741
+def merge_kernel(out, states, n_splits, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+    m, l, acc = merge_splits(states[0], states[1], states[2], n_splits, G, D, SPLITS, BLOCK_S)  # noqa: E741
     store_state(out[0], out[1], out[2], m, l, acc, G, D)
 
 
@@ -209,14 +209,14 @@ class Case:
         return weights @ self.v[start:end].double()
 
 
-def merge(*states: State, splits: int = MAX_SPLITS) -> State:
+def merge(*states: State, splits: int = MAX_SPLITS, block_s: int = 2) -> State:
     """merge_splits, with NaN in the room for more states."""
     out = State(*(torch.full_like(x, torch.nan) for x in states[0]))
     stacked = State(*(torch.full((splits, *x.shape), torch.nan) for x in out))
     for i, state in enumerate(states):
         for place, x in zip(stacked, state):
             place[i] = x
-    merge_kernel[(1,)](out, stacked, len(states), G=G, D=out.acc.shape[1], SPLITS=splits)
+    merge_kernel[(1,)](out, stacked, len(states), G=G, D=out.acc.shape[1], SPLITS=splits, BLOCK_S=block_s)
     return out
 
 
@@ -295,13 +295,13 @@ def test_the_cache_adds_to_a_state(length):
 SPLITS = [(0, 1), (0, 7, 300), (0, 64, 128, 192, 256, 300), (0, 1, 2, 3, 100)]
 
 
-@pytest.mark.parametrize("splits", [8, 64])
+@pytest.mark.parametrize("splits, block_s", [(8, 1), (8, 2), (8, 4), (8, 8), (64, 16)])
 @pytest.mark.parametrize("scale", [0.125, 4.0])
 @pytest.mark.parametrize("bounds", SPLITS)
-def test_merged_splits_are_one_pass(bounds, scale, splits):
+def test_merged_splits_are_one_pass(bounds, scale, splits, block_s):
     case = Case(bounds[-1], scale=scale)
     states = [case.attend(start, end) for start, end in itertools.pairwise(bounds)]
-    assert_same_state(merge(*states, splits=splits), case.expected(0, bounds[-1]))
+    assert_same_state(merge(*states, splits=splits, block_s=block_s), case.expected(0, bounds[-1]))
 
 
 @pytest.mark.parametrize("scale", [0.125, 4.0])
