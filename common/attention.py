@@ -161,7 +161,7 @@ def attend_cache_by_head(
     """attend_cache for one query head and few positions: float32 products, made for a short way through.
 
     The state that comes is m and l [SLOTS], acc [SLOTS, HEAD_DIM], the same in all slots, and q has acc's shape;
-    `block` is load_cache_block of `start`. Returned are l [1] and acc [HEAD_DIM], relative to the same maximum.
+    `block` is load_cache_block of `start`. Returned are l, a scalar, and acc [HEAD_DIM], relative to the same maximum.
 
     Number t of a step's positions belongs to slot t % SLOTS, and each slot has a state of its own until the end. With
     as many slots as the threads load rows at a time, a step exchanges nothing but the sums over HEAD_DIM, between the
