@@ -2,7 +2,14 @@
 
 from common.arch import clock_ns, drain_stores
 from common.argmax import keep_larger, reduce_argmax
-from common.attention import attend_cache, attend_one, finish_with_sink, merge_splits
+from common.attention import (
+    attend_cache,
+    attend_cache_by_head,
+    keep_state_if,
+    load_cache_block,
+    merge_splits,
+    start_state,
+)
 from common.barrier import ABORT, ARRIVALS, SYNC_WORDS, arrive, arrive_last, grid_barrier, leave_grid, wait
 from common.fp4 import e2m1_to_float32
 from common.fp4_fragments import gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
@@ -24,21 +31,22 @@ __all__ = [
     "arrive",
     "arrive_last",
     "attend_cache",
-    "attend_one",
+    "attend_cache_by_head",
     "clock_ns",
     "dequantize_mxfp8",
     "drain_stores",
     "e2m1_to_float32",
     "e8m0_to_float32",
-    "finish_with_sink",
     "gemv_bf16",
     "gemv_fp4",
     "gemv_fp4_fp8",
     "gemv_fp4_fragments",
     "grid_barrier",
     "keep_larger",
+    "keep_state_if",
     "leave_grid",
     "load_bf16_rows",
+    "load_cache_block",
     "load_fp4_fragments",
     "load_fragment_vector",
     "load_mxfp8",
@@ -51,6 +59,7 @@ __all__ = [
     "quantize_mxfp8",
     "reduce_argmax",
     "rms_rstd",
+    "start_state",
     "swiglu",
     "top_k_softmax",
     "wait",

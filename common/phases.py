@@ -10,7 +10,14 @@ import triton.language as tl
 
 from common.arch import opaque_zero
 from common.argmax import keep_larger, reduce_argmax
-from common.attention import attend_cache, attend_one, finish_with_sink, merge_splits
+from common.attention import (
+    attend_cache,
+    attend_cache_by_head,
+    keep_state_if,
+    load_cache_block,
+    merge_splits,
+    start_state,
+)
 from common.barrier import ABORT, arrive_last
 from common.fp4_fragments import (
     REST_PLACE,
@@ -138,13 +145,17 @@ def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNIN
 
 
 @triton.jit
-def split_cache(window, position, TUNING: tl.constexpr):
-    """(first position that a query sees, positions of a split, splits): functions of the position alone."""
+def first_seen(window, position):
+    """The first position that a query sees."""
+    return tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
+
+
+@triton.jit
+def split_cache(past, TUNING: tl.constexpr):
+    """(positions of a split, splits) of that many cached ones."""
     SPLITS: tl.constexpr = TUNING.max_splits
-    start = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)
-    past = position - start
     split_size = tl.maximum(tl.cdiv(tl.cdiv(past, SPLITS), TUNING.block_t) * TUNING.block_t, TUNING.split_t)
-    return start, split_size, tl.maximum(tl.cdiv(past, split_size), 1)
+    return split_size, tl.maximum(tl.cdiv(past, split_size), 1)
 
 
 @triton.jit
@@ -157,7 +168,8 @@ def prefetch_attention(
         H: tl.constexpr = CONFIG.hidden_size
         D: tl.constexpr = CONFIG.head_dim
         KV_BYTES: tl.constexpr = s.k_cache.dtype.element_ty.primitive_bitwidth // 8
-        start, split_size, n_splits = split_cache(window, position, TUNING)
+        start = first_seen(window, position)
+        split_size, n_splits = split_cache(position - start, TUNING)
         if pid < CONFIG.n_kv_heads * n_splits:
             first = start + (pid % n_splits) * split_size
             n_bytes = tl.minimum(split_size, position - first) * (D * KV_BYTES)
@@ -178,75 +190,145 @@ def attention_phase(
     w, s, layer, window, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
 ):
     """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
+    start = first_seen(window, position)
+    by_head = False
+    if TUNING.head_keys > 0:
+        by_head = position - start <= TUNING.head_keys
+        if by_head:
+            for head in range(pid, CONFIG.n_heads, n_programs):
+                attend_head(w, s, layer, head, start, position, max_context, CONFIG, TUNING)
+    if not by_head:
+        split_size, n_splits = split_cache(position - start, TUNING)
+        for unit in range(pid, CONFIG.n_kv_heads * n_splits, n_programs):
+            attend_split(w, s, layer, unit, start, split_size, n_splits, position, max_context, CONFIG, TUNING)
+
+
+@triton.jit
+def load_current(s, kv_head, position, zero, CONFIG: tl.constexpr):
+    """(keys, values) [N, head_dim] of the current position, rounded to the cache's type; kv_head [N].
+
+    They stay in registers: no program waits for the cache to be appended.
+    """
+    D: tl.constexpr = CONFIG.head_dim
+    k = load_rotated(
+        s.qkv + CONFIG.q_size, kv_head, kv_head >= 0, s.cos + position * (D // 2), s.sin + position * (D // 2), D, zero
+    )
+    v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head[:, None] * D + (tl.arange(0, D) + zero)[None, :])
+    return k.to(s.k_cache.dtype.element_ty), v.to(s.v_cache.dtype.element_ty)
+
+
+@triton.jit
+def append_current(s, cache, position, k, v, mask, zero, CONFIG: tl.constexpr):
+    """Store one of k and v [N, head_dim] in the cache, whose KV head begins at `cache`; mask [N]."""
+    D: tl.constexpr = CONFIG.head_dim
+    dim = tl.zeros(k.shape, tl.int32) + (tl.arange(0, D) + zero)[None, :]
+    at = cache + position.to(tl.int64) * D
+    tl.store(s.k_cache + at + dim, k, mask=mask[:, None])
+    tl.store(s.v_cache + at + dim, v, mask=mask[:, None])
+
+
+@triton.jit
+def attend_head(w, s, layer, head, start, position, max_context, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """One query head, with the keys of all the past that it sees."""
+    D: tl.constexpr = CONFIG.head_dim
+    G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
+    T: tl.constexpr = TUNING.head_block_t
+    SLOTS: tl.constexpr = TUNING.head_slots
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
+    kv_head = head // G
+    cache = (layer * CONFIG.n_kv_heads + kv_head) * max_context * D
+    k_ptr, v_ptr = s.k_cache + cache, s.v_cache + cache
+    # All loads before any sum, as behind one each would cost its latency once more.
+    block = load_cache_block(k_ptr, v_ptr, start, position, D, T, SLOTS, zero)
+    # Every slot loads the same, since what is in the threads' registers need not be exchanged.
+    slot = tl.arange(0, SLOTS) + zero
+    heads = head + 0 * slot
+    q = load_rotated(s.qkv, heads, heads >= 0, s.cos + position * (D // 2), s.sin + position * (D // 2), D, zero)
+    new_k, new_v = load_current(s, kv_head + 0 * slot, position, zero, CONFIG)
+    sink = tl.load(w.sinks + layer * CONFIG.n_heads + heads)
+    append_current(s, cache, position, new_k, new_v, (slot == 0) & (head % G == 0), zero, CONFIG)
+    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale)  # noqa: E741
+    l, acc = attend_cache_by_head(  # noqa: E741
+        m, l, acc, q, block, k_ptr, v_ptr, start, position, CONFIG.sm_scale, D, T, SLOTS, zero
+    )
+    tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
+
+
+@triton.jit
+def attend_split(
+    w,
+    s,
+    layer,
+    unit,
+    start,
+    split_size,
+    n_splits,
+    position,
+    max_context,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+):
+    """The query heads of a KV head, with a split of the keys; whoever is the last of a KV head merges its splits."""
     D: tl.constexpr = CONFIG.head_dim
     G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
     BLOCK_G: tl.constexpr = max(TUNING.least_group, triton.next_power_of_2(G))
     SPLITS: tl.constexpr = TUNING.max_splits
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
-    g = tl.arange(0, BLOCK_G)
-    dim = tl.arange(0, D)
-    start, split_size, n_splits = split_cache(window, position, TUNING)
-    cos_ptr = s.cos + position * (D // 2)
-    sin_ptr = s.sin + position * (D // 2)
-    for unit in range(pid, CONFIG.n_kv_heads * n_splits, n_programs):
-        kv_head = unit // n_splits
-        split = unit % n_splits
-        cache = (layer * CONFIG.n_kv_heads + kv_head) * max_context * D
-        head = kv_head * G + g
-        # Early, as behind the reductions below each would cost its latency once more.
-        sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
-        q = load_rotated(s.qkv, head, g < G, cos_ptr, sin_ptr, D)
-        one = kv_head + tl.arange(0, 1)
-        new_k = load_rotated(s.qkv + CONFIG.q_size, one, one >= 0, cos_ptr, sin_ptr, D)
-        new_k = tl.reshape(new_k, (D,)).to(s.k_cache.dtype.element_ty)
-        new_v = tl.load(s.qkv + CONFIG.q_size + CONFIG.kv_size + kv_head * D + dim).to(s.v_cache.dtype.element_ty)
-        first = start + split * split_size
-        last = tl.minimum(first + split_size, position)
-        m, l, acc = attend_cache(  # noqa: E741
-            q,
-            s.k_cache + cache,
-            s.v_cache + cache,
-            first,
-            last,
-            CONFIG.sm_scale,
-            D,
-            TUNING.block_t,
-            TUNING.attention_parts,
-            TUNING.bf16_parts,
-            zero,
-        )
-        if split == n_splits - 1:
-            # The current key and value stay in registers: no program waits for the cache to be appended.
-            tl.store(s.k_cache + cache + position.to(tl.int64) * D + dim, new_k)
-            tl.store(s.v_cache + cache + position.to(tl.int64) * D + dim, new_v)
-            m, l, acc = attend_one(  # noqa: E741
-                m, l, acc, q, new_k.to(tl.float32), new_v.to(tl.float32), CONFIG.sm_scale
-            )
-
-        complete = n_splits == 1
-        if n_splits > 1:
-            states = kv_head * SPLITS * BLOCK_G
-            mine = states + split * BLOCK_G + g
-            tl.store(s.split_m + mine, m)
-            tl.store(s.split_l + mine, l)
-            tl.store(s.split_acc + mine[:, None] * D + dim[None, :], acc)
-            complete = arrive_last(s.split_arrivals + kv_head, n_splits, ARCH)
-            if complete:
-                m, l, acc = merge_splits(  # noqa: E741
-                    s.split_m + states,
-                    s.split_l + states,
-                    s.split_acc + states * D,
-                    n_splits,
-                    BLOCK_G,
-                    D,
-                    triton.next_power_of_2(SPLITS),
-                    TUNING.merge_s,
-                    zero,
-                )
+    g = tl.arange(0, BLOCK_G) + zero
+    dim = tl.arange(0, D) + zero
+    kv_head = unit // n_splits
+    split = unit % n_splits
+    cache = (layer * CONFIG.n_kv_heads + kv_head) * max_context * D
+    head = kv_head * G + g
+    q = load_rotated(s.qkv, head, g < G, s.cos + position * (D // 2), s.sin + position * (D // 2), D, zero)
+    new_k, new_v = load_current(s, kv_head + tl.arange(0, 1), position, zero, CONFIG)
+    sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
+    last = split == n_splits - 1
+    append_current(s, cache, position, new_k, new_v, last & (tl.arange(0, 1) == 0), zero, CONFIG)
+    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale)  # noqa: E741
+    m, l, acc = keep_state_if(last, m, l, acc)  # noqa: E741
+    first = start + split * split_size
+    m, l, acc = attend_cache(  # noqa: E741
+        m,
+        l,
+        acc,
+        q,
+        s.k_cache + cache,
+        s.v_cache + cache,
+        first,
+        tl.minimum(first + split_size, position),
+        CONFIG.sm_scale,
+        D,
+        TUNING.block_t,
+        TUNING.attention_parts,
+        TUNING.bf16_parts,
+        TUNING.attention_stages,
+        zero,
+    )
+    complete = n_splits == 1
+    if n_splits > 1:
+        states = kv_head * SPLITS * BLOCK_G
+        mine = states + split * BLOCK_G + g
+        tl.store(s.split_m + mine, m)
+        tl.store(s.split_l + mine, l)
+        tl.store(s.split_acc + mine[:, None] * D + dim[None, :], acc)
+        complete = arrive_last(s.split_arrivals + kv_head, n_splits, ARCH)
         if complete:
-            out = finish_with_sink(m, l, acc, sink)
-            tl.store(s.attention + head[:, None] * D + dim[None, :], out, mask=(g < G)[:, None])
+            m, l, acc = merge_splits(  # noqa: E741
+                s.split_m + states,
+                s.split_l + states,
+                s.split_acc + states * D,
+                n_splits,
+                BLOCK_G,
+                D,
+                triton.next_power_of_2(SPLITS),
+                TUNING.merge_s,
+                zero,
+            )
+    if complete:
+        tl.store(s.attention + head[:, None] * D + dim[None, :], acc / l[:, None], mask=(g < G)[:, None])
 
 
 @triton.jit

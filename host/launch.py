@@ -30,9 +30,13 @@ class Tuning:
     gate_up_k: int  # block over K, unused for fragments
     down_m: int
     down_k: int
+    head_keys: int  # up to so many cached positions a program attends them for one query head, 0: never
+    head_block_t: int  # positions per step of that
+    head_slots: int  # rows of a cache that the threads load at a time, 16 bytes each, or a multiple
     block_t: int  # cached positions per attention step
     attention_parts: int  # parts of a step with a softmax of their own, one per warp or one for all
     bf16_parts: bool  # attention multiplies bfloat16 parts of its float32 operands; else float32
+    attention_stages: int  # steps whose loads are under way together
     split_t: int  # positions that a split has at least, a multiple of block_t
     max_splits: int  # splits grow beyond split_t so that there are never more
     merge_s: int  # splits that are read together when they are merged
@@ -74,9 +78,13 @@ GFX950 = Tuning(
     gate_up_k=256,
     down_m=16,
     down_k=128,  # all that a scaled MFMA takes; with 256 the kernel spills
+    head_keys=512,
+    head_block_t=64,
+    head_slots=32,
     block_t=16,
     attention_parts=1,
     bf16_parts=False,
+    attention_stages=1,
     split_t=256,
     max_splits=32,
     merge_s=1,
@@ -103,9 +111,13 @@ SM_90 = Tuning(
     gate_up_k=0,
     down_m=16,
     down_k=0,
+    head_keys=512,
+    head_block_t=64,
+    head_slots=16,
     block_t=64,
     attention_parts=4,
     bf16_parts=True,
+    attention_stages=3,
     split_t=256,
     max_splits=32,
     merge_s=8,
@@ -172,12 +184,16 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         gate_up_k=expert_k,
         down_m=rows(config.hidden_size, expert_k, least=16),
         down_k=expert_k,
+        head_keys=0,
+        head_block_t=256,
+        head_slots=1,
         block_t=256,
         attention_parts=1,
         bf16_parts=False,
+        attention_stages=1,
         split_t=4096,
         max_splits=64,
-        merge_s=4,
+        merge_s=16,
         dot_scaled=True,
         prefetch=False,
         prefetch_small=False,
@@ -201,6 +217,9 @@ def with_small_tiles(tuning: Tuning) -> Tuning:
         gate_up_k=128,
         down_m=16,
         down_k=128,
+        head_keys=20,
+        head_block_t=16,
+        head_slots=8,
         block_t=16,
         split_t=32,
         max_splits=4,

@@ -6,14 +6,23 @@ is left are the roundings of exponentials and sums of positive terms, about 1e-6
 
 import itertools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
+from mutations import small_config
+
+import gpt_oss_megakernel  # noqa: F401 - before Triton: it sets TRITON_INTERPRET
+
+# isort: split
 import triton
 import triton.language as tl
 
-from common import attend_cache, attend_one, finish_with_sink, merge_splits
+from common import attend_cache, attend_cache_by_head, keep_state_if, load_cache_block, merge_splits, start_state
+from host.launch import tuning_for, with_small_tiles
+from host.state import new_state
+from kernels import attention_kernel
 
 G, BLOCK_T = 8, 32
 MAX_SPLITS = 8
@@ -44,6 +53,8 @@ def store_state(m_ptr, l_ptr, acc_ptr, m, l, acc, G: tl.constexpr, D: tl.constex
 @triton.jit
 def cache_kernel(
     out,
+    before,
+    has_before,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -57,31 +68,56 @@ def cache_kernel(
     BF16_PARTS: tl.constexpr,
 ):
     q = tl.load(q_ptr + tl.arange(0, G)[:, None] * D + tl.arange(0, D)[None, :])
-    m, l, acc = attend_cache(q, k_ptr, v_ptr, start, end, SCALE, D, BLOCK_T, PARTS, BF16_PARTS)  # noqa: E741
+    m, l, acc = load_state(before[0], before[1], before[2], G, D)  # noqa: E741
+    m, l, acc = keep_state_if(has_before, m, l, acc)  # noqa: E741
+    m, l, acc = attend_cache(  # noqa: E741
+        m, l, acc, q, k_ptr, v_ptr, start, end, SCALE, D, BLOCK_T, PARTS, BF16_PARTS
+    )
     store_state(out[0], out[1], out[2], m, l, acc, G, D)
 
 
 @triton.jit
-def one_kernel(out, state, q_ptr, k_ptr, v_ptr, SCALE: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+def start_kernel(out, q_ptr, k_ptr, v_ptr, sink_ptr, SCALE: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
     dim = tl.arange(0, D)
-    m, l, acc = load_state(state[0], state[1], state[2], G, D)  # noqa: E741
     q = tl.load(q_ptr + tl.arange(0, G)[:, None] * D + dim[None, :])
-    m, l, acc = attend_one(m, l, acc, q, tl.load(k_ptr + dim), tl.load(v_ptr + dim), SCALE)  # noqa: E741
+    k, v = tl.load(k_ptr + dim)[None, :], tl.load(v_ptr + dim)[None, :]
+    m, l, acc = start_state(q, k, v, tl.load(sink_ptr + tl.arange(0, G)), SCALE)  # noqa: E741
     store_state(out[0], out[1], out[2], m, l, acc, G, D)
+
+
+@triton.jit
+def head_kernel(
+    out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    start,
+    end,
+    new_k_ptr,
+    new_v_ptr,
+    sink_ptr,
+    SCALE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """One query head a program: the output."""
+    head = tl.program_id(0)
+    slot, dim = tl.arange(0, SLOTS), tl.arange(0, D)
+    row = 0 * slot[:, None] + dim[None, :]
+    block = load_cache_block(k_ptr, v_ptr, start, end, D, BLOCK_T, SLOTS)
+    q, k, v = tl.load(q_ptr + head * D + row), tl.load(new_k_ptr + row), tl.load(new_v_ptr + row)
+    m, l, acc = start_state(q, k, v, tl.load(sink_ptr + head + 0 * slot), SCALE)  # noqa: E741
+    l, acc = attend_cache_by_head(  # noqa: E741
+        m, l, acc, q, block, k_ptr, v_ptr, start, end, SCALE, D, BLOCK_T, SLOTS
+    )
+    tl.store(out_ptr + head * D + dim, acc / l)
 
 
 @triton.jit
 def merge_kernel(out, states, n_splits, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
     m, l, acc = merge_splits(states[0], states[1], states[2], n_splits, G, D, SPLITS, BLOCK_S)  # noqa: E741
     store_state(out[0], out[1], out[2], m, l, acc, G, D)
-
-
-@triton.jit
-def finish_kernel(out_ptr, state, sink_ptr, G: tl.constexpr, D: tl.constexpr):
-    m, l, acc = load_state(state[0], state[1], state[2], G, D)  # noqa: E741
-    g = tl.arange(0, G)
-    out = finish_with_sink(m, l, acc, tl.load(sink_ptr + g))
-    tl.store(out_ptr + g[:, None] * D + tl.arange(0, D)[None, :], out)
 
 
 class Case:
@@ -97,32 +133,67 @@ class Case:
     def new_state(self) -> State:
         return State(*(torch.full(shape, torch.nan) for shape in ((G,), (G,), tuple(self.q.shape))))
 
-    def attend(self, start: int, end: int, block_t: int = BLOCK_T, parts: int = 2, bf16: bool = True) -> State:
-        """attend_cache, with NaN around start .. end, more of it than a block."""
+    def room(self, start: int, end: int, block_t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(k, v) with NaN around start .. end, more of it than a block."""
         room = (block_t + 3, self.q.shape[1])
         k, v = torch.full_like(self.k, torch.nan), torch.full_like(self.v, torch.nan)
         k[start:end], v[start:end] = self.k[start:end], self.v[start:end]
-        k, v = (torch.cat((x, x.new_full(room, torch.nan))) for x in (k, v))
-        state, head_dim = self.new_state(), self.q.shape[1]
+        return tuple(torch.cat((x, x.new_full(room, torch.nan))) for x in (k, v))
+
+    def attend(
+        self,
+        start: int,
+        end: int,
+        block_t: int = BLOCK_T,
+        parts: int = 2,
+        bf16: bool = True,
+        before: State | None = None,
+    ) -> State:
+        """attend_cache, which adds to `before`."""
+        state = self.new_state()
         cache_kernel[(1,)](
             state,
+            before or self.new_state(),
+            before is not None,
             self.q,
-            k,
-            v,
+            *self.room(start, end, block_t),
             start,
             end,
             SCALE=self.scale,
             G=G,
-            D=head_dim,
+            D=self.q.shape[1],
             BLOCK_T=block_t,
             PARTS=parts,
             BF16_PARTS=bf16,
         )
         return state
 
-    def add(self, state: State, t: int) -> State:
+    def start(self, t: int, sink: torch.Tensor | float = -torch.inf) -> State:
+        """start_state with the key and value at t."""
         out, k, v = self.new_state(), self.k[t].float(), self.v[t].float()
-        one_kernel[(1,)](out, state, self.q, k, v, SCALE=self.scale, G=G, D=self.q.shape[1])
+        sinks = torch.zeros(G) + sink
+        start_kernel[(1,)](out, self.q, k, v, sinks, SCALE=self.scale, G=G, D=self.q.shape[1])
+        return out
+
+    def by_head(
+        self, start: int, end: int, sink: torch.Tensor | float = -torch.inf, block_t: int = BLOCK_T, slots: int = 8
+    ) -> torch.Tensor:
+        """attend_cache_by_head for each head, after the key at `end`: its output [G, D]."""
+        out, sinks = torch.full_like(self.q, torch.nan), torch.zeros(G) + sink
+        head_kernel[(G,)](
+            out,
+            self.q,
+            *self.room(start, end, block_t),
+            start,
+            end,
+            self.k[end].float(),
+            self.v[end].float(),
+            sinks,
+            SCALE=self.scale,
+            D=self.q.shape[1],
+            BLOCK_T=block_t,
+            SLOTS=slots,
+        )
         return out
 
     def expected(self, start: int, end: int) -> State:
@@ -131,7 +202,8 @@ class Case:
         p = (scores - m[:, None]).exp()
         return State(m, p.sum(-1), p @ self.v[start:end].double())
 
-    def expected_output(self, start: int, end: int, sinks: torch.Tensor) -> torch.Tensor:
+    def expected_output(self, start: int, end: int, sink: torch.Tensor | float = -torch.inf) -> torch.Tensor:
+        sinks = torch.zeros(G) + sink
         scores = self.scale * self.q.double() @ self.k[start:end].double().T
         weights = torch.cat((scores, sinks.double()[:, None]), -1).softmax(-1)[:, :-1]
         return weights @ self.v[start:end].double()
@@ -148,10 +220,8 @@ def merge(*states: State, splits: int = MAX_SPLITS, block_s: int = 2) -> State:
     return out
 
 
-def finish(state: State, sinks: torch.Tensor) -> torch.Tensor:
-    out = torch.full_like(state.acc, torch.nan)
-    finish_kernel[(1,)](out, state, sinks, G=G, D=state.acc.shape[1])
-    return out
+def output(state: State) -> torch.Tensor:
+    return (state.acc / state.l[:, None]).double()
 
 
 def assert_same_state(actual: State, expected: State) -> None:
@@ -176,9 +246,17 @@ def test_attend_cache(length, parts, start, dtype, bf16):
 @pytest.mark.parametrize("start", [0, 5])
 def test_attending_nothing(start, parts):
     m, l, acc = Case(5).attend(start, start, parts=parts)  # noqa: E741
-    assert (m == -torch.inf).all()
+    assert (m < -1e29).all()
     assert (l == 0).all()
     assert (acc == 0).all()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_attending_nothing_keeps_the_state(parts):
+    case = Case(5)
+    before = case.start(3, sink=1.0)
+    for after, expected in zip(case.attend(2, 2, parts=parts, before=before), before):
+        assert torch.equal(after, expected)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 128])
@@ -188,24 +266,29 @@ def test_other_blocks_and_head_dims(head_dim, block_t, parts):
     assert_same_state(case.attend(20, 151, block_t, parts), case.expected(20, 151))
 
 
+def real_case(length: int, dtype: torch.dtype) -> Case:
+    """Scores that are not exact, and values of one sign: nothing cancels."""
+    case = Case(length, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    case.q = torch.randn(G, 64, generator=generator)
+    case.k[:] = torch.randn(length, 64, generator=generator)
+    case.v[:] = torch.rand(length, 64, generator=generator) + 1
+    return case
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_queries_and_weights_are_not_rounded_to_the_caches_type(dtype):
     """The last bits of a query, and of a softmax weight, show in the output: 1e-7 of it, where bfloat16 leaves 4e-3."""
-    case = Case(64, dtype=dtype)
-    generator = torch.Generator().manual_seed(3)
-    case.q = torch.randn(G, 64, generator=generator)
-    case.k[:] = torch.randn(64, 64, generator=generator)
-    case.v[:] = torch.rand(64, 64, generator=generator) + 1  # of one sign: no cancellation
+    case = real_case(64, dtype)
     actual, expected = case.attend(0, 64), case.expected(0, 64)
     torch.testing.assert_close(actual.m.double(), expected.m, rtol=2e-6, atol=0)
-    output, right = actual.acc / actual.l[:, None], expected.acc / expected.l[:, None]
-    torch.testing.assert_close(output.double(), right, rtol=2e-6, atol=0)
+    torch.testing.assert_close(output(actual), case.expected_output(0, 64), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_attend_one_after_the_cache(length):
+def test_the_cache_adds_to_a_state(length):
     case = Case(length + 1)
-    assert_same_state(case.add(case.attend(0, length), length), case.expected(0, length + 1))
+    assert_same_state(case.attend(0, length, before=case.start(length)), case.expected(0, length + 1))
 
 
 # Each range but the last has at least one key; the states differ much in their largest score.
@@ -235,34 +318,61 @@ def test_merge_order(scale):
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("sink", [-torch.inf, -1e30, -100.0, 0.0, 3.0, 100.0, 1e30])
+SINKS = [-torch.inf, -1e30, -100.0, 0.0, 3.0, 100.0, 1e30]
+
+
+@pytest.mark.parametrize("sink", SINKS)
 @pytest.mark.parametrize("length", [1, 45])
 def test_output_with_sinks(length, sink):
     case = Case(length)
-    sinks = torch.full((G,), sink)
-    torch.testing.assert_close(
-        finish(case.attend(0, length), sinks).double(),
-        case.expected_output(0, length, sinks),
-        rtol=0,
-        atol=TOLERANCE,
-    )
+    expected = case.expected_output(0, length, sink)
+    actual = output(case.attend(0, length - 1, before=case.start(length - 1, sink)))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(case.by_head(0, length - 1, sink).double(), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_each_head_has_its_own_sink():
     case = Case(45)
     sinks = torch.tensor([-torch.inf, -3.0, -1.0, 0.0, 1.0, 2.5, 7.0, 1e4])
-    actual = finish(case.attend(0, 45), sinks).double()
-    torch.testing.assert_close(actual, case.expected_output(0, 45, sinks), rtol=0, atol=TOLERANCE)
-
-
-def test_without_keys_the_sink_takes_all():
-    assert (finish(Case(5).attend(5, 5), torch.zeros(G)) == 0).all()
+    expected = case.expected_output(0, 45, sinks)
+    actual = output(case.attend(0, 44, before=case.start(44, sinks)))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(case.by_head(0, 44, sinks).double(), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_sink_that_equals_the_only_score_takes_half():
     case = Case(1)
-    state = case.attend(0, 1)
-    torch.testing.assert_close(finish(state, state.m), (case.v.float() / 2).expand(G, -1), rtol=1e-6, atol=0)
+    state = case.start(0, case.start(0).m)
+    torch.testing.assert_close(output(state), (case.v.double() / 2).expand(G, -1), rtol=1e-6, atol=0)
+
+
+PASTS = [0, 1, 15, 128, 129, 500]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("start", [0, 37])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("past", PASTS)
+def test_by_head(past, head_dim, start, dtype):
+    case = Case(start + past + 1, head_dim, dtype=dtype)
+    actual = case.by_head(start, start + past, 0.5, block_t=64, slots=16)
+    expected = case.expected_output(start, start + past + 1, 0.5)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize("block_t, slots", [(16, 16), (16, 1), (32, 8), (128, 16)])
+def test_by_head_with_other_blocks_and_head_dims(block_t, slots, head_dim, dtype):
+    case = Case(152, head_dim, dtype=dtype)
+    actual = case.by_head(20, 151, block_t=block_t, slots=slots).double()
+    torch.testing.assert_close(actual, case.expected_output(20, 152), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_by_head_rounds_neither_queries_nor_weights(dtype):
+    case = real_case(65, dtype)
+    torch.testing.assert_close(case.by_head(0, 64).double(), case.expected_output(0, 65), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**100])
@@ -270,20 +380,20 @@ def test_a_sink_that_equals_the_only_score_takes_half():
 def test_large_scores_do_not_overflow(scale, sink):
     case = Case(100, scale=scale)
     assert case.expected(0, 100).m.min() > scale
-    state = merge(case.attend(0, 40), case.add(case.attend(40, 99), 99))
+    state = merge(case.attend(0, 40), case.attend(40, 99, before=case.start(99)))
     assert_same_state(state, case.expected(0, 100))
-    sinks = torch.full((G,), sink)
-    torch.testing.assert_close(
-        finish(state, sinks).double(), case.expected_output(0, 100, sinks), rtol=0, atol=TOLERANCE
-    )
+    expected = case.expected_output(0, 100, sink)
+    state = merge(case.attend(0, 40), case.attend(40, 99, before=case.start(99, sink)))
+    torch.testing.assert_close(output(state), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(case.by_head(0, 99, sink).double(), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_very_negative_scores_do_not_vanish():
     case = Case(70)
     case.q[:], case.k[:], case.scale = 1.0, -1.0, 2.0**20
-    output = finish(case.attend(0, 70), torch.full((G,), -torch.inf)).double()
     expected = case.v.double().mean(0).expand(G, -1)
-    torch.testing.assert_close(output, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(output(case.attend(0, 70)), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(case.by_head(0, 69).double(), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_real_queries_and_the_models_scale():
@@ -292,9 +402,11 @@ def test_real_queries_and_the_models_scale():
     case.q = torch.randn(G, 64, generator=generator) * 3
     case.k = (torch.randn(300, 64, generator=generator) * 3).bfloat16()
     sinks = torch.randn(G, generator=generator) * 3
-    output = finish(case.add(case.attend(0, 299), 299), sinks).double()
+    expected = case.expected_output(0, 300, sinks)
     # Scores of about 30 are rounded to 2e-6 each, more where products cancel.
-    torch.testing.assert_close(output, case.expected_output(0, 300, sinks), rtol=0, atol=3e-5)
+    actual = output(case.attend(0, 299, before=case.start(299, sinks)))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5)
+    torch.testing.assert_close(case.by_head(0, 299, sinks).double(), expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("tensor", ["k", "v"])
@@ -302,5 +414,48 @@ def test_real_queries_and_the_models_scale():
 def test_nan_in_the_cache_shows(tensor, t):
     case = Case(70)
     getattr(case, tensor)[t, 3] = torch.nan
-    output = finish(case.attend(0, 70), torch.zeros(G))
-    assert output[:, 3].isnan().all()
+    assert output(case.attend(0, 70))[:, 3].isnan().all()
+    assert case.by_head(0, 69)[:, 3].isnan().all()
+
+
+class Sinks(NamedTuple):
+    sinks: torch.Tensor
+
+
+@pytest.mark.parametrize("head_keys", [0, 40])
+@pytest.mark.parametrize("num_programs", [1, 3, 11])
+@pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(4, 4, 16), (6, 2, 64), (16, 2, 64), (3, 1, 128)], ids=str)
+def test_the_phase(n_heads, n_kv_heads, head_dim, num_programs, head_keys):
+    """Both ways, with fewer units than programs and more, against float64; each appends the key and value once."""
+    config = small_config(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_layers=2)
+    tuning = replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), head_keys=head_keys)
+    generator = torch.Generator().manual_seed(4)
+    w = Sinks(torch.randn(2, n_heads, generator=generator))
+    context, group = 41, n_heads // n_kv_heads
+    for position, window in [(0, 0), (5, 20), (33, 20), (40, 0)]:
+        s = new_state(config, tuning, False, context, num_programs, "cpu")
+        s.windows[1] = window
+        s.qkv[:] = torch.randn(len(s.qkv), generator=generator)
+        first = max(position - window + 1, 0) if window else 0
+        for cache in (s.k_cache, s.v_cache):
+            cache[:] = torch.nan
+            cache[1, :, first:position] = torch.randn(n_kv_heads, position - first, head_dim, generator=generator)
+        past = [cache[1, :, first:position].double() for cache in (s.k_cache, s.v_cache)]
+        attention_kernel[(num_programs,)](
+            w, s, 1, position, context, num_programs, CONFIG=config, TUNING=tuning, QUANT=False
+        )
+
+        turn = torch.complex(s.cos[position].double(), s.sin[position].double())
+        heads = s.qkv.double().view(-1, head_dim)
+        turned = torch.complex(*heads.chunk(2, -1)) * turn
+        turned = torch.cat((turned.real, turned.imag), -1)
+        new = turned[n_heads : n_heads + n_kv_heads].bfloat16(), heads[n_heads + n_kv_heads :].bfloat16()
+        for cache, x in zip((s.k_cache, s.v_cache), new):
+            assert torch.equal(cache[1, :, position], x)
+            assert cache[1, :, position + 1 :].isnan().all()
+            assert cache[0].isnan().all()
+        k, v = (torch.cat((a, b.double()[:, None]), 1).repeat_interleave(group, 0) for a, b in zip(past, new))
+        scores = config.sm_scale * torch.einsum("hd,htd->ht", turned[:n_heads], k)
+        weights = torch.cat((scores, w.sinks[1].double()[:, None]), -1).softmax(-1)[:, :-1]
+        expected = torch.einsum("ht,htd->hd", weights, v)
+        torch.testing.assert_close(s.attention.view(n_heads, -1).double(), expected, rtol=0, atol=TOLERANCE)
