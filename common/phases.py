@@ -119,13 +119,12 @@ def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNIN
     first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
-            following = load_qkv_tile(w, layer, tile + 1, end, CONFIG, TUNING)
+            rows = weights
+            weights = load_qkv_tile(w, layer, tile + 1, end, CONFIG, TUNING)
         else:
-            weights = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
+            rows = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        tl.store(s.qkv + row, gemv_bf16(weights[0], x) * rstd + weights[1], mask=row < ROWS)
-        if TUNING.prefetch:
-            weights = following
+        tl.store(s.qkv + row, gemv_bf16(rows[0], x) * rstd + rows[1], mask=row < ROWS)
 
 
 @triton.jit
@@ -279,13 +278,12 @@ def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING:
     first, end = share(tl.cdiv(H, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
-            following = load_o_tile(w, s, layer, tile + 1, end, CONFIG, TUNING)
+            rows = weights
+            weights = load_o_tile(w, s, layer, tile + 1, end, CONFIG, TUNING)
         else:
-            weights = load_o_tile(w, s, layer, tile, end, CONFIG, TUNING)
+            rows = load_o_tile(w, s, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        tl.store(s.x + row, gemv_bf16(weights[0], a) + weights[1], mask=row < H)
-        if TUNING.prefetch:
-            weights = following
+        tl.store(s.x + row, gemv_bf16(rows[0], a) + rows[1], mask=row < H)
 
 
 @triton.jit
@@ -418,8 +416,6 @@ def expert_gemv(
         ARCH: tl.constexpr = TUNING.arch
         return gemv_fp4_fragments(weights, vector, TUNING.num_warps, ARCH)
     else:
-        ARCH: tl.constexpr = TUNING.arch
-        zero = opaque_zero(ARCH)
         if QUANT:
             return gemv_fp4_fp8(
                 weights[0],
@@ -432,10 +428,9 @@ def expert_gemv(
                 M,
                 BLOCK_K,
                 TUNING.dot_scaled,
-                zero,
             )
         else:
-            return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K, None, zero)
+            return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K)
 
 
 @triton.jit
