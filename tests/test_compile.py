@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from mutations import small_config
 
+from host.config import GPT_OSS_120B
 from host.launch import GFX950, programs_on
 from tools.compile_report import Program
 
@@ -57,6 +58,15 @@ def test_expert_loops_are_pipelined(matrix, case, reports):
 
 
 @pytest.mark.parametrize("case", AMD_CASES)
+def test_dense_tiles_are_loaded_one_ahead(case, reports):
+    """In the loops of QKV, O and the LM head all of a thread's loads of the next tile precede this one's products."""
+    config, block = GPT_OSS_120B, GFX950.dense_k
+    matrices = [(GFX950.qkv_m, config.hidden_size), (GFX950.o_m, config.q_size), (GFX950.head_m, config.hidden_size)]
+    tiles = sum(rows * -(-k // block) * block for rows, k in matrices)
+    assert reports[case]["dense_loads_ahead"] == tiles // 8 // (64 * GFX950.num_warps)  # 8 weights in 16 bytes
+
+
+@pytest.mark.parametrize("case", AMD_CASES)
 def test_widths_of_loads_on_gfx950(case, reports):
     """Weights: 16 bytes, but for the router's rows: one a program, 512 words of it a block, for 512 threads.
 
@@ -92,12 +102,15 @@ def test_all_programs_are_resident_on_gfx950(case, reports):
 
 @pytest.mark.parametrize("case", AMD_CASES)
 def test_what_a_barrier_executes_on_gfx950(case, reports):
-    """An arrival: one write-back, a wait before it and one after; leaving also waits for a load. A wait: one
-    invalidation, none in the loop that polls (which polls_in_loops counts)."""
+    """An arrival: one write-back, a wait before it and one after, at most one more for a load of its phase.
+
+    A wait: one invalidation, none in the loop that polls, which polls_in_loops counts.
+    """
     figures = reports[case]
     assert figures["write_backs"] == ARRIVALS
     assert figures["invalidations"] == ARRIVALS
-    assert figures["arrival_waits"] == [2] * (ARRIVALS - 1) + [3]
+    assert len(figures["arrival_waits"]) == ARRIVALS
+    assert set(figures["arrival_waits"]) <= {2, 3}
 
 
 def test_the_parameters_known_to_suit_gfx950():

@@ -45,7 +45,9 @@ TRITON_TYPES = {
 
 ALIGNED, SMALL = [["tt.divisibility", 16]], [["tt.pointer_range", 32]]
 SCALED_MFMA = "v_mfma_scale_f32_16x16x128_f8f6f4"
+PRODUCT = r"v_(?:pk_)?(?:fma|fmac)_f32"
 # The source lines that load weights and scales.
+DENSE = re.compile(r"tl\.load\(w_ptr ")
 WEIGHTS = re.compile(r"tl\.load\((?:w_ptr|blocks_ptr|bytes_ptr) ")
 SCALES = re.compile(r"tl\.load\(scales?_ptr \+ rows")
 
@@ -137,7 +139,7 @@ def amd_tile_report(quant: bool) -> dict:
         figures[f"{name}_mfma_per_block"] = one_block.count(SCALED_MFMA)
         figures[f"{name}_first_loads"] = len(expert_loads(Program.from_amdgcn(one_block)))
         program = Program.from_amdgcn(compile_expert_tile(quant, m, block_k, k).asm["amdgcn"])
-        product = SCALED_MFMA if quant else r"v_(?:pk_)?(?:fma|fmac)_f32"
+        product = SCALED_MFMA if quant else PRODUCT
         ahead = [i for i in expert_loads(program) if product_before_wait(program, i, product)]
         figures[f"{name}_loads"] = len(expert_loads(program))
         figures[f"{name}_loads_ahead"] = len(ahead)
@@ -181,6 +183,7 @@ def amd_report(kernel) -> dict:
         "loads_16_bytes": len(program.find(r"_load_dwordx4")),
         "weight_loads": load_widths(program, WEIGHTS),
         "scale_loads": load_widths(program, SCALES),
+        "dense_loads_ahead": sum(product_before_wait(program, i, PRODUCT) for i in program.loads_of(DENSE, "dwordx4")),
         "scaled_mfma": asm.count(SCALED_MFMA),
         **amd_barriers(program),
     }
@@ -188,12 +191,8 @@ def amd_report(kernel) -> dict:
 
 def load_widths(program: "Program", source: re.Pattern) -> dict[str, int]:
     """How many loads of each width come from source lines that match."""
-    widths = (
-        re.search(r"_load_(\w+)", code).group(1)
-        for code, line in zip(program.instructions, program.sources)
-        if re.match(r"(?:global|buffer|flat)_load_", code) and source.search(line)
-    )
-    return dict(Counter(widths))
+    loads = (program.instructions[i] for i in program.loads_of(source))
+    return dict(Counter(re.search(r"_load_(\w+)", code).group(1) for code in loads))
 
 
 def amd_barriers(program: "Program") -> dict:
@@ -308,6 +307,10 @@ class Program:
         n = len(patterns)
         runs = zip(*(self.instructions[k:] for k in range(n)), strict=False)
         return [i + n - 1 for i, run in enumerate(runs) if all(map(re.search, patterns, run))]
+
+    def loads_of(self, source: re.Pattern, width: str = "") -> list[int]:
+        """Where memory is loaded, in pieces of `width`, by source lines that match."""
+        return [i for i in self.find(f"^(?:global|buffer|flat)_load_{width}") if source.search(self.sources[i])]
 
     def within(self, i: int, n: int, pattern: str) -> bool:
         return any(re.search(pattern, code) for code in self.instructions[i : i + n + 1])
