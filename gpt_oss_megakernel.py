@@ -97,7 +97,7 @@ def megakernel(
     tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
     wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
 
-    for n in range(n_layers):
+    for n in tl.range(n_layers, disable_licm=TUNING.layers_alone):
         layer = tl.cast(n, tl.int64)
         barrier = 2 + n * 6
         window = tl.load(s.windows + layer)

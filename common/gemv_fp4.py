@@ -25,36 +25,68 @@ def gemv_fp4(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     x_scale_ptr=None,
-    zero=0,
 ):
     """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0.
 
     x_ptr float32 [K], or float8e4nv [K] with x_scale_ptr uint8 [K / 32]. Activations are meant to lie between 1e-19
-    and 3e19 in magnitude: below they lose precision, beyond they overflow (see common/fp4.py). `zero`: see
-    arch.opaque_zero.
+    and 3e19 in magnitude: below they lose precision, beyond they overflow (see common/fp4.py).
     """
-    rows = tl.arange(0, BLOCK_M)[:, None] + zero
+    rows = _rows_inside(row0, n_rows, BLOCK_M)
     blocks_ptr += tl.cast(row0, tl.int64) * (K // 8)
     scales_ptr += tl.cast(row0, tl.int64) * (K // GROUP)
     acc = tl.zeros([BLOCK_M, BLOCK_K // GROUP], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        word = tl.arange(0, BLOCK_K // 8) + k0 // 8 + zero
-        valid = word < K // 8
-        mask = (row0 + rows < n_rows) & valid[None, :]
-        words = tl.load(blocks_ptr + rows * (K // 8) + word[None, :], mask=mask, other=0)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=2):  # the next block's loads before this one's products
+        word = tl.arange(0, BLOCK_K // 8) + k0 // 8
+        words = tl.load(blocks_ptr + rows * (K // 8) + _inside(word, K // 8, 4)[None, :])
+        k = k0 + tl.arange(0, BLOCK_K)
+        if x_scale_ptr is None:
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        else:
+            x = load_mxfp8(x_ptr, x_scale_ptr, k, k < K)
         products = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
+        parts = _eighths(x * HALF_BIAS)
         for i in tl.static_range(8):
-            if x_scale_ptr is None:
-                x = tl.load(x_ptr + word * 8 + i, mask=valid, other=0.0)
-            else:
-                x = load_mxfp8(x_ptr, x_scale_ptr, word * 8 + i, valid)
-            products += e2m1_to_float32(words >> (4 * i)) * (x * HALF_BIAS)[None, :]
-        group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP + zero
-        group_mask = (row0 + rows < n_rows) & (group < K // GROUP)[None, :]
-        scales = tl.load(scales_ptr + rows * (K // GROUP) + group[None, :], mask=group_mask, other=0)
+            products += e2m1_to_float32(words >> (4 * i)) * parts[i][None, :]
+        group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
+        scales = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
         sums = tl.sum(tl.reshape(products, (BLOCK_M, BLOCK_K // GROUP, GROUP // 8)), axis=2)
         acc += sums * HALF_BIAS * e8m0_to_float32(scales)
-    return tl.sum(acc, axis=1)
+    return _zero_beyond(tl.sum(acc, axis=1), row0, n_rows)
+
+
+@triton.jit
+def _rows_inside(row0, n_rows, BLOCK_M: tl.constexpr):
+    """0, 1, ... [BLOCK_M, 1], of which row0 + the last ones stop at the last row."""
+    return tl.minimum(tl.arange(0, BLOCK_M), n_rows - 1 - row0)[:, None]
+
+
+@triton.jit
+def _inside(i, SIZE: tl.constexpr, RUN: tl.constexpr):
+    """i, but for what is beyond SIZE places in the last RUN before it, whose runs stay whole.
+
+    What is loaded there meets activations that are 0. A mask would be a branch on gfx950, which may end in a wait for
+    all loads under way.
+    """
+    STEP: tl.constexpr = RUN if SIZE % RUN == 0 else 1
+    return tl.where(i < SIZE, i, SIZE - STEP + i % STEP)
+
+
+@triton.jit
+def _zero_beyond(y, row0, n_rows):
+    return tl.where(row0 + tl.arange(0, y.shape[0]) < n_rows, y, 0.0)
+
+
+@triton.jit
+def _eighths(x):
+    """Every eighth element of x [8 n], from 0, from 1, ... from 7 on."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0] // 8, 2, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    x0, x4 = tl.split(x0)
+    x1, x5 = tl.split(x1)
+    x2, x6 = tl.split(x2)
+    x3, x7 = tl.split(x3)
+    return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
@@ -69,18 +101,15 @@ def gemv_fp4_fp8(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT_SCALED: tl.constexpr,
-    zero=0,
 ):
     """The same for x in MXFP8, on scaled matrix cores where DOT_SCALED says so."""
     if DOT_SCALED:
         acc = tl.zeros([BLOCK_M, DOT_N], tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            acc = _dot_scaled(
-                acc, blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, row0, n_rows, k0, zero, K, BLOCK_M, BLOCK_K
-            )
-        return tl.sum(acc, axis=1)
+        for k0 in tl.range(0, K, BLOCK_K, num_stages=2):
+            acc = _dot_scaled(acc, blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
+        return _zero_beyond(tl.sum(acc, axis=1), row0, n_rows)
     else:
-        return gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K, x_scale_ptr, zero)
+        return gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K, x_scale_ptr)
 
 
 @triton.jit
@@ -93,21 +122,20 @@ def _dot_scaled(
     row0,
     n_rows,
     k0,
-    zero,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc [BLOCK_M, DOT_N] += W[:, k0 : k0 + BLOCK_K] @ x, whose vector stands in column 0."""
-    local = tl.arange(0, BLOCK_M)[:, None] + zero
-    rows = row0 + local < n_rows
-    byte = (k0 // 2 + tl.arange(0, BLOCK_K // 2) + zero)[None, :]
+    rows = _rows_inside(row0, n_rows, BLOCK_M)
+    byte = _inside(k0 // 2 + tl.arange(0, BLOCK_K // 2), K // 2, 16)[None, :]
     bytes_ptr = blocks_ptr.to(tl.pointer_type(tl.uint8)) + tl.cast(row0, tl.int64) * (K // 2)
-    w = tl.load(bytes_ptr + local * (K // 2) + byte, mask=rows & (byte < K // 2), other=0)
-    group = (tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP + zero)[None, :]
+    w = tl.load(bytes_ptr + rows * (K // 2) + byte)
+    group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
     scale_ptr = scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
-    w_scale = tl.load(scale_ptr + local * (K // GROUP) + group, mask=rows & (group < K // GROUP), other=0)
-    k = (k0 + tl.arange(0, BLOCK_K) + zero)[:, None]
+    w_scale = tl.load(scale_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
+    group = group[None, :]
+    k = (k0 + tl.arange(0, BLOCK_K))[:, None]
     column = tl.arange(0, DOT_N)
     x = tl.load(x_ptr + k + column[None, :] * 0, mask=(k < K) & (column == 0)[None, :], other=0.0)
     x_scale = tl.load(

@@ -135,13 +135,12 @@ def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNIN
     first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
-            following = load_qkv_tile(w, layer, tile + 1, end, CONFIG, TUNING)
+            rows = weights
+            weights = load_qkv_tile(w, layer, tile + 1, end, CONFIG, TUNING)
         else:
-            weights = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
+            rows = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        tl.store(s.qkv + row, gemv_bf16(weights[0], x) * rstd + weights[1], mask=row < ROWS)
-        if TUNING.prefetch:
-            weights = following
+        tl.store(s.qkv + row, gemv_bf16(rows[0], x) * rstd + rows[1], mask=row < ROWS)
 
 
 @triton.jit
@@ -370,13 +369,12 @@ def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING:
     first, end = share(tl.cdiv(H, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
-            following = load_o_tile(w, s, layer, tile + 1, end, CONFIG, TUNING)
+            rows = weights
+            weights = load_o_tile(w, s, layer, tile + 1, end, CONFIG, TUNING)
         else:
-            weights = load_o_tile(w, s, layer, tile, end, CONFIG, TUNING)
+            rows = load_o_tile(w, s, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        tl.store(s.x + row, gemv_bf16(weights[0], a) + weights[1], mask=row < H)
-        if TUNING.prefetch:
-            weights = following
+        tl.store(s.x + row, gemv_bf16(rows[0], a) + rows[1], mask=row < H)
 
 
 @triton.jit
@@ -566,18 +564,15 @@ def expert_gemv(
 ):
     """Rows row0 .. row0 + M of an MXFP4 matrix [ROWS, K] times a vector, and the tile at the place `following`."""
     ARCH: tl.constexpr = TUNING.arch
-    zero = opaque_zero(ARCH)
     if TUNING.fragments:
         y, weights = gemv_fp4_fragments(weights, vector, following, K, TUNING.num_warps, ARCH)
         return tl.reshape(y, (M,)), weights
     elif QUANT:
         SCALED: tl.constexpr = TUNING.dot_scaled
-        y = gemv_fp4_fp8(
-            weights[0], weights[1], vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED, zero
-        )
+        y = gemv_fp4_fp8(weights[0], weights[1], vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED)
         return y, following
     else:
-        return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K, None, zero), following
+        return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K), following
 
 
 @triton.jit

@@ -19,6 +19,7 @@ class Tuning:
     programs_per_unit: int  # resident programs on each SM or CU
     num_warps: int
     max_registers: int | None  # a thread, where the compiler takes such a limit
+    layers_alone: bool  # nothing is computed once for all layers: hundreds of index vectors would occupy registers
     qkv_m: int  # QKV rows per tile
     o_m: int  # O rows per tile
     router_m: int
@@ -61,23 +62,26 @@ class Tuning:
 
 
 # 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The blocks follow what
-# is known to suit the chip; nothing here was run on one.
+# is known to suit the chip; nothing here was run on one. Without layers_alone they spill 41 vector registers (25 with
+# --quant), with it none. Scales load 1 or 2 bytes at a time: a tile of 16 rows has 512 of them in a block over K, one
+# for each of 512 threads, and rows of 90 are aligned to 2.
 GFX950 = Tuning(
     arch="hip",
     programs_per_unit=1,
     num_warps=8,
     max_registers=None,
-    qkv_m=4,
-    o_m=4,
+    layers_alone=True,
+    qkv_m=8,
+    o_m=8,
     router_m=1,
     head_m=16,
     dense_k=1024,
     norm_block=512,
     fragments=False,
-    gate_up_m=64,
-    gate_up_k=256,
+    gate_up_m=32,
+    gate_up_k=1024,
     down_m=16,
-    down_k=128,  # all that a scaled MFMA takes; with 256 the kernel spills
+    down_k=1024,
     head_keys=512,
     head_block_t=64,
     head_slots=32,
@@ -100,6 +104,7 @@ SM_90 = Tuning(
     programs_per_unit=2,
     num_warps=4,
     max_registers=None,
+    layers_alone=False,
     qkv_m=4,
     o_m=4,
     router_m=1,
@@ -145,7 +150,11 @@ def program_count(device: torch.device, tuning: Tuning) -> int:
     """Programs that are resident together: the barrier needs all of them running."""
     if device.type == "cpu":
         return 1
-    units = torch.cuda.get_device_properties(device).multi_processor_count
+    return programs_on(torch.cuda.get_device_properties(device).multi_processor_count, tuning)
+
+
+def programs_on(units: int, tuning: Tuning) -> int:
+    """The same for a GPU of so many SMs or CUs."""
     if tuning.arch == "hip":
         units -= units // 16
     return units * tuning.programs_per_unit
@@ -173,6 +182,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         programs_per_unit=1,
         num_warps=1,
         max_registers=None,
+        layers_alone=False,
         qkv_m=rows(config.qkv_size, dense_k),
         o_m=rows(config.hidden_size, dense_k),
         router_m=rows(config.n_experts, dense_k),

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from mutations import small_config
 
+from host.config import GPT_OSS_120B
+from host.launch import GFX950, programs_on
 from tools.compile_report import Program
 
 ROOT = Path(__file__).parent.parent
 GRID_BARRIERS = 8  # embedding, six phases, LM head; the layer loop stands once in the code
 ARRIVALS = GRID_BARRIERS + 2  # the last split of attention, the last program to leave
 CASES = [("gfx950", "default"), ("gfx950", "quant"), ("sm_90", "default"), ("sm_90", "quant")]
+AMD_CASES = CASES[:2]
+CUS, XCDS = 256, 8  # of an MI355X
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,91 @@ def reports():
 
 def test_quant_runs_on_the_scaled_matrix_cores_of_gfx950(reports):
     """dot_scaled falls back silently to other instructions where a tile is too small."""
-    assert reports["gfx950", "quant"]["scaled_mfma"] >= 32
+    figures = reports["gfx950", "quant"]
+    per_block = figures["gate_up_mfma_per_block"] + figures["down_mfma_per_block"]
+    assert figures["scaled_mfma"] == 2 * per_block  # in the loop over K, and after it for the last block
     assert reports["gfx950", "default"]["scaled_mfma"] == 0
+
+
+@pytest.mark.parametrize("matrix, rows, waves_across", [("gate_up", max(GFX950.gate_up_m, 64), 2), ("down", 16, 1)])
+def test_scaled_mfmas_of_a_tile(matrix, rows, waves_across, reports):
+    """Each takes 16 rows and 128 columns; `waves_across` waves share the rows, the others repeat what these do."""
+    block_k = getattr(GFX950, f"{matrix}_k")
+    expected = rows // 16 // waves_across * (block_k // 128)
+    assert reports["gfx950", "quant"][f"{matrix}_mfma_per_block"] == expected
+
+
+@pytest.mark.parametrize("case", AMD_CASES)
+@pytest.mark.parametrize("matrix", ["gate_up", "down"])
+def test_expert_loops_are_pipelined(matrix, case, reports):
+    """A tile's first block is waited for; each later block is loaded before the products of the one before it."""
+    figures = reports[case]
+    first, loads = figures[f"{matrix}_first_loads"], figures[f"{matrix}_loads"]
+    assert first > 0
+    assert loads == 2 * first
+    assert figures[f"{matrix}_loads_ahead"] == loads - first
+
+
+@pytest.mark.parametrize("case", AMD_CASES)
+def test_dense_tiles_are_loaded_one_ahead(case, reports):
+    """In the loops of QKV, O and the LM head all of a thread's loads of the next tile precede this one's products."""
+    config, block = GPT_OSS_120B, GFX950.dense_k
+    matrices = [(GFX950.qkv_m, config.hidden_size), (GFX950.o_m, config.q_size), (GFX950.head_m, config.hidden_size)]
+    tiles = sum(rows * -(-k // block) * block for rows, k in matrices)
+    assert reports[case]["dense_loads_ahead"] == tiles // 8 // (64 * GFX950.num_warps)  # 8 weights in 16 bytes
+
+
+@pytest.mark.parametrize("case", AMD_CASES)
+def test_widths_of_loads_on_gfx950(case, reports):
+    """Weights: 16 bytes, but for the router's rows: one a program, 512 words of it a block, for 512 threads.
+
+    Scales: a block over K has 32 bytes a row, 1 to 4 bytes a thread, so that wider loads would leave most threads idle
+    and pass through shared memory. There must not be more of them than of the weights' loads.
+    """
+    figures = reports[case]
+    weights, scales = figures["weight_loads"], figures["scale_loads"]
+    assert weights.keys() == {"dwordx4", "dword"}
+    assert weights["dword"] <= 6
+    assert weights["dwordx4"] >= 60
+    assert scales.keys() <= {"ubyte", "ushort"}
+    assert sum(scales.values()) <= sum(figures[f"{matrix}_loads"] for matrix in ("gate_up", "down"))
+
+
+@pytest.mark.parametrize("case", AMD_CASES)
+def test_nothing_spills_on_gfx950(case, reports):
+    """Scalars spill into lanes of vector registers, 64 to each: three of them, not memory."""
+    figures = reports[case]
+    assert figures["spilled_registers"] == 0
+    assert figures["stack_bytes"] == 0
+    assert figures["spilled_scalars"] <= 3 * 64
+
+
+@pytest.mark.parametrize("case", AMD_CASES)
+def test_all_programs_are_resident_on_gfx950(case, reports):
+    """By registers and shared memory as many on a CU as the barrier relies on; fewer than CUs, as many on each XCD."""
+    assert reports[case]["programs_resident"] >= GFX950.programs_per_unit
+    programs = programs_on(CUS, GFX950)
+    assert programs < CUS
+    assert programs % XCDS == 0
+
+
+@pytest.mark.parametrize("case", AMD_CASES)
+def test_what_a_barrier_executes_on_gfx950(case, reports):
+    """An arrival: one write-back, a wait before it and one after, at most one more for a load of its phase.
+
+    A wait: one invalidation, none in the loop that polls, which polls_in_loops counts.
+    """
+    figures = reports[case]
+    assert figures["write_backs"] == ARRIVALS
+    assert figures["invalidations"] == ARRIVALS
+    assert len(figures["arrival_waits"]) == ARRIVALS
+    assert set(figures["arrival_waits"]) <= {2, 3}
+
+
+def test_the_parameters_known_to_suit_gfx950():
+    assert (GFX950.qkv_m, GFX950.o_m) == (8, 8)
+    assert (GFX950.gate_up_m, GFX950.down_m) == (32, 16)
+    assert {GFX950.dense_k, GFX950.gate_up_k, GFX950.down_k} == {1024}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +141,6 @@ def test_the_programs_fit(case, reports):
     if case[0] == "gfx950":  # eight waves on four SIMDs of 512 registers; 160 KB of shared memory
         assert figures["registers"] <= 256
         assert figures["shared_bytes"] <= 160 << 10
-        assert figures["stack_bytes"] == 0
     else:  # two programs of four warps on 65536 registers; 227 KB
         assert figures["registers"] <= 255
         assert 2 * figures["shared_bytes"] <= 227 << 10

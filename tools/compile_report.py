@@ -4,12 +4,14 @@ TRITON_INTERPRET=0 python tools/compile_report.py [--target gfx950|sm_90 ...] [-
 """
 
 import argparse
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
@@ -17,16 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import gpt_oss_megakernel as mega
+from common import gemv_fp4, gemv_fp4_fp8
 from host.config import GPT_OSS_120B, ModelConfig
-from host.launch import GFX950, SM_90, Tuning, next_power_of_2
+from host.launch import GFX950, SM_90, Tuning, next_power_of_2, programs_on
 from host.state import State, new_state
 from host.weights import Weights, weight_shapes
 
 TARGETS = {"gfx950": (GPUTarget("hip", "gfx950", 64), GFX950), "sm_90": (GPUTarget("cuda", 90, 32), SM_90)}
+UNITS = {"gfx950": 256, "sm_90": 132}
+SIMDS, SIMD_REGISTERS, CU_SHARED_BYTES = 4, 512, 160 << 10  # of a CU; registers a lane
 TRITON_TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -38,11 +44,20 @@ TRITON_TYPES = {
 }
 
 
+ALIGNED, SMALL = [["tt.divisibility", 16]], [["tt.pointer_range", 32]]
+SCALED_MFMA = "v_mfma_scale_f32_16x16x128_f8f6f4"
+PRODUCT = r"v_(?:pk_)?(?:fma|fmac)_f32"
+# The source lines that load weights and scales.
+DENSE = re.compile(r"tl\.load\(w_ptr ")
+WEIGHTS = re.compile(r"tl\.load\((?:w_ptr|blocks_ptr|bytes_ptr) ")
+SCALES = re.compile(r"tl\.load\(scales?_ptr \+ rows")
+
+
 def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_120B, tuning: Tuning | None = None):
     """Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     gpu, default_tuning = TARGETS[target]
     tuning = tuning or default_tuning
-    n_programs = 132 * tuning.programs_per_unit
+    n_programs = programs_on(UNITS[target], tuning)
     weights = Weights(
         *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning))
     )
@@ -60,9 +75,12 @@ def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_1
         "s": State(*(TRITON_TYPES[t.dtype] for t in state)),
         **{name: "constexpr" if name in constants else "i32" for name in names[2:]},
     }
-    aligned = [["tt.divisibility", 16]]
-    attrs = {(arg, field): aligned for arg, group in enumerate((weights, state)) for field in range(len(group))}
-    attrs[(names.index("max_context"),)] = aligned
+    attrs = {
+        (arg, field): pointer_attributes(target, tensor)
+        for arg, group in enumerate((weights, state))
+        for field, tensor in enumerate(group)
+    }
+    attrs[(names.index("max_context"),)] = ALIGNED
     source = ASTSource(
         fn=mega.megakernel,
         signature=signature,
@@ -72,23 +90,110 @@ def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_1
     return triton.compile(source, target=gpu, options=tuning.options())
 
 
+def pointer_attributes(target: str, tensor: torch.Tensor) -> list:
+    """What a launch tells the compiler about a tensor. On AMD those below 2 GiB are read by buffer instructions."""
+    small = tensor.numel() * tensor.element_size() < 1 << 31
+    return ALIGNED + (SMALL if target == "gfx950" and small else [])
+
+
+@triton.jit
+def expert_tile(
+    out, blocks, scales, x, x_scale, row0, n_rows, K: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, QUANT
+):
+    """One tile of an expert's matrix, to count what a tile takes."""
+    if QUANT:
+        y = gemv_fp4_fp8(blocks, scales, x, x_scale, row0, n_rows, K, M, BLOCK_K, True)
+    else:
+        y = gemv_fp4(blocks, scales, x, row0, n_rows, K, M, BLOCK_K)
+    tl.store(out + tl.arange(0, M), y)
+
+
+def compile_expert_tile(quant: bool, m: int, block_k: int, k: int):
+    """A tile of m rows of k elements, compiled for gfx950 with its tuning."""
+    types = {"out": "*fp32", "blocks": "*i32", "scales": "*u8", "x": "*fp8e4nv" if quant else "*fp32", "x_scale": "*u8"}
+    constants = {"K": k, "M": m, "BLOCK_K": block_k, "QUANT": quant}
+    signature = {**types, "row0": "i32", "n_rows": "i32", **dict.fromkeys(constants, "constexpr")}
+    names = expert_tile.arg_names
+    attrs = {(names.index(name),): ALIGNED for name in ("blocks", "scales", "row0")}
+    attrs |= {(names.index(name),): ALIGNED + SMALL for name in ("out", "x", "x_scale")}
+    source = ASTSource(
+        fn=expert_tile,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attrs,
+    )
+    return triton.compile(source, target=TARGETS["gfx950"][0], options=GFX950.options())
+
+
+def amd_tile_report(quant: bool) -> dict:
+    """Scaled MFMAs that a wave executes for a block over K of each expert matrix's tile, and pipelining of the loops.
+
+    Ahead are the weights' loads with products between them and the wait for them; first those of a tile's first block.
+    """
+    k = GPT_OSS_120B.hidden_size
+    figures = {}
+    for name, m, block_k in (
+        ("gate_up", max(GFX950.gate_up_m, 64) if quant else GFX950.gate_up_m, GFX950.gate_up_k),
+        ("down", GFX950.down_m, GFX950.down_k),
+    ):
+        one_block = compile_expert_tile(quant, m, block_k, block_k).asm["amdgcn"]
+        figures[f"{name}_mfma_per_block"] = one_block.count(SCALED_MFMA)
+        figures[f"{name}_first_loads"] = len(expert_loads(Program.from_amdgcn(one_block)))
+        program = Program.from_amdgcn(compile_expert_tile(quant, m, block_k, k).asm["amdgcn"])
+        product = SCALED_MFMA if quant else PRODUCT
+        ahead = [i for i in expert_loads(program) if product_before_wait(program, i, product)]
+        figures[f"{name}_loads"] = len(expert_loads(program))
+        figures[f"{name}_loads_ahead"] = len(ahead)
+    return figures
+
+
+def expert_loads(program: "Program") -> list[int]:
+    """Loads of FP4 blocks in a tile's program; those of activations, from a small tensor, are buffer instructions."""
+    return program.find(r"global_load_dwordx4")
+
+
+def product_before_wait(program: "Program", load: int, product: str) -> bool:
+    """Whether products follow a load before the wait that it is among: vmcnt(n) waits for all but the last n."""
+    later = 0
+    for code in program.instructions[load + 1 :]:
+        if re.search(product, code):
+            return True
+        later += bool(re.match(r"(?:global|buffer|flat)_(?:load|store)", code))
+        if (wait := re.search(r"vmcnt\((\d+)\)", code)) and int(wait.group(1)) <= later:
+            return False
+    return False
+
+
 def amd_report(kernel) -> dict:
     """Registers, spills, scratch, barriers and the instructions that matter, from gfx950 assembly."""
     asm = kernel.asm["amdgcn"]
+    program = Program.from_amdgcn(asm)
 
     def number(pattern: str) -> int:
         return int(re.search(pattern, asm).group(1))
 
+    registers = number(r"\.vgpr_count:\s+(\d+)")
+    waves = SIMDS * (SIMD_REGISTERS // (-(-registers // 8) * 8))
     return {
-        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "registers": registers,
+        "programs_resident": min(waves // kernel.metadata.num_warps, CU_SHARED_BYTES // kernel.metadata.shared),
         "spilled_registers": number(r"\.vgpr_spill_count:\s+(\d+)"),
         "spilled_scalars": number(r"\.sgpr_spill_count:\s+(\d+)"),
         "stack_bytes": number(r"; ScratchSize: (\d+)"),
         "shared_bytes": kernel.metadata.shared,
-        "loads_16_bytes": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
-        "scaled_mfma": asm.count("v_mfma_scale_f32_16x16x128_f8f6f4"),
-        **amd_barriers(Program.from_amdgcn(asm)),
+        "loads_16_bytes": len(program.find(r"_load_dwordx4")),
+        "weight_loads": load_widths(program, WEIGHTS),
+        "scale_loads": load_widths(program, SCALES),
+        "dense_loads_ahead": sum(product_before_wait(program, i, PRODUCT) for i in program.loads_of(DENSE, "dwordx4")),
+        "scaled_mfma": asm.count(SCALED_MFMA),
+        **amd_barriers(program),
     }
+
+
+def load_widths(program: "Program", source: re.Pattern) -> dict[str, int]:
+    """How many loads of each width come from source lines that match."""
+    loads = (program.instructions[i] for i in program.loads_of(source))
+    return dict(Counter(re.search(r"_load_(\w+)", code).group(1) for code in loads))
 
 
 def amd_barriers(program: "Program") -> dict:
@@ -97,13 +202,24 @@ def amd_barriers(program: "Program") -> dict:
     An arrival writes the cache back at device scope and waits for that, then adds; an acquire invalidates.
     """
     adds = program.find(r"global_atomic_add ")
+    aborts = len(program.find(r"global_atomic_cmpswap"))  # with a write-back and an invalidation of their own
     polls = [i for i in program.find(r"global_load_dword .* sc1") if not program.within(i, 4, "buffer_inv sc1")]
     return {
         "arrivals": sum(amd_written_back(program, i) for i in adds),
         "arrivals_drained": sum(amd_drained(program, i) for i in adds),
-        "acquires": len(program.find(r"buffer_inv sc1")) - len(program.find(r"global_atomic_cmpswap")),
-        "polls_in_loops": sum(program.repeats(i, r"buffer_wbl2") for i in polls),
+        "arrival_waits": sorted(amd_arrival_waits(program, i) for i in adds),
+        "write_backs": len(program.find(r"buffer_wbl2")) - aborts,
+        "acquires": len(program.find(r"sc[01]$", r"s_waitcnt vmcnt\(0\)", r"buffer_inv sc1")),
+        "invalidations": len(program.find(r"buffer_inv")) - aborts,
+        "polls_in_loops": sum(program.repeats(i, r"buffer_wbl2|buffer_inv") for i in polls),
     }
+
+
+def amd_arrival_waits(program: "Program", arrival: int) -> int:
+    """How many times an arrival waits for memory, from the drain of its wave's stores on."""
+    barrier = program.last_before(arrival, r"s_barrier")
+    drain = program.last_before(barrier, r"s_waitcnt vmcnt\(0\) lgkmcnt\(0\)")
+    return sum("vmcnt" in code for code in program.instructions[drain:arrival])
 
 
 def amd_written_back(program: "Program", arrival: int) -> bool:
@@ -143,26 +259,35 @@ def nvidia_report(kernel) -> dict:
 class Program:
     """A kernel's instructions in order, and which may follow which."""
 
-    def __init__(self, instructions: list[str], targets: dict[int, int], ends: set[int]):
-        """targets: branch -> where it goes; ends: instructions that do not fall through to the next."""
-        self.instructions, self._targets, self._ends = instructions, targets, ends
+    def __init__(
+        self, instructions: list[str], targets: dict[int, int], ends: set[int], sources: list[str] | None = None
+    ):
+        """targets: branch -> where it goes; ends: instructions that do not fall through; sources: lines of Python."""
+        self.instructions, self._targets, self._ends, self.sources = instructions, targets, ends, sources or []
 
     @classmethod
     def from_amdgcn(cls, asm: str) -> "Program":
-        instructions, labels = [], {}
+        instructions, labels, sources = [], {}, []
+        files, source = {}, ""
         for line in asm.splitlines():
             code = line.split(";")[0].strip()
-            if label := re.match(r"(\.LBB\w+):", code):
+            if file := re.match(r'\.file\s+(\d+) "(.*?)" "(.*?)"', code):
+                files[file.group(1)] = source_lines(Path(file.group(2), file.group(3)))
+            elif place := re.match(r"\.loc\s+(\d+) (\d+)", code):
+                if place.group(2) != "0":
+                    source = files[place.group(1)][int(place.group(2)) - 1]
+            elif label := re.match(r"(\.LBB\w+):", code):
                 labels[label.group(1)] = len(instructions)
             elif re.match(r"[a-z]+_", code):
                 instructions.append(code)
+                sources.append(source)
         targets, ends = {}, set()
         for i, code in enumerate(instructions):
             if branch := re.match(r"s_c?branch\w*\s+(\.LBB\w+)", code):
                 targets[i] = labels[branch.group(1)]
             if code.startswith(("s_branch", "s_endpgm")):
                 ends.add(i)
-        return cls(instructions, targets, ends)
+        return cls(instructions, targets, ends, sources)
 
     @classmethod
     def from_sass(cls, sass: str) -> "Program":
@@ -183,6 +308,10 @@ class Program:
         n = len(patterns)
         runs = zip(*(self.instructions[k:] for k in range(n)), strict=False)
         return [i + n - 1 for i, run in enumerate(runs) if all(map(re.search, patterns, run))]
+
+    def loads_of(self, source: re.Pattern, width: str = "") -> list[int]:
+        """Where memory is loaded, in pieces of `width`, by source lines that match."""
+        return [i for i in self.find(f"^(?:global|buffer|flat)_load_{width}") if source.search(self.sources[i])]
 
     def within(self, i: int, n: int, pattern: str) -> bool:
         return any(re.search(pattern, code) for code in self.instructions[i : i + n + 1])
@@ -208,6 +337,11 @@ class Program:
         return following + ([self._targets[i]] if i in self._targets else [])
 
 
+@functools.cache
+def source_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
 def cuobjdump(kernel, option: str) -> str:
     """Output of the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -219,7 +353,7 @@ def cuobjdump(kernel, option: str) -> str:
 
 def report(target: str, quant: bool, keep: Path | None = None) -> dict:
     kernel = compile_megakernel(target, quant)
-    figures = amd_report(kernel) if target == "gfx950" else nvidia_report(kernel)
+    figures = amd_report(kernel) | amd_tile_report(quant) if target == "gfx950" else nvidia_report(kernel)
     if keep:
         name = f"{target}{'-quant' if quant else ''}"
         text = kernel.asm["amdgcn"] if target == "gfx950" else cuobjdump(kernel, "--dump-sass")
