@@ -161,7 +161,8 @@ def attend_cache_by_head(
     """attend_cache for one query head and few positions: float32 products, made for a short way through.
 
     The state that comes is m and l [SLOTS], acc [SLOTS, HEAD_DIM], the same in all slots, and q has acc's shape;
-    `block` is load_cache_block of `start`. Returned are l, a scalar, and acc [HEAD_DIM], relative to the same maximum.
+    `block` is load_cache_block of `start`. Returned are l [HEAD_DIM], the same in all elements, and acc [HEAD_DIM],
+    relative to the same maximum.
 
     Number t of a step's positions belongs to slot t % SLOTS, and each slot has a state of its own until the end. With
     as many slots as the threads load rows at a time, a step exchanges nothing but the sums over HEAD_DIM, between the
@@ -184,7 +185,10 @@ def attend_cache_by_head(
         m = m_new
         k, v = following
     keep = tl.exp(m - tl.max(m, axis=0))
-    return tl.sum(l * keep, axis=0), tl.sum(acc * keep[:, None], axis=0)
+    # One sum for both, as each is a way through shared memory.
+    l = tl.broadcast_to((l * keep)[:, None], (SLOTS, HEAD_DIM))  # noqa: E741
+    acc, l = tl.split(tl.sum(tl.join(acc * keep[:, None], l), axis=0))  # noqa: E741
+    return l, acc
 
 
 @triton.jit
