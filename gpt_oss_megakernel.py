@@ -211,7 +211,8 @@ class MegaModel:
 
     def reset(self) -> None:
         """Forget all positions, and a barrier that gave up."""
-        for tensor in (self.state.k_cache, self.state.v_cache, self.state.split_arrivals, self.state.sync):
+        s = self.state
+        for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.tickets, s.sync):
             tensor.zero_()
 
     def switch_path(self, quant: bool) -> None:

@@ -119,7 +119,7 @@ class PhasedModel(MegaModel):
             CONFIG=self.config,
             TUNING=self.tuning,
             QUANT=self.quant,
-            **(self.tuning.options() | {"launch_cooperative_grid": False}),  # no program waits for another
+            **self.tuning.options(),
         )
         if self.on_phase:
             self.on_phase()

@@ -10,7 +10,18 @@ from common.attention import (
     merge_splits,
     start_state,
 )
-from common.barrier import ABORT, ARRIVALS, SYNC_WORDS, arrive, arrive_last, grid_barrier, leave_grid, wait
+from common.barrier import (
+    ABORT,
+    ARRIVALS,
+    SYNC_WORDS,
+    arrive,
+    arrive_last,
+    count_arrival,
+    grid_barrier,
+    leave_grid,
+    wait,
+    wait_for,
+)
 from common.fp4 import e2m1_to_float32
 from common.fp4_fragments import gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
@@ -20,6 +31,7 @@ from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 from common.rope import load_rotated
 from common.router import pick, top_k_softmax
 from common.swiglu import swiglu
+from common.tickets import TICKET_STRIDE, draw_ticket, read_ticket
 from common.trace import mark
 
 __all__ = [
@@ -27,14 +39,17 @@ __all__ = [
     "ARRIVALS",
     "GROUP",
     "SYNC_WORDS",
+    "TICKET_STRIDE",
     "add_blocks",
     "arrive",
     "arrive_last",
     "attend_cache",
     "attend_cache_by_head",
     "clock_ns",
+    "count_arrival",
     "dequantize_mxfp8",
     "drain_stores",
+    "draw_ticket",
     "e2m1_to_float32",
     "e8m0_to_float32",
     "gemv_bf16",
@@ -57,10 +72,12 @@ __all__ = [
     "multiply_blocks",
     "pick",
     "quantize_mxfp8",
+    "read_ticket",
     "reduce_argmax",
     "rms_rstd",
     "start_state",
     "swiglu",
     "top_k_softmax",
     "wait",
+    "wait_for",
 ]

@@ -193,43 +193,17 @@ def attend_cache_by_head(
 
 @triton.jit
 def merge_splits(
-    m_ptr,
-    l_ptr,
-    acc_ptr,
-    n_splits,
-    G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    zero=0,
+    m_ptr, l_ptr, acc_ptr, n_splits, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, zero=0
 ):
-    """The state of the keys of n_splits <= SPLITS states together, of which each has at least one key.
+    """l and acc [HEAD_DIM] of one head, of the keys of n_splits <= SPLITS states, of which each has at least one key.
 
-    m_ptr and l_ptr float32 [SPLITS, G], acc_ptr float32 [SPLITS, G, HEAD_DIM]; BLOCK_S divides SPLITS. Two blocks of
-    BLOCK_S are under way at a time, the first of them before the maxima are known.
+    The states are STRIDE apart: m_ptr and l_ptr float32 [SPLITS, STRIDE], acc_ptr float32 [SPLITS, STRIDE, HEAD_DIM].
     """
-    every = tl.arange(0, SPLITS)[:, None]
-    states = every * G + (tl.arange(0, G) + zero)[None, :]
-    part = _load_states(acc_ptr, 0, n_splits, G, HEAD_DIM, BLOCK_S, zero)
-    all_m = tl.load(m_ptr + states, mask=every < n_splits, other=float("-inf"))
-    all_l = tl.load(l_ptr + states, mask=every < n_splits, other=0.0)
-    m = tl.max(all_m, axis=0)
-    l = tl.sum(all_l * tl.exp(all_m - m[None, :]), axis=0)  # noqa: E741
-    acc = tl.zeros([G, HEAD_DIM], tl.float32)
-    for first in tl.range(0, n_splits, BLOCK_S, num_stages=1):
-        following = _load_states(acc_ptr, first + BLOCK_S, n_splits, G, HEAD_DIM, BLOCK_S, zero)
-        split = first + tl.arange(0, BLOCK_S)[:, None]
-        part_m = tl.load(
-            m_ptr + split * G + (tl.arange(0, G) + zero)[None, :], mask=split < n_splits, other=float("-inf")
-        )
-        acc += tl.sum(part * tl.exp(part_m - m[None, :])[:, :, None], axis=0)
-        part = following
-    return m, l, acc
-
-
-@triton.jit
-def _load_states(acc_ptr, first, n_splits, G: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, zero):
-    split = first + tl.arange(0, BLOCK_S)[:, None, None]
+    split = tl.arange(0, SPLITS) + zero
+    seen = split < n_splits
     dim = tl.arange(0, HEAD_DIM) + zero
-    states = split * G + (tl.arange(0, G) + zero)[None, :, None]
-    return tl.load(acc_ptr + states * HEAD_DIM + dim[None, None, :], mask=split < n_splits, other=0.0)
+    parts = tl.load(acc_ptr + split[:, None] * (STRIDE * HEAD_DIM) + dim[None, :], mask=seen[:, None], other=0.0)
+    m = tl.load(m_ptr + split * STRIDE, mask=seen, other=float("-inf"))
+    l = tl.load(l_ptr + split * STRIDE, mask=seen, other=0.0)  # noqa: E741
+    keep = tl.exp(m - tl.max(m, axis=0))
+    return tl.sum(l * keep, axis=0), tl.sum(parts * keep[:, None], axis=0)

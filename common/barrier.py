@@ -30,29 +30,64 @@ def grid_barrier(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, ARCH: tl
 @triton.jit
 def arrive(sync_ptr, ARCH: tl.constexpr):
     """The first half of a barrier. What is read between the halves must not be written by any program."""
-    drain_stores(ARCH)
-    tl.debug_barrier()
-    write_back(ARCH)
-    RELEASE: tl.constexpr = "relaxed" if ARCH == "hip" else "release"
-    tl.atomic_add(sync_ptr + ARRIVALS, 1, sem=RELEASE, scope="gpu")
+    count_arrival(sync_ptr + ARRIVALS, ARCH)
 
 
 @triton.jit
 def wait(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, ARCH: tl.constexpr):
     """The second half."""
-    target = index * n_programs
+    wait_for(sync_ptr + ARRIVALS, index * n_programs, sync_ptr, index, SPIN_LIMIT, ARCH)
+
+
+@triton.jit
+def count_arrival(counter_ptr, ARCH: tl.constexpr):
+    """Count one more at an int32, behind all that this program stored."""
+    drain_stores(ARCH)
+    tl.debug_barrier()
+    write_back(ARCH)
+    RELEASE: tl.constexpr = "relaxed" if ARCH == "hip" else "release"
+    tl.atomic_add(counter_ptr, 1, sem=RELEASE, scope="gpu")
+
+
+@triton.jit
+def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, ARCH: tl.constexpr):
+    """Wait until `target` arrivals are counted: what they stored before is visible after. Gives up as barrier `index`."""
     arrived = 0
     spins = 0
-    # Polling relaxed: an acquire per poll would invalidate the cache each time, and Triton 3.6 hoists a volatile load.
     while (arrived < target) & (spins < SPIN_LIMIT):
-        arrived = tl.atomic_add(sync_ptr + ARRIVALS, 0, sem="relaxed", scope="gpu")
+        arrived = _poll(counter_ptr, target, ARCH)
         spins += 1
-    # The acquire's result must be used, or Triton 3.6 drops the acquire on sm_90.
-    arrived = tl.atomic_add(sync_ptr + ARRIVALS, 0, sem="acquire", scope="gpu")
+    if ARCH != "cuda":
+        # The acquire's result must be used, or Triton 3.6 drops the acquire on sm_90.
+        arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     if arrived < target:
         tl.atomic_cas(sync_ptr + ABORT, 0, index, sem="relaxed", scope="gpu")
         tl.atomic_max(sync_ptr + ARRIVALS, OPEN_ALL, sem="relaxed", scope="gpu")
     tl.debug_barrier()
+
+
+# One warp polls, and the others wait at the barrier behind the loop: polls of all warps hold up the arrivals (2.20 ms a
+# token against 2.08). Triton would hand each poll's result to all threads through shared memory, and acquire by one more
+# trip to memory.
+POLL = tl.constexpr("""{
+    .reg .pred polling;
+    .reg .u32 thread;
+    mov.u32 thread, %tid.x;
+    setp.lt.u32 polling, thread, 32;
+    mov.s32 $0, $2;
+    @polling ld.acquire.gpu.global.s32 $0, [$1];
+}""")
+
+
+@triton.jit
+def _poll(counter_ptr, target, ARCH: tl.constexpr):
+    """What is counted; `target` for the warps that do not poll."""
+    if ARCH == "cuda":
+        at = counter_ptr.to(tl.int64)
+        return tl.inline_asm_elementwise(POLL, "=&r,l,r,~{memory}", [at, target], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        # Relaxed: an acquire per poll would invalidate the cache each time. Triton 3.6 hoists a volatile load.
+        return tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu")
 
 
 @triton.jit

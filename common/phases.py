@@ -18,7 +18,7 @@ from common.attention import (
     merge_splits,
     start_state,
 )
-from common.barrier import ABORT, arrive_last
+from common.barrier import ABORT, count_arrival, wait_for
 from common.fp4_fragments import (
     REST_PLACE,
     fragment_parts,
@@ -37,6 +37,7 @@ from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_r
 from common.rope import load_rotated
 from common.router import pick, top_k_softmax
 from common.swiglu import swiglu
+from common.tickets import TICKET_STRIDE, draw_ticket, read_ticket
 
 
 @triton.jit
@@ -189,6 +190,7 @@ def attention_phase(
     w, s, layer, window, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
 ):
     """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
+    reset_tickets(s, pid, n_programs, CONFIG, TUNING)
     start = first_seen(window, position)
     by_head = False
     if TUNING.head_keys > 0:
@@ -200,6 +202,10 @@ def attention_phase(
         split_size, n_splits = split_cache(position - start, TUNING)
         for unit in range(pid, CONFIG.n_kv_heads * n_splits, n_programs):
             attend_split(w, s, layer, unit, start, split_size, n_splits, position, max_context, CONFIG, TUNING)
+        if n_splits > 1:
+            # From the last program on: it is the first ones that have one split more, if any have.
+            for head in range(n_programs - 1 - pid, CONFIG.n_heads, n_programs):
+                merge_head(s, layer, head, n_splits, CONFIG, TUNING)
 
 
 @triton.jit
@@ -268,11 +274,10 @@ def attend_split(
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
 ):
-    """The query heads of a KV head, with a split of the keys; whoever is the last of a KV head merges its splits."""
+    """The query heads of a KV head, with a split of the keys."""
     D: tl.constexpr = CONFIG.head_dim
     G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
     BLOCK_G: tl.constexpr = max(TUNING.least_group, triton.next_power_of_2(G))
-    SPLITS: tl.constexpr = TUNING.max_splits
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     g = tl.arange(0, BLOCK_G) + zero
@@ -306,28 +311,39 @@ def attend_split(
         TUNING.attention_stages,
         zero,
     )
-    complete = n_splits == 1
-    if n_splits > 1:
-        states = kv_head * SPLITS * BLOCK_G
-        mine = states + split * BLOCK_G + g
+    if n_splits == 1:
+        tl.store(s.attention + head[:, None] * D + dim[None, :], acc / l[:, None], mask=(g < G)[:, None])
+    else:
+        mine = (kv_head * TUNING.max_splits + split) * BLOCK_G + g
         tl.store(s.split_m + mine, m)
         tl.store(s.split_l + mine, l)
         tl.store(s.split_acc + mine[:, None] * D + dim[None, :], acc)
-        complete = arrive_last(s.split_arrivals + kv_head, n_splits, ARCH)
-        if complete:
-            m, l, acc = merge_splits(  # noqa: E741
-                s.split_m + states,
-                s.split_l + states,
-                s.split_acc + states * D,
-                n_splits,
-                BLOCK_G,
-                D,
-                triton.next_power_of_2(SPLITS),
-                TUNING.merge_s,
-                zero,
-            )
-    if complete:
-        tl.store(s.attention + head[:, None] * D + dim[None, :], acc / l[:, None], mask=(g < G)[:, None])
+        count_arrival(s.split_arrivals + kv_head, ARCH)
+
+
+@triton.jit
+def merge_head(s, layer, head, n_splits, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """One query head, when all splits of its KV head are there."""
+    D: tl.constexpr = CONFIG.head_dim
+    G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
+    BLOCK_G: tl.constexpr = max(TUNING.least_group, triton.next_power_of_2(G))
+    SPLITS: tl.constexpr = triton.next_power_of_2(TUNING.max_splits)
+    SPINS: tl.constexpr = TUNING.spin_limit
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
+    kv_head = head // G
+    wait_for(s.split_arrivals + kv_head, n_splits, s.sync, attention_barrier(layer), SPINS, ARCH)
+    state = kv_head * (TUNING.max_splits * BLOCK_G) + head % G
+    l, acc = merge_splits(  # noqa: E741
+        s.split_m + state, s.split_l + state, s.split_acc + state * D, n_splits, BLOCK_G, D, SPLITS, zero
+    )
+    tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
+
+
+@triton.jit
+def attention_barrier(layer):
+    """Number of the grid barrier behind attention, for what waits inside of it."""
+    return (3 + 6 * layer).to(tl.int32)
 
 
 @triton.jit
@@ -366,6 +382,9 @@ def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING:
     H: tl.constexpr = CONFIG.hidden_size
     M: tl.constexpr = TUNING.o_m
     a = load_vector(s.attention, CONFIG.q_size, TUNING.dense_k, zero)
+    if pid == n_programs - 1:
+        kv_head = tl.arange(0, triton.next_power_of_2(CONFIG.n_kv_heads))
+        tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < CONFIG.n_kv_heads)  # none is waited for any more
     first, end = share(tl.cdiv(H, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
@@ -550,6 +569,17 @@ def load_expert_tile(place, K: tl.constexpr, TUNING: tl.constexpr):
 
 
 @triton.jit
+def prefetch_expert_tile(place, K: tl.constexpr, TUNING: tl.constexpr):
+    """Ask for a tile ahead of time."""
+    if TUNING.fragments:
+        ARCH: tl.constexpr = TUNING.arch
+        WARPS: tl.constexpr = TUNING.num_warps
+        SCALE_BYTES: tl.constexpr = (K + 256 * WARPS - 1) // (256 * WARPS) * 128 * WARPS
+        prefetch_l2(place[0], tl.where(place[2], (K + 127) // 128 * 1024, 0), ARCH)
+        prefetch_l2(place[1], tl.where(place[2], SCALE_BYTES, 0), ARCH)
+
+
+@triton.jit
 def expert_gemv(
     weights,
     vector,
@@ -587,56 +617,105 @@ def gate_up_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl
     QUANTIZE: tl.constexpr = QUANT and not TUNING.fragments
     M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANTIZE else TUNING.gate_up_m
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
-    first, end = share(N_TILES * CONFIG.experts_per_token, pid, n_programs)
+    ITEMS: tl.constexpr = N_TILES * CONFIG.experts_per_token
     logits = load_router_logits(s, CONFIG, TUNING)  # before what is needed later
     vector = load_expert_in(s, CONFIG, TUNING)
     experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
-    place, bias = locate_gate_up_tile(w, layer, experts, first, end, CONFIG, TUNING, M)
+    place, bias = locate_gate_up_tile(w, layer, experts, pid, CONFIG, TUNING, M)
     weights = load_expert_tile(place, K, TUNING)
-    for item in range(first, end):
-        following, next_bias = locate_gate_up_tile(w, layer, experts, item + 1, end, CONFIG, TUNING, M)
+    item = pid
+    following = pid + n_programs
+    for ahead in tl.static_range(1, 1 + TUNING.prefetch_gate_up):
+        prefetch_expert_tile(
+            locate_gate_up_tile(w, layer, experts, pid + ahead * n_programs, CONFIG, TUNING, M)[0], K, TUNING
+        )
+    while item < ITEMS:
+        ticket = draw_after(s.tickets, following, TUNING)
+        if TUNING.prefetch_gate_up > 1:
+            prefetch_expert_tile(
+                locate_gate_up_tile(
+                    w, layer, experts, following + TUNING.prefetch_gate_up * n_programs, CONFIG, TUNING, M
+                )[0],
+                K,
+                TUNING,
+            )
+        place, next_bias = locate_gate_up_tile(w, layer, experts, following, CONFIG, TUNING, M)
         slot = item // N_TILES
         row0 = (item % N_TILES) * M
-        y, weights = expert_gemv(weights, vector, following, row0, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT)
+        y, weights = expert_gemv(weights, vector, place, row0, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT)
         gate, up = tl.split(tl.reshape(y + bias, (M // 2, 2)))
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_expert_act(s, slot, act, row0 // 2, CONFIG, TUNING, QUANT)
         bias = next_bias
+        item = following
+        following = read_drawn(ticket, n_programs, TUNING)
     return experts, expert_weights
 
 
 @triton.jit
-def locate_gate_up_tile(w, layer, experts, item, end, CONFIG: tl.constexpr, TUNING: tl.constexpr, M: tl.constexpr):
-    """(place, bias) of an item, a tile of M rows of one of the chosen experts; nothing is read from `end` on."""
+def locate_gate_up_tile(w, layer, experts, item, CONFIG: tl.constexpr, TUNING: tl.constexpr, M: tl.constexpr):
+    """(place, bias) of an item, a tile of M rows of one of the chosen experts; nothing is read beyond the last one."""
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
+    valid = item < N_TILES * CONFIG.experts_per_token
     matrix = layer * CONFIG.n_experts + pick(experts, item // N_TILES)
     tile = item % N_TILES
     row = tile * M + tl.arange(0, M)
-    mask = (row < ROWS) & (item < end)
+    mask = (row < ROWS) & valid
     bias = tl.load(w.gate_up_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
     H: tl.constexpr = CONFIG.hidden_size
-    return locate_expert_tile(w.gate_up, w.gate_up_scales, matrix, tile, item < end, ROWS, H, M, TUNING), bias
+    return locate_expert_tile(w.gate_up, w.gate_up_scales, matrix, tile, valid, ROWS, H, M, TUNING), bias
 
 
 @triton.jit
-def down_share(slot, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(first tile, end) of a program in an expert's down projection.
+def draw_after(counter_ptr, following, TUNING: tl.constexpr):
+    """To be known one item later: the one after `following`. The first two items of a program are its own."""
+    if TUNING.tickets:
+        ARCH: tl.constexpr = TUNING.arch
+        return draw_ticket(counter_ptr, TUNING.num_warps, ARCH)
+    else:
+        return following
+
+
+@triton.jit
+def read_drawn(drawn, n_programs, TUNING: tl.constexpr):
+    """The item that draw_after drew."""
+    if TUNING.tickets:
+        ARCH: tl.constexpr = TUNING.arch
+        return 2 * n_programs + read_ticket(drawn, ARCH)
+    else:
+        return drawn + n_programs
+
+
+@triton.jit
+def reset_tickets(s, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """To be called while none is drawn, a barrier away from the drawing on either side."""
+    if TUNING.tickets:
+        if pid == n_programs - 1:
+            for counter in tl.static_range(1 + CONFIG.experts_per_token):
+                tl.store(s.tickets + counter * TICKET_STRIDE, 0)
+
+
+@triton.jit
+def down_lane(slot, pid, n_programs, CONFIG: tl.constexpr):
+    """(number, count) of a program among those of an expert's down projection.
 
     Programs are dealt out over the experts, as each expert has another vector to prepare; too few take several.
     """
     lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
-    members = (n_programs - slot % lanes + lanes - 1) // lanes
-    return share(tl.cdiv(CONFIG.hidden_size, TUNING.down_m), pid // lanes, members)
+    return pid // lanes, (n_programs - slot % lanes + lanes - 1) // lanes
 
 
 @triton.jit
 def first_down_tile(w, layer, experts, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """What down_phase begins with, to be loaded before it may begin."""
     slot = pid % tl.minimum(n_programs, CONFIG.experts_per_token)
-    first, end = down_share(slot, pid, n_programs, CONFIG, TUNING)
+    member, members = down_lane(slot, pid, n_programs, CONFIG)
     matrix = layer * CONFIG.n_experts + pick(experts, slot)
-    place, bias = locate_down_tile(w, matrix, first, end, CONFIG, TUNING)
+    place, bias = locate_down_tile(w, matrix, member, CONFIG, TUNING)
+    for ahead in tl.static_range(1, 1 + TUNING.prefetch_down):
+        following, _ = locate_down_tile(w, matrix, member + ahead * members, CONFIG, TUNING)
+        prefetch_expert_tile(following, CONFIG.intermediate_size, TUNING)
     return load_expert_tile(place, CONFIG.intermediate_size, TUNING), bias
 
 
@@ -661,31 +740,34 @@ def down_phase(
     lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
     weights, bias = tile
     for slot in range(pid % lanes, CONFIG.experts_per_token, lanes):
-        first, end = down_share(slot, pid, n_programs, CONFIG, TUNING)
+        item, members = down_lane(slot, pid, n_programs, CONFIG)
         matrix = layer * CONFIG.n_experts + pick(experts, slot)
         expert_weight = pick(expert_weights, slot)
         vector = load_expert_act(s, slot, CONFIG, TUNING, QUANT)
         if slot >= lanes:
-            place, bias = locate_down_tile(w, matrix, first, end, CONFIG, TUNING)
+            place, bias = locate_down_tile(w, matrix, item, CONFIG, TUNING)
             weights = load_expert_tile(place, K, TUNING)
-        for item in tl.range(first, end, num_stages=1):
-            following, next_bias = locate_down_tile(w, matrix, item + 1, end, CONFIG, TUNING)
+        following = item + members
+        while item * M < ROWS:
+            ticket = draw_after(s.tickets + (1 + slot) * TICKET_STRIDE, following, TUNING)
+            place, next_bias = locate_down_tile(w, matrix, following, CONFIG, TUNING)
             row = item * M + tl.arange(0, M)
-            y, weights = expert_gemv(weights, vector, following, item * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
+            y, weights = expert_gemv(weights, vector, place, item * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
             tl.store(s.expert_out + slot * ROWS + row, expert_weight * (y + bias), mask=row < ROWS)
             bias = next_bias
+            item = following
+            following = read_drawn(ticket, members, TUNING)
 
 
 @triton.jit
-def locate_down_tile(w, matrix, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(place, bias); nothing is read from `end` on."""
+def locate_down_tile(w, matrix, tile, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(place, bias); nothing is read beyond the last tile."""
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m
     row = tile * M + tl.arange(0, M)
-    mask = (row < ROWS) & (tile < end)
-    bias = tl.load(w.down_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
-    return locate_expert_tile(w.down, w.down_scales, matrix, tile, tile < end, ROWS, K, M, TUNING), bias
+    bias = tl.load(w.down_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
+    return locate_expert_tile(w.down, w.down_scales, matrix, tile, tile * M < ROWS, ROWS, K, M, TUNING), bias
 
 
 @triton.jit

@@ -10,9 +10,10 @@ LOWEST = tl.constexpr(-(1 << 63))
 def top_k_softmax(logits, N: tl.constexpr, TOP_K: tl.constexpr):
     """Indices int32 and weights float32, largest first, the lower index first on ties, in a power of two of places.
 
-    Of the first N of float32 logits. Indices are below N whatever these hold; places from TOP_K on have weight 0.
+    logits: float32 [a power of two], of which the first N count. Indices are below N whatever these hold; places from
+    TOP_K on have weight 0.
     """
-    BLOCK_N: tl.constexpr = logits.shape[0]
+    BLOCK_N: tl.constexpr = triton.next_power_of_2(N)
     BLOCK_TOP_K: tl.constexpr = triton.next_power_of_2(TOP_K)
     index = tl.arange(0, BLOCK_N)
     logits += 0.0  # -0.0 ties with 0.0

@@ -31,6 +31,7 @@ class Tuning:
     gate_up_k: int  # block over K, unused for fragments
     down_m: int
     down_k: int
+    tickets: bool  # expert tiles go to whoever is ready for one; else every program has the same number of them
     head_keys: int  # up to so many cached positions a program attends them for one query head, 0: never
     head_block_t: int  # positions per step of that
     head_slots: int  # rows of a cache that the threads load at a time, 16 bytes each, or a multiple
@@ -40,12 +41,13 @@ class Tuning:
     attention_stages: int  # steps whose loads are under way together
     split_t: int  # positions that a split has at least, a multiple of block_t
     max_splits: int  # splits grow beyond split_t so that there are never more
-    merge_s: int  # splits that are read together when they are merged
     dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
     prefetch: bool  # a dense tile is loaded while the one before it is multiplied, the first one during the barrier
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
+    prefetch_gate_up: int  # expert tiles that are asked for ahead
+    prefetch_down: int
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
@@ -82,6 +84,7 @@ GFX950 = Tuning(
     gate_up_k=1024,
     down_m=16,
     down_k=1024,
+    tickets=False,
     head_keys=512,
     head_block_t=64,
     head_slots=32,
@@ -91,12 +94,13 @@ GFX950 = Tuning(
     attention_stages=1,
     split_t=256,
     max_splits=32,
-    merge_s=1,
     dot_scaled=True,
     prefetch=True,
     prefetch_small=False,
     prefetch_qkv=0,
     prefetch_o=0,
+    prefetch_gate_up=0,
+    prefetch_down=0,
     spin_limit=1 << 24,
 )
 SM_90 = Tuning(
@@ -116,6 +120,7 @@ SM_90 = Tuning(
     gate_up_k=0,
     down_m=16,
     down_k=0,
+    tickets=True,
     head_keys=512,
     head_block_t=64,
     head_slots=16,
@@ -125,12 +130,13 @@ SM_90 = Tuning(
     attention_stages=3,
     split_t=256,
     max_splits=32,
-    merge_s=8,
     dot_scaled=False,
     prefetch=True,
     prefetch_small=True,
     prefetch_qkv=3,
     prefetch_o=5,
+    prefetch_gate_up=0,
+    prefetch_down=0,
     spin_limit=1 << 24,
 )
 
@@ -194,6 +200,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         gate_up_k=expert_k,
         down_m=rows(config.hidden_size, expert_k, least=16),
         down_k=expert_k,
+        tickets=False,
         head_keys=0,
         head_block_t=256,
         head_slots=1,
@@ -203,12 +210,13 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         attention_stages=1,
         split_t=4096,
         max_splits=64,
-        merge_s=16,
         dot_scaled=True,
         prefetch=False,
         prefetch_small=False,
         prefetch_qkv=0,
         prefetch_o=0,
+        prefetch_gate_up=0,
+        prefetch_down=0,
         spin_limit=1 << 14,
     )
 
@@ -233,5 +241,4 @@ def with_small_tiles(tuning: Tuning) -> Tuning:
         block_t=16,
         split_t=32,
         max_splits=4,
-        merge_s=2,
     )

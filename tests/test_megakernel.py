@@ -40,7 +40,7 @@ def small_tiles(config: ModelConfig, **changes):
 
 def fragment_tiles(config: ModelConfig, **changes):
     """Experts as tensor core fragments, their columns dealt to two warps, and dense tiles loaded ahead: as on sm_90."""
-    experts = dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, prefetch=True)
+    experts = dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, prefetch=True, tickets=True)
     return small_tiles(config, **(experts | changes))
 
 
@@ -159,8 +159,9 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant, fragments):
             act = dequantized(act, model.state.expert_act_scale)
             expected["expert_act"] = reference.quantize_mxfp8(expected["expert_act"])
         elif fragments and not quant:
-            value, rest = act.float()
+            value, rest = act.float().view(config.experts_per_token, -1, 4, 2, 4, 8).unbind(3)
             act = (value + rest / 2048) / 2.0**9  # no activation is larger than 7 * 8, so 2^9 brings it below 2^15
+            act = act.transpose(2, 3).flatten(1)[:, : config.intermediate_size]
         found = {
             "qkv": model.state.qkv,
             "attention": model.state.attention,
