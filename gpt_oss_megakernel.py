@@ -104,8 +104,11 @@ def megakernel(
         phases.prefetch_attention(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         phases.qkv_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier, pid, n_programs, TRACE, ARCH)
-        phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
+        if TUNING.o_place == 0:
+            phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
+        if TUNING.o_place == 1:
+            phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
 
         phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
@@ -115,8 +118,11 @@ def megakernel(
         phases.o_phase(w, s, layer, o_tile, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
         following = tl.minimum(layer + 1, n_layers - 1)
-        phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
+        if TUNING.qkv_place == 0:
+            phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 2, pid, n_programs, TRACE, SPINS, ARCH)
+        if TUNING.qkv_place == 1:
+            phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
 
         phases.router_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
@@ -130,6 +136,8 @@ def megakernel(
         phases.down_phase(w, s, layer, experts, weights, down_tile, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
         tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
+        if TUNING.qkv_place == 2:
+            phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
 
     if want_token | want_logits:

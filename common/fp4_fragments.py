@@ -169,9 +169,10 @@ def load_quantized_fragments(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, ARCH: 
     STEPS: tl.constexpr = (K + WARPS * QUAD * GROUP - 1) // (WARPS * QUAD * GROUP)
     CAST_SATURATES: tl.constexpr = ARCH == "cuda"
     i = tl.arange(0, 4 * LANES)
-    lane = tl.arange(0, LANES)
-    column = lane // 4 % 8
-    weight = tl.where(i // 16 % 2 == 0, 1 / 32, REST_FACTOR / 32).to(tl.float16)  # so that 448 and 2^-9 fit both
+    column = i // 16 % 8
+    # So that 448 and 2^-9 fit both.
+    weight = tl.where(column == i // 4 % QUAD * 2, 1 / 32, 0.0).to(tl.float16)
+    rest_weight = tl.where(column == i // 4 % QUAD * 2 + 1, REST_FACTOR / 32, 0.0).to(tl.float16)
     steps = ()
     for step in tl.static_range(STEPS):
         group = (step * WARPS + i // 128) * QUAD + i // 4 % QUAD
@@ -187,22 +188,20 @@ def load_quantized_fragments(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, ARCH: 
         e8m0 = tl.reshape(tl.broadcast_to(e8m0[:, None, :], (WARPS * 4, 2, 4)), (LANES,))
         each = tl.reshape(tl.broadcast_to(e8m0[:, None], (LANES, 4)), (4 * LANES,))
         words = ()
+        second_words = ()
         for part in tl.static_range(4):
-            elements = to_mxfp8(loaded[part], each, CAST_SATURATES).to(tl.float16) * weight
-            words = words + tl.split(tl.reshape(_word(tl.reshape(elements, (2 * LANES, 2))), (LANES, 2)))
-        all_words = ()
-        for half in tl.static_range(2):
-            for word in tl.static_range(8):
-                all_words = all_words + (tl.where(column == lane % QUAD * 2 + half, words[word], 0),)
-        steps = steps + ((all_words, e8m0_to_float32(e8m0) * (32 * 16384.0)),)  # 2^MISSING_EXPONENT
+            elements = to_mxfp8(loaded[part], each, CAST_SATURATES).to(tl.float16)
+            words = words + _lane_words(elements * weight, LANES)
+            second_words = second_words + _lane_words(elements * rest_weight, LANES)
+        steps = steps + ((words + second_words, e8m0_to_float32(e8m0) * (32 * 16384.0)),)  # 2^MISSING_EXPONENT
     return steps
 
 
 @triton.jit
-def _word(pairs):
-    """float16 [N, 2] -> int32 [N]."""
-    first, second = tl.split(pairs.to(tl.int16, bitcast=True).to(tl.int32))
-    return (first & 0xFFFF) | (second << 16)
+def _lane_words(x, LANES: tl.constexpr):
+    """float16 [4 LANES] -> two int32 [LANES]: places 4 i .. 4 i + 3 are thread i's own."""
+    first, second = tl.split(tl.reshape(x.to(tl.int16, bitcast=True).to(tl.int32), (2 * LANES, 2)))
+    return tl.split(tl.reshape((first & 0xFFFF) | (second << 16), (LANES, 2)))
 
 
 @triton.jit

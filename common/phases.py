@@ -54,18 +54,18 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
         h = tl.arange(0, BLOCK_H)
         row = tl.load(w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
         tl.store(s.x + h, row.to(tl.float32), mask=h < H)
-        for slot in range(CONFIG.experts_per_token):
-            tl.store(s.expert_out + slot * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
+        for pair in range((CONFIG.experts_per_token + 1) // 2):
+            tl.store(s.expert_out + pair * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
 
 
 @triton.jit
 def load_residual(s, CONFIG: tl.constexpr, BLOCK_K: tl.constexpr, zero):
     """x plus what the experts left, as blocks."""
     H: tl.constexpr = CONFIG.hidden_size
-    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    PAIRS: tl.constexpr = (CONFIG.experts_per_token + 1) // 2
     x = load_vector(s.x, H, BLOCK_K, zero)
-    for slot in tl.static_range(TOP_K):
-        x = add_blocks(x, load_vector(s.expert_out + slot * H, H, BLOCK_K, zero))
+    for pair in tl.static_range(PAIRS):
+        x = add_blocks(x, load_vector(s.expert_out + pair * H, H, BLOCK_K, zero))
     return x
 
 
@@ -354,12 +354,12 @@ def load_o_tile(w, s, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constex
     H: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.q_size
     M: tl.constexpr = TUNING.o_m
-    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    PAIRS: tl.constexpr = (CONFIG.experts_per_token + 1) // 2
     last = tl.minimum(end * M, H)
     row = tile * M + tl.arange(0, M)
     x = tl.load(s.x + row, mask=row < last, other=0.0)
-    for slot in tl.static_range(TOP_K):
-        x += tl.load(s.expert_out + slot * H + row, mask=row < last, other=0.0)
+    for pair in tl.static_range(PAIRS):
+        x += tl.load(s.expert_out + pair * H + row, mask=row < last, other=0.0)
     x += tl.load(w.o_bias + layer * H + row, mask=row < last, other=0.0).to(tl.float32)
     return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING.dense_k, zero), x
 
@@ -421,6 +421,7 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
     N_TILES: tl.constexpr = (E + M - 1) // M
     N_BLOCKS: tl.constexpr = (H + NORM - 1) // NORM
     norm_ptr = w.mlp_norm + layer * H
+    clear_expert_out(s, pid, n_programs, CONFIG, TUNING)
     # Rows from the first program on, blocks from the last one on, so that few have both.
     if (pid < N_TILES) | (n_programs - 1 - pid < N_BLOCKS):
         weights = load_router_tile(w, layer, pid, CONFIG, TUNING)
@@ -443,6 +444,16 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
                 tl.store(s.expert_in_scale, scale)
             else:
                 write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT)
+
+
+@triton.jit
+def clear_expert_out(s, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """To be called when the residual has been read and no expert is at work."""
+    SIZE: tl.constexpr = (CONFIG.experts_per_token + 1) // 2 * CONFIG.hidden_size
+    BLOCK: tl.constexpr = TUNING.norm_block
+    for block in range(pid, tl.cdiv(SIZE, BLOCK), n_programs):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(s.expert_out + i, tl.zeros([BLOCK], tl.float32), mask=i < SIZE)
 
 
 @triton.jit
@@ -478,8 +489,10 @@ def write_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: 
 
 @triton.jit
 def load_router_logits(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """As top_k_softmax takes them, a copy for each warp."""
     ARCH: tl.constexpr = TUNING.arch
-    expert = tl.arange(0, triton.next_power_of_2(CONFIG.n_experts)) + opaque_zero(ARCH)
+    expert = tl.arange(0, triton.next_power_of_2(CONFIG.n_experts))[None, :] + opaque_zero(ARCH)
+    expert += 0 * tl.arange(0, TUNING.num_warps)[:, None]
     return tl.load(s.router_logits + expert, mask=expert < CONFIG.n_experts, other=0.0)
 
 
@@ -753,7 +766,9 @@ def down_phase(
             place, next_bias = locate_down_tile(w, matrix, following, CONFIG, TUNING)
             row = item * M + tl.arange(0, M)
             y, weights = expert_gemv(weights, vector, place, item * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
-            tl.store(s.expert_out + slot * ROWS + row, expert_weight * (y + bias), mask=row < ROWS)
+            # Two addends and zero give the same sum in any order, so that the residual has one vector for two experts.
+            out = s.expert_out + slot // 2 * ROWS + row
+            tl.atomic_add(out, expert_weight * (y + bias), mask=row < ROWS, sem="relaxed", scope="gpu")
             bias = next_bias
             item = following
             following = read_drawn(ticket, members, TUNING)

@@ -3,38 +3,44 @@
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-(1 << 63))
+LOWEST = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
 def top_k_softmax(logits, N: tl.constexpr, TOP_K: tl.constexpr):
     """Indices int32 and weights float32, largest first, the lower index first on ties, in a power of two of places.
 
-    logits: float32 [a power of two], of which the first N count. Indices are below N whatever these hold; places from
-    TOP_K on have weight 0.
+    logits: float32 [COPIES, a power of two], the same in all copies, of which the first N count: with a copy for each
+    warp, all of them choose, and no step waits for another warp. Indices are below N whatever the logits hold; places
+    from TOP_K on have weight 0.
     """
+    COPIES: tl.constexpr = logits.shape[0]
     BLOCK_N: tl.constexpr = triton.next_power_of_2(N)
     BLOCK_TOP_K: tl.constexpr = triton.next_power_of_2(TOP_K)
-    index = tl.arange(0, BLOCK_N)
-    logits += 0.0  # -0.0 ties with 0.0
-    bits = logits.to(tl.int32, bitcast=True)
-    ascending = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
-    # One reduction finds value and place: among equal values the lower index makes the larger key.
-    keys = (ascending.to(tl.int64) << 32) | (BLOCK_N - 1 - index).to(tl.int64)
-    keys = tl.where(index < N, keys, LOWEST)
-    place = tl.arange(0, BLOCK_TOP_K)
-    chosen = tl.zeros([BLOCK_TOP_K], tl.int32)
-    values = tl.full([BLOCK_TOP_K], float("-inf"), tl.float32)
+    index = tl.arange(0, BLOCK_N)[None, :]
+    keys = _in_order(logits + 0.0)  # -0.0 ties with 0.0
+    keys = tl.where(index < N, tl.maximum(keys, LOWEST + 1), LOWEST)
+    place = tl.arange(0, BLOCK_TOP_K)[None, :]
+    chosen = tl.zeros([COPIES, BLOCK_TOP_K], tl.int32)
+    values = tl.full([COPIES, BLOCK_TOP_K], LOWEST, tl.int32)
     for i in tl.static_range(TOP_K):
-        top = tl.max(keys, axis=0)
-        at = BLOCK_N - 1 - (top & (BLOCK_N - 1)).to(tl.int32)
-        bits = (top >> 32).to(tl.int32)
-        value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+        top = tl.max(keys, axis=1)[:, None]
+        at = tl.min(tl.where(keys == top, index, BLOCK_N), axis=1)[:, None]
         chosen = tl.where(place == i, at, chosen)
-        values = tl.where(place == i, value, values)
+        values = tl.where(place == i, top, values)
         keys = tl.where(index == at, LOWEST, keys)
+    chosen, values = tl.max(chosen, axis=0), tl.max(values, axis=0)
+    place = tl.arange(0, BLOCK_TOP_K)
+    values = tl.where(place < TOP_K, _in_order(values.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True), float("-inf"))
     p = tl.exp(values - tl.max(values, axis=0))
     return chosen, p / tl.sum(p, axis=0)
+
+
+@triton.jit
+def _in_order(x):
+    """The bits of float32 as integers in the order of the floats; it is its own inverse."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit

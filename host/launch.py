@@ -48,6 +48,8 @@ class Tuning:
     prefetch_o: int  # eighths of its O weights, before attention
     prefetch_gate_up: int  # expert tiles that are asked for ahead
     prefetch_down: int
+    o_place: int
+    qkv_place: int
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
@@ -101,6 +103,8 @@ GFX950 = Tuning(
     prefetch_o=0,
     prefetch_gate_up=0,
     prefetch_down=0,
+    o_place=0,
+    qkv_place=0,
     spin_limit=1 << 24,
 )
 SM_90 = Tuning(
@@ -137,6 +141,8 @@ SM_90 = Tuning(
     prefetch_o=5,
     prefetch_gate_up=0,
     prefetch_down=0,
+    o_place=0,
+    qkv_place=0,
     spin_limit=1 << 24,
 )
 
@@ -217,6 +223,8 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch_o=0,
         prefetch_gate_up=0,
         prefetch_down=0,
+        o_place=0,
+        qkv_place=0,
         spin_limit=1 << 14,
     )
 
