@@ -104,11 +104,8 @@ def megakernel(
         phases.prefetch_attention(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         phases.qkv_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier, pid, n_programs, TRACE, ARCH)
-        if TUNING.o_place == 0:
-            phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
+        phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
-        if TUNING.o_place == 1:
-            phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
 
         phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
@@ -118,11 +115,8 @@ def megakernel(
         phases.o_phase(w, s, layer, o_tile, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
         following = tl.minimum(layer + 1, n_layers - 1)
-        if TUNING.qkv_place == 0:
-            phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
+        phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 2, pid, n_programs, TRACE, SPINS, ARCH)
-        if TUNING.qkv_place == 1:
-            phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
 
         phases.router_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
@@ -136,8 +130,6 @@ def megakernel(
         phases.down_phase(w, s, layer, experts, weights, down_tile, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
         tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
-        if TUNING.qkv_place == 2:
-            phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
 
     if want_token | want_logits:
@@ -220,7 +212,7 @@ class MegaModel:
     def reset(self) -> None:
         """Forget all positions, and a barrier that gave up."""
         s = self.state
-        for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.tickets, s.sync):
+        for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
             tensor.zero_()
 
     def switch_path(self, quant: bool) -> None:

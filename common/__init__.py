@@ -31,7 +31,6 @@ from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 from common.rope import load_rotated
 from common.router import pick, top_k_softmax
 from common.swiglu import swiglu
-from common.tickets import TICKET_STRIDE, draw_ticket, read_ticket
 from common.trace import mark
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "ARRIVALS",
     "GROUP",
     "SYNC_WORDS",
-    "TICKET_STRIDE",
     "add_blocks",
     "arrive",
     "arrive_last",
@@ -49,7 +47,6 @@ __all__ = [
     "count_arrival",
     "dequantize_mxfp8",
     "drain_stores",
-    "draw_ticket",
     "e2m1_to_float32",
     "e8m0_to_float32",
     "gemv_bf16",
@@ -72,7 +69,6 @@ __all__ = [
     "multiply_blocks",
     "pick",
     "quantize_mxfp8",
-    "read_ticket",
     "reduce_argmax",
     "rms_rstd",
     "start_state",

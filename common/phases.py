@@ -37,7 +37,6 @@ from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_r
 from common.rope import load_rotated
 from common.router import pick, top_k_softmax
 from common.swiglu import swiglu
-from common.tickets import TICKET_STRIDE, draw_ticket, read_ticket
 
 
 @triton.jit
@@ -54,18 +53,18 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
         h = tl.arange(0, BLOCK_H)
         row = tl.load(w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
         tl.store(s.x + h, row.to(tl.float32), mask=h < H)
-        for pair in range((CONFIG.experts_per_token + 1) // 2):
-            tl.store(s.expert_out + pair * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
+        for slot in range(CONFIG.experts_per_token):
+            tl.store(s.expert_out + slot * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
 
 
 @triton.jit
 def load_residual(s, CONFIG: tl.constexpr, BLOCK_K: tl.constexpr, zero):
     """x plus what the experts left, as blocks."""
     H: tl.constexpr = CONFIG.hidden_size
-    PAIRS: tl.constexpr = (CONFIG.experts_per_token + 1) // 2
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
     x = load_vector(s.x, H, BLOCK_K, zero)
-    for pair in tl.static_range(PAIRS):
-        x = add_blocks(x, load_vector(s.expert_out + pair * H, H, BLOCK_K, zero))
+    for slot in tl.static_range(TOP_K):
+        x = add_blocks(x, load_vector(s.expert_out + slot * H, H, BLOCK_K, zero))
     return x
 
 
@@ -190,7 +189,6 @@ def attention_phase(
     w, s, layer, window, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
 ):
     """RoPE, KV append, flash decode with sinks: attention = softmax(q k) v, over the window or all of the past."""
-    reset_tickets(s, pid, n_programs, CONFIG, TUNING)
     start = first_seen(window, position)
     by_head = False
     if TUNING.head_keys > 0:
@@ -354,12 +352,12 @@ def load_o_tile(w, s, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constex
     H: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.q_size
     M: tl.constexpr = TUNING.o_m
-    PAIRS: tl.constexpr = (CONFIG.experts_per_token + 1) // 2
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
     last = tl.minimum(end * M, H)
     row = tile * M + tl.arange(0, M)
     x = tl.load(s.x + row, mask=row < last, other=0.0)
-    for pair in tl.static_range(PAIRS):
-        x += tl.load(s.expert_out + pair * H + row, mask=row < last, other=0.0)
+    for slot in tl.static_range(TOP_K):
+        x += tl.load(s.expert_out + slot * H + row, mask=row < last, other=0.0)
     x += tl.load(w.o_bias + layer * H + row, mask=row < last, other=0.0).to(tl.float32)
     return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING.dense_k, zero), x
 
@@ -421,7 +419,6 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
     N_TILES: tl.constexpr = (E + M - 1) // M
     N_BLOCKS: tl.constexpr = (H + NORM - 1) // NORM
     norm_ptr = w.mlp_norm + layer * H
-    clear_expert_out(s, pid, n_programs, CONFIG, TUNING)
     # Rows from the first program on, blocks from the last one on, so that few have both.
     if (pid < N_TILES) | (n_programs - 1 - pid < N_BLOCKS):
         weights = load_router_tile(w, layer, pid, CONFIG, TUNING)
@@ -444,16 +441,6 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
                 tl.store(s.expert_in_scale, scale)
             else:
                 write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT)
-
-
-@triton.jit
-def clear_expert_out(s, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """To be called when the residual has been read and no expert is at work."""
-    SIZE: tl.constexpr = (CONFIG.experts_per_token + 1) // 2 * CONFIG.hidden_size
-    BLOCK: tl.constexpr = TUNING.norm_block
-    for block in range(pid, tl.cdiv(SIZE, BLOCK), n_programs):
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        tl.store(s.expert_out + i, tl.zeros([BLOCK], tl.float32), mask=i < SIZE)
 
 
 @triton.jit
@@ -636,23 +623,8 @@ def gate_up_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl
     experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
     place, bias = locate_gate_up_tile(w, layer, experts, pid, CONFIG, TUNING, M)
     weights = load_expert_tile(place, K, TUNING)
-    item = pid
-    following = pid + n_programs
-    for ahead in tl.static_range(1, 1 + TUNING.prefetch_gate_up):
-        prefetch_expert_tile(
-            locate_gate_up_tile(w, layer, experts, pid + ahead * n_programs, CONFIG, TUNING, M)[0], K, TUNING
-        )
-    while item < ITEMS:
-        ticket = draw_after(s.tickets, following, TUNING)
-        if TUNING.prefetch_gate_up > 1:
-            prefetch_expert_tile(
-                locate_gate_up_tile(
-                    w, layer, experts, following + TUNING.prefetch_gate_up * n_programs, CONFIG, TUNING, M
-                )[0],
-                K,
-                TUNING,
-            )
-        place, next_bias = locate_gate_up_tile(w, layer, experts, following, CONFIG, TUNING, M)
+    for item in range(pid, ITEMS, n_programs):
+        place, next_bias = locate_gate_up_tile(w, layer, experts, item + n_programs, CONFIG, TUNING, M)
         slot = item // N_TILES
         row0 = (item % N_TILES) * M
         y, weights = expert_gemv(weights, vector, place, row0, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT)
@@ -660,8 +632,6 @@ def gate_up_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_expert_act(s, slot, act, row0 // 2, CONFIG, TUNING, QUANT)
         bias = next_bias
-        item = following
-        following = read_drawn(ticket, n_programs, TUNING)
     return experts, expert_weights
 
 
@@ -678,35 +648,6 @@ def locate_gate_up_tile(w, layer, experts, item, CONFIG: tl.constexpr, TUNING: t
     bias = tl.load(w.gate_up_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
     H: tl.constexpr = CONFIG.hidden_size
     return locate_expert_tile(w.gate_up, w.gate_up_scales, matrix, tile, valid, ROWS, H, M, TUNING), bias
-
-
-@triton.jit
-def draw_after(counter_ptr, following, TUNING: tl.constexpr):
-    """To be known one item later: the one after `following`. The first two items of a program are its own."""
-    if TUNING.tickets:
-        ARCH: tl.constexpr = TUNING.arch
-        return draw_ticket(counter_ptr, TUNING.num_warps, ARCH)
-    else:
-        return following
-
-
-@triton.jit
-def read_drawn(drawn, n_programs, TUNING: tl.constexpr):
-    """The item that draw_after drew."""
-    if TUNING.tickets:
-        ARCH: tl.constexpr = TUNING.arch
-        return 2 * n_programs + read_ticket(drawn, ARCH)
-    else:
-        return drawn + n_programs
-
-
-@triton.jit
-def reset_tickets(s, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """To be called while none is drawn, a barrier away from the drawing on either side."""
-    if TUNING.tickets:
-        if pid == n_programs - 1:
-            for counter in tl.static_range(1 + CONFIG.experts_per_token):
-                tl.store(s.tickets + counter * TICKET_STRIDE, 0)
 
 
 @triton.jit
@@ -753,25 +694,19 @@ def down_phase(
     lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
     weights, bias = tile
     for slot in range(pid % lanes, CONFIG.experts_per_token, lanes):
-        item, members = down_lane(slot, pid, n_programs, CONFIG)
+        first, members = down_lane(slot, pid, n_programs, CONFIG)
         matrix = layer * CONFIG.n_experts + pick(experts, slot)
         expert_weight = pick(expert_weights, slot)
         vector = load_expert_act(s, slot, CONFIG, TUNING, QUANT)
         if slot >= lanes:
-            place, bias = locate_down_tile(w, matrix, item, CONFIG, TUNING)
+            place, bias = locate_down_tile(w, matrix, first, CONFIG, TUNING)
             weights = load_expert_tile(place, K, TUNING)
-        following = item + members
-        while item * M < ROWS:
-            ticket = draw_after(s.tickets + (1 + slot) * TICKET_STRIDE, following, TUNING)
-            place, next_bias = locate_down_tile(w, matrix, following, CONFIG, TUNING)
+        for item in range(first, tl.cdiv(ROWS, M), members):
+            place, next_bias = locate_down_tile(w, matrix, item + members, CONFIG, TUNING)
             row = item * M + tl.arange(0, M)
             y, weights = expert_gemv(weights, vector, place, item * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
-            # Two addends and zero give the same sum in any order, so that the residual has one vector for two experts.
-            out = s.expert_out + slot // 2 * ROWS + row
-            tl.atomic_add(out, expert_weight * (y + bias), mask=row < ROWS, sem="relaxed", scope="gpu")
+            tl.store(s.expert_out + slot * ROWS + row, expert_weight * (y + bias), mask=row < ROWS)
             bias = next_bias
-            item = following
-            following = read_drawn(ticket, members, TUNING)
 
 
 @triton.jit

@@ -31,7 +31,9 @@ def top_k_softmax(logits, N: tl.constexpr, TOP_K: tl.constexpr):
         keys = tl.where(index == at, LOWEST, keys)
     chosen, values = tl.max(chosen, axis=0), tl.max(values, axis=0)
     place = tl.arange(0, BLOCK_TOP_K)
-    values = tl.where(place < TOP_K, _in_order(values.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True), float("-inf"))
+    values = tl.where(
+        place < TOP_K, _in_order(values.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True), float("-inf")
+    )
     p = tl.exp(values - tl.max(values, axis=0))
     return chosen, p / tl.sum(p, axis=0)
 

@@ -31,7 +31,6 @@ class Tuning:
     gate_up_k: int  # block over K, unused for fragments
     down_m: int
     down_k: int
-    tickets: bool  # expert tiles go to whoever is ready for one; else every program has the same number of them
     head_keys: int  # up to so many cached positions a program attends them for one query head, 0: never
     head_block_t: int  # positions per step of that
     head_slots: int  # rows of a cache that the threads load at a time, 16 bytes each, or a multiple
@@ -46,10 +45,7 @@ class Tuning:
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
-    prefetch_gate_up: int  # expert tiles that are asked for ahead
-    prefetch_down: int
-    o_place: int
-    qkv_place: int
+    prefetch_down: int  # tiles of a program's down projection that are asked for ahead, behind its first one
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
@@ -86,7 +82,6 @@ GFX950 = Tuning(
     gate_up_k=1024,
     down_m=16,
     down_k=1024,
-    tickets=False,
     head_keys=512,
     head_block_t=64,
     head_slots=32,
@@ -101,10 +96,7 @@ GFX950 = Tuning(
     prefetch_small=False,
     prefetch_qkv=0,
     prefetch_o=0,
-    prefetch_gate_up=0,
     prefetch_down=0,
-    o_place=0,
-    qkv_place=0,
     spin_limit=1 << 24,
 )
 SM_90 = Tuning(
@@ -116,7 +108,7 @@ SM_90 = Tuning(
     qkv_m=4,
     o_m=4,
     router_m=1,
-    head_m=8,
+    head_m=4,
     dense_k=4096,
     norm_block=128,
     fragments=True,
@@ -124,7 +116,6 @@ SM_90 = Tuning(
     gate_up_k=0,
     down_m=16,
     down_k=0,
-    tickets=True,
     head_keys=512,
     head_block_t=64,
     head_slots=16,
@@ -138,11 +129,8 @@ SM_90 = Tuning(
     prefetch=True,
     prefetch_small=True,
     prefetch_qkv=3,
-    prefetch_o=5,
-    prefetch_gate_up=0,
-    prefetch_down=0,
-    o_place=0,
-    qkv_place=0,
+    prefetch_o=3,
+    prefetch_down=1,
     spin_limit=1 << 24,
 )
 
@@ -206,7 +194,6 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         gate_up_k=expert_k,
         down_m=rows(config.hidden_size, expert_k, least=16),
         down_k=expert_k,
-        tickets=False,
         head_keys=0,
         head_block_t=256,
         head_slots=1,
@@ -221,10 +208,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch_small=False,
         prefetch_qkv=0,
         prefetch_o=0,
-        prefetch_gate_up=0,
         prefetch_down=0,
-        o_place=0,
-        qkv_place=0,
         spin_limit=1 << 14,
     )
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import SYNC_WORDS, TICKET_STRIDE
+from common import SYNC_WORDS
 from host.config import MXFP4_GROUP, ModelConfig
 from host.fragments import vector_parts
 from host.launch import Tuning, next_power_of_2
@@ -32,8 +32,7 @@ class State(NamedTuple):
     expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 for fragments
     expert_act: torch.Tensor  # [top k, intermediate] likewise, but float32 with --quant for fragments
     expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for fragments
-    expert_out: torch.Tensor  # [top k / 2, hidden], weighted, two experts' sum each; the residual stream is x and these
-    tickets: torch.Tensor  # [1 + top k, TICKET_STRIDE] int32: drawn in gate-up, and in down for each expert
+    expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
     head_value: torch.Tensor  # [programs] each program's largest logit
     head_index: torch.Tensor  # [programs] int32
     logits: torch.Tensor  # [vocab]
@@ -82,8 +81,7 @@ def new_state(
         expert_in_scale=zeros(1) if tuning.fragments else zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
         expert_act=zeros(*expert_act[0], dtype=expert_act[1]),
         expert_act_scale=zeros(top_k, inter // MXFP4_GROUP, dtype=torch.uint8),
-        expert_out=zeros((top_k + 1) // 2, hidden),
-        tickets=zeros(1 + top_k, TICKET_STRIDE.value, dtype=torch.int32),
+        expert_out=zeros(top_k, hidden),
         head_value=zeros(num_programs),
         head_index=zeros(num_programs, dtype=torch.int32),
         logits=zeros(config.vocab_size),
