@@ -51,7 +51,7 @@ def count_arrival(counter_ptr, ARCH: tl.constexpr):
 
 @triton.jit
 def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, ARCH: tl.constexpr):
-    """Wait until `target` arrivals are counted: what they stored before is visible after. Gives up as barrier `index`."""
+    """Wait until `target` arrivals are counted; what they stored before is visible then. Gives up as barrier index."""
     arrived = 0
     spins = 0
     while (arrived < target) & (spins < SPIN_LIMIT):
@@ -66,9 +66,9 @@ def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, ARC
     tl.debug_barrier()
 
 
-# One warp polls, and the others wait at the barrier behind the loop: with all of them polling, arrivals are held up (2.20
-# ms a token against 2.08). Triton would hand each poll's result to all threads through shared memory, and acquire by
-# one more trip to memory (2.09 ms).
+# One warp polls, and the others wait at the barrier behind the loop: were all of them to poll, they would hold up the
+# arrivals (2.20 ms a token against 2.08). Triton would hand each poll's result to all threads through shared memory, and
+# acquire by one more trip to memory (2.09 ms).
 POLL = tl.constexpr("""{
     .reg .pred polling;
     .reg .u32 thread;
