@@ -67,8 +67,8 @@ def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, ARC
 
 
 # One warp polls, and the others wait at the barrier behind the loop: were all of them to poll, they would hold up the
-# arrivals (2.20 ms a token against 2.08). Triton would hand each poll's result to all threads through shared memory, and
-# acquire by one more trip to memory (2.09 ms).
+# arrivals (2.20 ms a token against 2.08). Triton would hand each poll's result to all threads through shared memory,
+# and acquire by one more trip to memory (2.09 ms).
 POLL = tl.constexpr("""{
     .reg .pred polling;
     .reg .u32 thread;
