@@ -278,6 +278,9 @@ def attend_split(
     BLOCK_G: tl.constexpr = max(TUNING.least_group, triton.next_power_of_2(G))
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
+    # Wider rows would take more shared memory than two programs on an SM have.
+    NARROW: tl.constexpr = D * s.k_cache.dtype.element_ty.primitive_bitwidth <= 2048
+    STAGES: tl.constexpr = TUNING.attention_stages if NARROW else 1
     g = tl.arange(0, BLOCK_G) + zero
     dim = tl.arange(0, D) + zero
     kv_head = unit // n_splits
@@ -306,7 +309,7 @@ def attend_split(
         TUNING.block_t,
         TUNING.attention_parts,
         TUNING.bf16_parts,
-        TUNING.attention_stages,
+        STAGES,
         zero,
     )
     if n_splits == 1:

@@ -15,7 +15,8 @@ from tools.compile_report import Program
 
 ROOT = Path(__file__).parent.parent
 GRID_BARRIERS = 8  # embedding, six phases, LM head; the layer loop stands once in the code
-ARRIVALS = GRID_BARRIERS + 2  # the last split of attention, the last program to leave
+ARRIVALS = GRID_BARRIERS + 2  # a split of attention, the last program to leave
+WAITS = GRID_BARRIERS + 1  # for the splits of attention
 CASES = [("gfx950", "default"), ("gfx950", "quant"), ("sm_90", "default"), ("sm_90", "quant")]
 AMD_CASES = CASES[:2]
 CUS, XCDS = 256, 8  # of an MI355X
@@ -130,7 +131,7 @@ def test_every_arrival_is_ordered_and_every_wait_is_one(case, reports):
     figures = reports[case]
     assert figures["arrivals"] == ARRIVALS
     assert figures["acquires"] == ARRIVALS
-    assert figures["polls_in_loops"] == GRID_BARRIERS
+    assert figures["polls_in_loops"] == WAITS
     assert case[0] != "gfx950" or figures["arrivals_drained"] == ARRIVALS
 
 
@@ -144,7 +145,9 @@ def test_the_programs_fit(case, reports):
     else:  # two programs of four warps on 65536 registers; 227 KB
         assert figures["registers"] <= 255
         assert 2 * figures["shared_bytes"] <= 227 << 10
-        assert figures["stack_bytes"] <= 64
+        # What the stack holds is between phases: a loop over tiles or keys has hundreds of instructions.
+        assert figures["stack_bytes"] <= 128
+        assert figures["spills_in_a_loop"] <= 3
 
 
 def test_other_sizes_compile():

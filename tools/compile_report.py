@@ -243,10 +243,13 @@ def nvidia_report(kernel) -> dict:
     usage = cuobjdump(kernel, "--dump-resource-usage")
     program = Program.from_sass(sass)
     arrivals = program.find(r"MEMBAR\.ALL\.GPU", r"ERRBAR", r"CGAERRBAR", r"(?:REDG|ATOMG)\.E\.ADD\.STRONG\.GPU")
-    polls = [i for i in program.find(r"LDG\.E\.STRONG\.GPU") if not program.within(i, 2, r"CCTL\.IVALL")]
+    polls = [i for i in program.find(r"LDG\.E\.STRONG\.GPU") if program.within(i, 2, r"CCTL\.IVALL")]  # acquiring ones
+    spills = program.find(r"\b(?:LDL|STL)")
+    loops = program.innermost_loops()
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "reloads": len(program.find(r"\bLDL")),
+        "spills": len(spills),  # to the stack and back
+        "spills_in_a_loop": max(sum(i in loop for i in spills) for loop in loops),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "shared_bytes": kernel.metadata.shared,
         "loads_16_bytes": len(program.find(r"LDG\.E(?:\.\w+)*\.128")),
@@ -319,6 +322,11 @@ class Program:
     def last_before(self, i: int, pattern: str) -> int:
         """The nearest earlier match, -1 if there is none."""
         return next((k for k in range(i - 1, -1, -1) if re.search(pattern, self.instructions[k])), -1)
+
+    def innermost_loops(self) -> list[range]:
+        """Of instructions that stand together, as machine code has loops."""
+        loops = [range(start, end + 1) for end, start in self._targets.items() if start <= end]
+        return [loop for loop in loops if not any(other != loop and other.start in loop for other in loops)]
 
     def repeats(self, i: int, without: str) -> bool:
         """Whether instruction i can run again with none that matches `without` in between."""
