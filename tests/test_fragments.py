@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
+from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count, vector_parts
 
-# Rows and scale groups: whole tiles, one short of it and one beyond, an odd number of groups, and the published width.
-SIZES = [(16, 2), (1, 1), (7, 3), (15, 2), (17, 4), (33, 13), (40, 90)]
+# Rows and scale groups: whole tiles, one short of it and one beyond, a quad's groups and one more or less of them, and
+# the published width.
+SIZES = [(16, 4), (1, 1), (7, 3), (15, 2), (17, 5), (33, 13), (40, 90)]
 LEADS = [(), (3,), (2, 3), (1, 1, 2)]
 WARPS = [1, 2, 4, 8]
+PLACES = [(15, 9), (12, 6), (14, 3), (13, 0)]  # in half a word: bit of the sign, lowest of three of the magnitude
 
 
 def random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,40 +22,40 @@ def codes_of(blocks: torch.Tensor) -> list[list[int]]:
     return [[code for byte in row.flatten().tolist() for code in (byte & 15, byte >> 4)] for row in blocks]
 
 
-def words_to_bytes(words: torch.Tensor) -> list[list[int]]:
-    return [[word >> shift & 255 for word in tile for shift in (0, 8, 16, 24)] for tile in words.tolist()]
-
-
 def unpack_blocks(words: torch.Tensor) -> list[list[int]]:
     """int32 [tiles, words] -> E2M1 codes by row and column, of all that the tiles hold."""
-    n_units = words.shape[1] // 128
-    codes = [[-1] * (64 * n_units) for _ in range(16 * len(words))]
-    for tile, tile_bytes in enumerate(words_to_bytes(words)):
-        for at, byte in enumerate(tile_bytes):
-            unit, lane, place = at // 512, at % 512 // 16, at % 16
-            g, t = lane // 4, lane % 4
-            group, half, i = place // 8, place % 8 // 4, place % 4
-            column = 64 * unit + 32 * group + 16 * half + 4 * t + i
-            bit = [byte >> b & 1 for b in range(8)]
-            codes[16 * tile + g][column] = bit[7] << 3 | bit[3] << 2 | bit[2] << 1 | bit[1]
-            codes[16 * tile + g + 8][column] = bit[0] << 3 | bit[6] << 2 | bit[5] << 1 | bit[4]
+    n_quads = words.shape[1] // 256
+    codes = [[-1] * (128 * n_quads) for _ in range(16 * len(words))]
+    for tile, tile_words in enumerate(words.tolist()):
+        for at, word in enumerate(tile_words):
+            quad, odd, lane = at // 256, at // 128 % 2, at // 4 % 32
+            r, t = lane // 4, lane % 4
+            row, column = 16 * tile + 2 * r + odd, 128 * quad + 32 * t + 8 * (at % 4)
+            for j, (sign, magnitude) in enumerate(PLACES):
+                for half in (0, 1):
+                    bits = word >> 16 * half
+                    assert codes[row][column + 2 * j + half] == -1
+                    codes[row][column + 2 * j + half] = (bits >> sign & 1) << 3 | bits >> magnitude & 7
     return codes
 
 
 def unpack_scales(words: torch.Tensor, warps: int) -> list[list[int]]:
     """int32 [tiles, words] -> scales by row and group, of all that the tiles hold.
 
-    In a step, warp w has units w and warps + w of the step's 2 * warps. A word is a lane's: for two steps, the scales
-    of rows g and g + 8 in the group that t counts over both units.
+    In a step, warp w has quad number step * warps + w. A word is a lane's: of its group t, the scales of rows 2 r and
+    2 r + 1, for two steps.
     """
     n_pairs = words.shape[1] // (32 * warps)
     scales = [[-1] * (8 * warps * n_pairs) for _ in range(16 * len(words))]
-    for tile, tile_bytes in enumerate(words_to_bytes(words)):
-        for at, scale in enumerate(tile_bytes):
-            pair, warp, lane, byte = at // (128 * warps), at // 128 % warps, at % 128 // 4, at % 4
-            g, t = lane // 4, lane % 4
-            unit = (2 * pair + byte // 2) * 2 * warps + t // 2 * warps + warp
-            scales[16 * tile + g + 8 * (byte % 2)][2 * unit + t % 2] = scale
+    for tile, tile_words in enumerate(words.tolist()):
+        for at, word in enumerate(tile_words):
+            pair, warp, lane = at // (32 * warps), at // 32 % warps, at % 32
+            r, t = lane // 4, lane % 4
+            for byte in range(4):
+                step, odd = 2 * pair + byte // 2, byte % 2
+                row, group = 16 * tile + 2 * r + odd, 4 * (step * warps + warp) + t
+                assert scales[row][group] == -1
+                scales[row][group] = word >> 8 * byte & 255
     return scales
 
 
@@ -66,9 +68,10 @@ def test_tiles(rows, tiles):
     assert tile_count(rows) == tiles
 
 
-@pytest.mark.parametrize("k, n_bytes", [(32, 512), (64, 512), (96, 1024), (2880, 45 * 512)])
-def test_words_of_the_blocks(k, n_bytes):
-    assert 4 * block_words(k) == n_bytes
+@pytest.mark.parametrize("k, quads", [(32, 1), (96, 1), (128, 1), (160, 2), (2880, 23)])
+def test_words_of_the_blocks(k, quads):
+    """1,024 bytes for each quad of 128 columns, whole or not."""
+    assert 4 * block_words(k) == 1024 * quads
 
 
 @pytest.mark.parametrize("warps", WARPS)
@@ -77,6 +80,12 @@ def test_words_of_the_scales(k, warps):
     """A byte for each row and group, over as many pairs of steps, of 128 columns a warp, as it takes to cover K."""
     pairs = next(n for n in range(1, 100) if n * 2 * warps * 128 >= k)
     assert 4 * scale_words(k, warps) == pairs * 2 * warps * 4 * 16
+
+
+@pytest.mark.parametrize("k, quads", [(32, 1), (96, 1), (128, 1), (160, 2), (2880, 23)])
+def test_parts_of_a_vector(k, quads):
+    """Two of each element of whole quads."""
+    assert vector_parts(k) == 2 * 128 * quads
 
 
 @pytest.mark.parametrize("rows, groups", SIZES)
