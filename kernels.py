@@ -84,7 +84,8 @@ def argmax_kernel(
 class PhasedModel(MegaModel):
     """MegaModel with a launch for each phase of each layer: the same interface, tokens and logits.
 
-    There is no barrier, so that none can give up, and no trace; and nothing is loaded ahead of its phase.
+    There is no grid barrier and no trace, and nothing is loaded ahead of its phase. In attention alone programs wait for
+    each other, where the splits of a long context are merged.
     """
 
     on_phase: Callable[[], None] | None = None  # called after each launch, which a GPU may only have queued

@@ -441,7 +441,8 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
                 if QUANT:
                     normed = round_to_mxfp8(normed)
                 store_parts(s.expert_in, h, H, normed, unit)
-                tl.store(s.expert_in_scale, scale)
+                if block == 0:  # the same for all
+                    tl.store(s.expert_in_scale, scale)
             else:
                 write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT)
 

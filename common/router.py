@@ -10,7 +10,7 @@ LOWEST = tl.constexpr(-(1 << 31))
 def top_k_softmax(logits, N: tl.constexpr, TOP_K: tl.constexpr):
     """Indices int32 and weights float32, largest first, the lower index first on ties, in a power of two of places.
 
-    logits: float32 [COPIES, a power of two], the same in all copies, of which the first N count: with a copy for each
+    logits: float32 [COPIES, next power of two of N], the same in all copies; the first N count. With a copy for each
     warp, all of them choose, and no step waits for another warp. Indices are below N whatever the logits hold; places
     from TOP_K on have weight 0.
     """

@@ -11,16 +11,29 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from mutations import small_config
+from mutations import loud_checkpoint, small_config
 
-import gpt_oss_megakernel  # noqa: F401 - before Triton: it sets TRITON_INTERPRET
+from gpt_oss_megakernel import MegaModel, barrier_name  # before Triton: it sets TRITON_INTERPRET
 
 # isort: split
 import triton
 import triton.language as tl
 
-from common import attend_cache, attend_cache_by_head, keep_state_if, load_cache_block, merge_splits, start_state
+from common import (
+    ABORT,
+    ARRIVALS,
+    attend_cache,
+    attend_cache_by_head,
+    keep_state_if,
+    load_cache_block,
+    merge_splits,
+    phases,
+    start_state,
+)
+from host.cpu_interpreter import simulate
+from host.errors import MegakernelAborted
 from host.launch import tuning_for, with_small_tiles
+from host.random_cache import fill_cache
 from host.state import new_state
 from kernels import attention_kernel
 
@@ -115,9 +128,14 @@ def head_kernel(
 
 
 @triton.jit
-def merge_kernel(out, states, n_splits, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
-    m, l, acc = merge_splits(states[0], states[1], states[2], n_splits, G, D, SPLITS, BLOCK_S)  # noqa: E741
-    store_state(out[0], out[1], out[2], m, l, acc, G, D)
+def merge_kernel(l_ptr, acc_ptr, states, n_splits, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """One head a program."""
+    head = tl.program_id(0)
+    l, acc = merge_splits(  # noqa: E741
+        states[0] + head, states[1] + head, states[2] + head * HEAD_DIM, n_splits, STRIDE, HEAD_DIM, SPLITS
+    )
+    tl.store(l_ptr + head, l)
+    tl.store(acc_ptr + head * HEAD_DIM + tl.arange(0, HEAD_DIM), acc)
 
 
 class Case:
@@ -209,14 +227,16 @@ class Case:
         return weights @ self.v[start:end].double()
 
 
-def merge(*states: State, splits: int = MAX_SPLITS, block_s: int = 2) -> State:
-    """merge_splits, with NaN in the room for more states."""
-    out = State(*(torch.full_like(x, torch.nan) for x in states[0]))
-    stacked = State(*(torch.full((splits, *x.shape), torch.nan) for x in out))
+def merge(*states: State, splits: int = MAX_SPLITS, stride: int = G) -> State:
+    """merge_splits of each head, with NaN in the room for more states and for more heads."""
+    out = State(
+        torch.stack([state.m for state in states]).amax(0), *(torch.full_like(x, torch.nan) for x in states[0][1:])
+    )
+    stacked = State(*(torch.full((splits, stride, *x.shape[1:]), torch.nan) for x in out))
     for i, state in enumerate(states):
         for place, x in zip(stacked, state):
-            place[i] = x
-    merge_kernel[(1,)](out, stacked, len(states), G=G, D=out.acc.shape[1], SPLITS=splits, BLOCK_S=block_s)
+            place[i, :G] = x
+    merge_kernel[(G,)](out.l, out.acc, stacked, len(states), STRIDE=stride, HEAD_DIM=out.acc.shape[1], SPLITS=splits)
     return out
 
 
@@ -291,17 +311,37 @@ def test_the_cache_adds_to_a_state(length):
     assert_same_state(case.attend(0, length, before=case.start(length)), case.expected(0, length + 1))
 
 
-# Each range but the last has at least one key; the states differ much in their largest score.
-SPLITS = [(0, 1), (0, 7, 300), (0, 64, 128, 192, 256, 300), (0, 1, 2, 3, 100)]
+# Each range has at least one key; the states differ much in their largest score.
+SPLITS = [(0, 1), (0, 7, 300), (0, 3, 9, 200), (0, 64, 128, 192, 256, 300), (0, 1, 2, 3, 5, 8, 13, 100)]
+SPLITS += [(0, 1, 2, 3, 5, 8, 13, 99, 100)]  # as many as there is room for
 
 
-@pytest.mark.parametrize("splits, block_s", [(8, 1), (8, 2), (8, 4), (8, 8), (64, 16)])
+@pytest.mark.parametrize("splits, stride", [(8, G), (8, 16), (16, G + 3), (64, 16)])
 @pytest.mark.parametrize("scale", [0.125, 4.0])
 @pytest.mark.parametrize("bounds", SPLITS)
-def test_merged_splits_are_one_pass(bounds, scale, splits, block_s):
+def test_merged_splits_are_one_pass(bounds, scale, splits, stride):
     case = Case(bounds[-1], scale=scale)
     states = [case.attend(start, end) for start, end in itertools.pairwise(bounds)]
-    assert_same_state(merge(*states, splits=splits, block_s=block_s), case.expected(0, bounds[-1]))
+    assert_same_state(merge(*states, splits=splits, stride=stride), case.expected(0, bounds[-1]))
+
+
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_merged_splits_of_other_head_dims(head_dim):
+    case = Case(151, head_dim)
+    states = [case.attend(start, end) for start, end in itertools.pairwise((0, 20, 21, 151))]
+    assert_same_state(merge(*states), case.expected(0, 151))
+
+
+@pytest.mark.parametrize("field", State._fields)
+@pytest.mark.parametrize("split", range(3))
+def test_nan_in_a_split_shows(field, split):
+    """In its head's output."""
+    case = Case(60)
+    states = [case.attend(start, end) for start, end in itertools.pairwise((0, 20, 40, 60))]
+    getattr(states[split], field)[3] = torch.nan
+    merged = output(merge(*states))
+    assert merged[3].isnan().all()
+    assert not merged[[g for g in range(G) if g != 3]].isnan().any()
 
 
 @pytest.mark.parametrize("scale", [0.125, 4.0])
@@ -459,3 +499,162 @@ def test_the_phase(n_heads, n_kv_heads, head_dim, num_programs, head_keys):
         weights = torch.cat((scores, w.sinks[1].double()[:, None]), -1).softmax(-1)[:, :-1]
         expected = torch.einsum("ht,htd->hd", weights, v)
         torch.testing.assert_close(s.attention.view(n_heads, -1).double(), expected, rtol=0, atol=TOLERANCE)
+
+
+CONTEXT = 70
+# The past of 69 positions in steps of 16: splits of 32, or of 16 for at most 5.
+SPLIT_KINDS = {
+    "3 splits": dict(split_t=32, max_splits=4),
+    "5 splits": dict(split_t=16, max_splits=5),
+    "2 splits": dict(split_t=48, max_splits=2),
+}
+
+
+class SplitCase:
+    """The attention phase of one layer at the last position, of which none is attended by head."""
+
+    def __init__(self, n_layers: int = 1, n_heads: int = 6, n_kv_heads: int = 2, **tuning):
+        sizes = dict(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=16, n_layers=n_layers)
+        self.config = small_config(**sizes, layer_is_sliding=(False,) * n_layers)
+        small = with_small_tiles(tuning_for(torch.device("cpu"), self.config))
+        self.tuning = replace(small, **{"head_keys": 0} | tuning)
+        generator = torch.Generator().manual_seed(6)
+        self.w = Sinks(torch.randn(n_layers, n_heads, generator=generator))
+        self.qkv = torch.randn(self.config.qkv_size, generator=generator)
+        shape = (n_layers, n_kv_heads, CONTEXT, 16)
+        self.cache = [torch.randn(shape, generator=generator).bfloat16() for _ in range(2)]
+
+    def state(self, num_programs: int):
+        s = new_state(self.config, self.tuning, False, CONTEXT, num_programs, "cpu")
+        s.qkv.copy_(self.qkv)
+        s.k_cache.copy_(self.cache[0])
+        s.v_cache.copy_(self.cache[1])
+        for x in (s.split_m, s.split_l, s.split_acc, s.attention):
+            x.fill_(torch.nan)
+        return s
+
+    def run(self, s, num_programs: int, layer: int = 0, position: int = CONTEXT - 1) -> None:
+        attention_kernel[(num_programs,)](
+            self.w, s, layer, position, CONTEXT, num_programs, CONFIG=self.config, TUNING=self.tuning, QUANT=False
+        )
+
+
+@pytest.mark.parametrize("changes", SPLIT_KINDS.values(), ids=SPLIT_KINDS.keys())
+@pytest.mark.parametrize("n_heads, n_kv_heads", [(6, 2), (4, 4), (5, 1)], ids=str)
+def test_who_merges_and_when_changes_no_bit(n_heads, n_kv_heads, changes):
+    """Fewer programs than heads or splits, and more: what is merged was ordered before, in any order of programs."""
+    case = SplitCase(n_heads=n_heads, n_kv_heads=n_kv_heads, **changes)
+    n_splits = -(-(CONTEXT - 1) // changes["split_t"])
+    runs = []
+    for num_programs in (1, 2, 3, 5, n_kv_heads * n_splits, 23):
+        for seed in range(3):
+            s = case.state(num_programs)
+            with simulate(seed=seed, detect_races=True) as simulation:
+                case.run(s, num_programs)
+            assert simulation.races == []
+            assert s.split_arrivals.tolist() == [n_splits] * n_kv_heads
+            assert not s.sync.any()
+            runs.append(s.attention)
+    assert runs[0].isfinite().all()
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def test_one_split_counts_nothing_and_waits_for_none():
+    """Whatever the counters hold."""
+    case = SplitCase(split_t=128)
+    s = case.state(3)
+    s.split_arrivals.fill_(-7)
+    case.run(s, 3)
+    assert s.attention.isfinite().all()
+    assert (s.split_arrivals == -7).all()
+    assert not s.sync.any()
+
+
+@pytest.mark.parametrize("name", ["count_arrival", "wait_for"])
+def test_merging_needs_its_order(name, monkeypatch):
+    case = SplitCase(split_t=16, max_splits=5, spin_limit=100)
+    monkeypatch.setattr(phases, name, lambda *args: None)
+    races = []
+    for seed in range(3):
+        with simulate(seed=seed, detect_races=True, deadlock_limit=None) as simulation:
+            case.run(case.state(5), 5)
+        races += simulation.races
+    assert any("split_acc" in race for race in races)
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 23])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("kv_head", [0, 1])
+def test_a_missing_split_makes_the_wait_give_up(kv_head, layer, num_programs):
+    """It names the barrier behind attention. What was complete is right all the same."""
+    case = SplitCase(n_layers=3, split_t=16, max_splits=5, spin_limit=100)
+    expected, s = case.state(num_programs), case.state(num_programs)
+    case.run(expected, num_programs, layer)
+    s.split_arrivals[kv_head] = -1
+    with simulate(deadlock_limit=None):
+        case.run(s, num_programs, layer)
+    assert s.sync[ABORT.value] == 3 + 6 * layer
+    assert barrier_name(int(s.sync[ABORT.value]), 3) == f"the attention phase of layer {layer}"
+    assert s.sync[ARRIVALS.value] == 1 << 30
+    other, rows = 1 - kv_head, case.config.q_size // 2
+    found, right = (x.attention[other * rows : (other + 1) * rows] for x in (s, expected))
+    assert torch.equal(found, right)
+
+
+@pytest.fixture(scope="module")
+def split_model():
+    """Both layers see all of the past, in three splits; five programs."""
+    config = small_config(n_layers=2, layer_is_sliding=(False, False))
+    tuning = replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), head_keys=0, split_t=16, max_splits=3)
+    tuning = replace(tuning, spin_limit=1000)
+    return MegaModel(loud_checkpoint(config), max_context=41, num_programs=5, tuning=tuning)
+
+
+UNITS_OF = {0: 2, 4: 1}  # of six units, those of the first and of the last program
+
+
+def fill(model: MegaModel) -> None:
+    model.reset()
+    fill_cache(model.state.k_cache, model.state.v_cache, 40, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_a_token_the_counters_are_zero_again(split_model, seed):
+    """In both layers as many arrivals as splits were waited for: three, of which none is left from before."""
+    model = split_model
+    fill(model)
+    with simulate(seed=seed, detect_races=True) as simulation:
+        first = model.step(5, 40)
+    assert simulation.races == []
+    assert (model.state.split_l[:, :, :4] > 0).all(), "three splits, of four heads each"
+    assert not model.state.split_arrivals.any()
+    assert not model.state.sync.any()
+    with simulate(seed=seed + 4):
+        assert model.step(5, 40) == first
+    assert not model.state.split_arrivals.any()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("deserter", [0, 4])
+def test_a_program_that_leaves_its_splits_out_is_reported(split_model, deserter, layer, monkeypatch):
+    """One program's arrivals of a layer are missing: the launch ends, and after reset() the next one is right."""
+    model = split_model
+    fill(model)
+    expected = model.step(5, 40)
+    fill(model)
+    arrive = phases.count_arrival
+    counted = []
+
+    def arrive_unless_it_deserts(*args):
+        pid = int(tl.program_id(0).handle.data.item())
+        counted.append(pid)
+        if pid != deserter or counted.count(pid) <= layer * UNITS_OF[deserter]:
+            arrive(*args)
+
+    monkeypatch.setattr(phases, "count_arrival", arrive_unless_it_deserts)
+    with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted, match=f"the attention phase of layer {layer}"):
+        model.step(5, 40)
+    monkeypatch.undo()
+    fill(model)
+    assert model.step(5, 40) == expected
+    assert not model.state.split_arrivals.any()
