@@ -84,8 +84,8 @@ def argmax_kernel(
 class PhasedModel(MegaModel):
     """MegaModel with a launch for each phase of each layer: the same interface, tokens and logits.
 
-    There is no grid barrier and no trace, and nothing is loaded ahead of its phase. In attention alone programs wait for
-    each other, where the splits of a long context are merged.
+    There is no grid barrier and no trace, and nothing is loaded ahead of its phase. Programs wait for each other in
+    attention alone, where the splits of a long context are merged.
     """
 
     on_phase: Callable[[], None] | None = None  # called after each launch, which a GPU may only have queued
