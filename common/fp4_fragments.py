@@ -111,7 +111,8 @@ def _load_scales(scales_ptr, valid, STEPS: tl.constexpr, WARPS: tl.constexpr):
 def fragment_unit(largest):
     """(unit, scale): the power of two that brings a vector, `largest` its largest magnitude, to FP16; what undoes it.
 
-    The largest element becomes 2^14 to 2^15. The bound keeps the unit 2^(141 - exponent) a normal float32.
+    The largest element becomes 2^14 to 2^15. Vectors below 2^-95 are brought no further up: the unit, 2^(141 -
+    exponent), stays a float32, and so does what undoes it, times a weight's scale.
     """
     exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 32)
     unit = ((268 - exponent) << 23).to(tl.float32, bitcast=True)

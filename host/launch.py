@@ -62,7 +62,7 @@ class Tuning:
 
 
 # 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The blocks follow what
-# is known to suit the chip; nothing here was run on one. Without layers_alone they spill 41 vector registers (25 with
+# is known to suit the chip; nothing here was run on one. Without layers_alone they spill 58 vector registers (43 with
 # --quant), with it none. Scales load 1 or 2 bytes at a time: a tile of 16 rows has 512 of them in a block over K, one
 # for each of 512 threads, and rows of 90 are aligned to 2.
 GFX950 = Tuning(
