@@ -37,7 +37,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import common
 from common import phases
-from host import cpu_interpreter
+from host import cpu_interpreter, shared_memory
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
     DEFAULT_MODEL,
@@ -62,6 +62,9 @@ from host.traffic import bytes_by_phase
 from host.weights import Weights, load_weights, weight_bytes
 from load_hf import open_checkpoint
 from tokenizer_util import Tokenizer
+
+
+shared_memory.install()
 
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
@@ -94,6 +97,11 @@ def megakernel(
     token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 after an abort
     phases.embed_token(w, s, token, pid, n_programs, CONFIG, BLOCK_H)
     arrive(s, 1, pid, n_programs, TRACE, ARCH)
+    want_head = want_token | want_logits
+    n_dense, n_tiles, n_head = phases.units_of_layer(pid, n_programs, CONFIG, TUNING)
+    stream = phases.open_stream(0, 0, TUNING)
+    first_limit = tl.where(n_layers > 0, n_dense, n_head * want_head)
+    stream = phases.begin_stream(stream, w, first_limit, n_layers, pid, n_programs, CONFIG, TUNING)
     tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
     wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
 
@@ -101,8 +109,11 @@ def megakernel(
         layer = tl.cast(n, tl.int64)
         barrier = 2 + n * 6
         window = tl.load(s.windows + layer)
+        # Units before the experts' of this layer, and with them and what follows.
+        known = n * n_tiles + n_dense, tl.zeros([4], tl.int32), n_layers
+        all_known = (n + 1) * n_tiles + tl.where(n + 1 < n_layers, n_dense, n_head * want_head)
         phases.prefetch_attention(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
-        phases.qkv_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
+        stream = phases.qkv_phase(w, s, layer, tile, stream, known, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier, pid, n_programs, TRACE, ARCH)
         phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
@@ -112,7 +123,7 @@ def megakernel(
         o_tile = phases.first_o_tile(w, s, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
-        phases.o_phase(w, s, layer, o_tile, pid, n_programs, CONFIG, TUNING)
+        stream = phases.o_phase(w, s, layer, o_tile, stream, known, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
         following = tl.minimum(layer + 1, n_layers - 1)
         phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
@@ -122,19 +133,24 @@ def megakernel(
         arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
         wait(s, barrier + 3, pid, n_programs, TRACE, SPINS, ARCH)
 
-        experts, weights = phases.gate_up_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
+        experts, weights, stream = phases.gate_up_phase(
+            w, s, layer, stream, (all_known, n_layers), pid, n_programs, CONFIG, TUNING, QUANT
+        )
         arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
-        down_tile = phases.first_down_tile(w, layer, experts, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
 
-        phases.down_phase(w, s, layer, experts, weights, down_tile, pid, n_programs, CONFIG, TUNING, QUANT)
+        plan = all_known, experts, n_layers
+        stream = phases.down_phase(
+            w, s, layer, experts, weights, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT
+        )
         arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
         tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
 
-    if want_token | want_logits:
+    if want_head:
         last = 2 + n_layers * 6
-        phases.head_phase(w, s, want_logits, pid, n_programs, CONFIG, TUNING)
+        plan = n_layers * n_tiles + n_head, tl.zeros([4], tl.int32), n_layers
+        phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
         arrive(s, last, pid, n_programs, TRACE, ARCH)
         wait(s, last, pid, n_programs, TRACE, SPINS, ARCH)
         if want_token:

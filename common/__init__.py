@@ -23,7 +23,7 @@ from common.barrier import (
     wait_for,
 )
 from common.fp4 import e2m1_to_float32
-from common.fp4_fragments import gemv_fp4_fragments, load_fp4_fragments, load_fragment_vector
+from common.fp4_fragments import gemv_fp4_fragments, load_fragment_vector
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, load_mxfp8, quantize_mxfp8
@@ -59,7 +59,6 @@ __all__ = [
     "leave_grid",
     "load_bf16_rows",
     "load_cache_block",
-    "load_fp4_fragments",
     "load_fragment_vector",
     "load_mxfp8",
     "load_rotated",

@@ -12,7 +12,9 @@ column 2 q gets the vector as FP16, column 2 q + 1 what FP16 leaves of it, times
 import triton
 import triton.language as tl
 
+from common.lanes import by_lane
 from common.quant import GROUP, e8m0_to_float32, mxfp8_scale, to_mxfp8
+from common.ring import load_word, load_words
 
 ROWS = tl.constexpr(16)  # of a tile
 QUAD = tl.constexpr(4)  # groups that a warp multiplies at a time
@@ -74,37 +76,16 @@ SECOND_STEP = tl.constexpr(_multiply_quad(2))
 CONSTRAINTS = tl.constexpr("=f,=f,f,f," + "r," * 25 + "f")
 
 
-@triton.jit
-def load_fp4_fragments(blocks_ptr, scales_ptr, valid, K: tl.constexpr, WARPS: tl.constexpr):
-    """(blocks, scales) of one tile of 16 rows: tuples of int32 tensors; zeros if not `valid`, and nothing is read."""
-    STEPS: tl.constexpr = (K + WARPS * QUAD * GROUP - 1) // (WARPS * QUAD * GROUP)
-    blocks = ()
-    for step in tl.static_range(STEPS):
-        blocks = blocks + (_load_step(blocks_ptr, valid, step, K, WARPS),)
-    return blocks, _load_scales(scales_ptr, valid, STEPS, WARPS)
+@triton.constexpr_function
+def block_bytes(k: int) -> int:
+    """Bytes of a tile's blocks."""
+    return -(-k // 128) * 1024
 
 
-@triton.jit
-def _load_step(blocks_ptr, valid, step, K: tl.constexpr, WARPS: tl.constexpr):
-    """Words of even and of odd rows."""
-    word = tl.arange(0, 128 * WARPS)
-    quad = step * WARPS + word // 128
-    at = quad * QUAD_WORDS + word % 128
-    mask = ((quad * QUAD + word // 4 % QUAD) * GROUP < K) & valid
-    # Read once a token, if at all: leaves the cache to what is fetched ahead.
-    even = tl.load(blocks_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
-    odd = tl.load(blocks_ptr + QUAD_WORDS // 2 + at, mask=mask, other=0, eviction_policy="evict_first")
-    return even, odd
-
-
-@triton.jit
-def _load_scales(scales_ptr, valid, STEPS: tl.constexpr, WARPS: tl.constexpr):
-    LANES: tl.constexpr = 32 * WARPS
-    lane = tl.arange(0, LANES)
-    scales = ()
-    for pair in tl.static_range((STEPS + 1) // 2):  # a word has the scales of two steps
-        scales = scales + (tl.load(scales_ptr + pair * LANES + lane, mask=(lane >= 0) & valid, other=0),)
-    return scales
+@triton.constexpr_function
+def scale_bytes(k: int, warps: int) -> int:
+    """Bytes of a tile's scales."""
+    return -(-k // (256 * warps)) * 128 * warps
 
 
 @triton.jit
@@ -155,7 +136,7 @@ def load_fragment_vector(x_ptr, scale, K: tl.constexpr, WARPS: tl.constexpr):
         mask = (column // 2 == own) & ((quad * QUAD + own) * GROUP < K)
         words = ()
         for i in tl.static_range(4):
-            words = words + _by_lane(tl.load(x_ptr + at + 32 * i, mask=mask, other=0), LANES)
+            words = words + by_lane(tl.load(x_ptr + at + 32 * i, mask=mask, other=0), LANES)
         steps = steps + ((words, scales),)
     return steps
 
@@ -206,35 +187,28 @@ def _lane_words(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def _by_lane(words, LANES: tl.constexpr):
-    """[4 LANES] -> four [LANES]: what is in places 4 i .. 4 i + 3 is thread i's own."""
-    even, odd = tl.split(tl.reshape(words, (LANES, 2, 2)))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return (a, b, c, d)
+def gemv_fp4_fragments(pieces, x, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
+    """A tile times a vector, float32 [8, 2], rows 2 r and 2 r + 1 side by side.
 
-
-@triton.jit
-def gemv_fp4_fragments(tile, x, next_tile, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
-    """(tile @ x, the next tile) of a loaded tile and vector: float32 [8, 2], rows 2 r and 2 r + 1 side by side.
-
-    next_tile: load_fp4_fragments' blocks_ptr, scales_ptr and valid. Each step's words are loaded as soon as the same
-    step of this tile has been multiplied, so that they take no more registers than one tile.
+    pieces: the addresses of the tile's blocks and of its scales in a slot of the ring; x: see load_fragment_vector.
     """
     LANES: tl.constexpr = 32 * WARPS
-    blocks, scales = tile
+    lane = tl.arange(0, LANES)
     even = tl.zeros([LANES], tl.float32)
     odd = tl.zeros([LANES], tl.float32)
-    next_blocks = ()
     for step in tl.static_range(len(x)):
-        a = _by_lane(blocks[step][0], LANES)
-        b = _by_lane(blocks[step][1], LANES)
-        even, odd = _add_quad(even, odd, a, b, x[step][0], scales[step // 2], x[step][1], step % 2, WARPS, ARCH)
-        next_blocks = next_blocks + (_load_step(next_tile[0], next_tile[2], step, K, WARPS),)
+        quad = step * WARPS + lane // 32
+        at = pieces[0] + quad * 1024 + lane % 32 * 16
+        # In shared memory a quad beyond the tile is whatever follows, which is finite and meets zeros of x.
+        inside = quad * (QUAD * GROUP) < K
+        a = load_words(at, inside, False, ARCH)
+        b = load_words(at + 512, inside, False, ARCH)
+        if step % 2 == 0:
+            scales = load_word(pieces[1] + step // 2 * (4 * LANES) + 4 * lane, inside, ARCH)
+        even, odd = _add_quad(even, odd, a, b, x[step][0], scales, x[step][1], step % 2, WARPS, ARCH)
     sums = tl.sum(tl.reshape(tl.join(even, odd), (WARPS, 8, 4, 2)), axis=2)
     sums = tl.sum(sums, axis=0)
-    # Infinity, as a scale of NaN gives, becomes NaN.
-    return sums + sums * 0.0, (next_blocks, _load_scales(next_tile[1], next_tile[2], len(x), WARPS))
+    return sums + sums * 0.0  # infinity, as a scale of NaN gives, becomes NaN
 
 
 @triton.jit

@@ -9,6 +9,9 @@ over K, so that K need not be near a power of two; a vector has two blocks for e
 import triton
 import triton.language as tl
 
+from common.lanes import by_lane
+from common.ring import load_words
+
 
 @triton.jit
 def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
@@ -54,3 +57,35 @@ def _products(words, even, odd):
     low = (words << 16).to(tl.float32, bitcast=True)
     high = (words & -65536).to(tl.float32, bitcast=True)
     return low * even[None, :] + high * odd[None, :]
+
+
+@triton.jit
+def load_lane_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr):
+    """x [K] as gemv_bf16_slot takes it, zeros beyond K: float32 [LANES], eight for each run of 8 LANES elements.
+
+    A thread holds the elements that meet the 16 bytes of each row which it reads.
+    """
+    LANES: tl.constexpr = 32 * WARPS
+    i = tl.arange(0, 4 * LANES)
+    blocks = ()
+    for k0 in tl.static_range(0, K, 8 * LANES):
+        for half in tl.static_range(2):
+            k = k0 + i // 4 * 8 + 4 * half + i % 4
+            blocks = blocks + by_lane(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32), LANES)
+    return blocks
+
+
+@triton.jit
+def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
+    """float32 [ROWS] of the bfloat16 rows [ROWS, K] at `address`, a slot of the ring, times a vector."""
+    LANES: tl.constexpr = 32 * WARPS
+    lane = tl.arange(0, LANES)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    at = address + row * (2 * K) + lane * 16
+    acc = tl.zeros([ROWS, LANES], tl.float32)
+    for k0 in tl.static_range(0, K, 8 * LANES):
+        inside = (k0 + 8 * lane < K) & (row >= 0)
+        words = load_words(at + 2 * k0, inside, k0 + 8 * LANES > K, ARCH)
+        for i in tl.static_range(4):
+            acc += _products(words[i], x[k0 // LANES + 2 * i], x[k0 // LANES + 2 * i + 1])
+    return tl.sum(acc, axis=1)

@@ -25,24 +25,18 @@ from common.fp4_fragments import (
     fragment_places,
     fragment_unit,
     gemv_fp4_fragments,
-    load_fp4_fragments,
     load_fragment_vector,
     load_quantized_fragments,
 )
-from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
+from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_lane_vector, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.prefetch import prefetch_l2
 from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
 from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_rstd
 from common.rope import load_rotated
 from common.router import pick, top_k_softmax
+from common.stream import begin_stream, down_lane, open_stream, refill, share, take, units_of_layer  # noqa: F401
 from common.swiglu import swiglu
-
-
-@triton.jit
-def share(n_items, pid, n_programs):
-    """(first, end) of the items that a program takes: consecutive ones, as many as any other or one more."""
-    return pid * n_items // n_programs, (pid + 1) * n_items // n_programs
 
 
 @triton.jit
@@ -58,14 +52,52 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
 
 
 @triton.jit
-def load_residual(s, CONFIG: tl.constexpr, BLOCK_K: tl.constexpr, zero):
+def load_dense_vector(x_ptr, K: tl.constexpr, TUNING: tl.constexpr, zero):
+    """x [K] as blocks, in the order of the tiles of dense matrices."""
+    if TUNING.ring_slots > 0:
+        return load_lane_vector(x_ptr, K, TUNING.num_warps)
+    else:
+        return load_vector(x_ptr, K, TUNING.dense_k, zero)
+
+
+@triton.jit
+def load_residual(s, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
     """x plus what the experts left, as blocks."""
     H: tl.constexpr = CONFIG.hidden_size
     TOP_K: tl.constexpr = CONFIG.experts_per_token
-    x = load_vector(s.x, H, BLOCK_K, zero)
+    x = load_dense_vector(s.x, H, TUNING, zero)
     for slot in tl.static_range(TOP_K):
-        x = add_blocks(x, load_vector(s.expert_out + slot * H, H, BLOCK_K, zero))
+        x = add_blocks(x, load_dense_vector(s.expert_out + slot * H, H, TUNING, zero))
     return x
+
+
+@triton.jit
+def multiply_dense_tile(stream, plan, rows, x, w, pid, n_programs, K: tl.constexpr, M: tl.constexpr, CONFIG, TUNING):
+    """(tile @ x, the stream) of a tile of bfloat16 rows [M, K]: `rows`, or the next unit of the stream."""
+    ARCH: tl.constexpr = TUNING.arch
+    if TUNING.ring_slots > 0:
+        pieces, stream = take(stream, TUNING)
+        y = gemv_bf16_slot(pieces[0], x, K, M, TUNING.num_warps, ARCH)
+        return y, release(stream, plan, w, pid, n_programs, CONFIG, TUNING, "dense")
+    else:
+        return gemv_bf16(rows, x), stream
+
+
+@triton.jit
+def release(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, KINDS: tl.constexpr):
+    """Ask for the next unit: what was taken has been read."""
+    tl.debug_barrier()
+    limit, experts, n_layers = plan
+    return refill(stream, limit, w, experts, n_layers, pid, n_programs, CONFIG, TUNING, KINDS)
+
+
+@triton.jit
+def load_dense_rows(w_ptr, row0, end_row, K: tl.constexpr, M: tl.constexpr, TUNING: tl.constexpr, zero):
+    """load_bf16_rows; () where they come through the ring."""
+    if TUNING.ring_slots > 0:
+        return ()
+    else:
+        return load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, zero)
 
 
 @triton.jit
@@ -79,7 +111,7 @@ def load_qkv_tile(w, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexp
     last = tl.minimum(end * M, ROWS)
     row = tile * M + tl.arange(0, M)
     bias = tl.load(w.qkv_bias + layer * ROWS + row, mask=row < last, other=0.0).to(tl.float32)
-    return load_bf16_rows(w.qkv + layer * ROWS * (H // 2), tile * M, last, H, M, TUNING.dense_k, zero), bias
+    return load_dense_rows(w.qkv + layer * ROWS * (H // 2), tile * M, last, H, M, TUNING, zero), bias
 
 
 @triton.jit
@@ -122,16 +154,16 @@ def prefetch_o(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.const
 
 
 @triton.jit
-def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """qkv = W_qkv @ rmsnorm(residual) + b. `weights`: the first tile."""
+def qkv_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """qkv = W_qkv @ rmsnorm(residual) + b. `weights`: the first tile. Returns the stream."""
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
     M: tl.constexpr = TUNING.qkv_m
-    x = load_residual(s, CONFIG, TUNING.dense_k, zero)
+    x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_vector(w.attn_norm + layer * H, H, TUNING.dense_k, zero))
+    x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
     first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
     for tile in range(first, end):
         if TUNING.prefetch:
@@ -140,7 +172,9 @@ def qkv_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNIN
         else:
             rows = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        tl.store(s.qkv + row, gemv_bf16(rows[0], x) * rstd + rows[1], mask=row < ROWS)
+        y, stream = multiply_dense_tile(stream, plan, rows[0], x, w, pid, n_programs, H, M, CONFIG, TUNING)
+        tl.store(s.qkv + row, y * rstd + rows[1], mask=row < ROWS)
+    return stream
 
 
 @triton.jit
@@ -362,7 +396,7 @@ def load_o_tile(w, s, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constex
     for slot in tl.static_range(TOP_K):
         x += tl.load(s.expert_out + slot * H + row, mask=row < last, other=0.0)
     x += tl.load(w.o_bias + layer * H + row, mask=row < last, other=0.0).to(tl.float32)
-    return load_bf16_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING.dense_k, zero), x
+    return load_dense_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING, zero), x
 
 
 @triton.jit
@@ -376,13 +410,14 @@ def first_o_tile(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
 
 
 @triton.jit
-def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """x = residual + W_o @ attention + b. `weights`: the first tile."""
+def o_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """x = residual + W_o @ attention + b. `weights`: the first tile. Returns the stream."""
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     M: tl.constexpr = TUNING.o_m
-    a = load_vector(s.attention, CONFIG.q_size, TUNING.dense_k, zero)
+    K: tl.constexpr = CONFIG.q_size
+    a = load_dense_vector(s.attention, K, TUNING, zero)
     if pid == n_programs - 1:
         kv_head = tl.arange(0, triton.next_power_of_2(CONFIG.n_kv_heads))
         tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < CONFIG.n_kv_heads)  # none is waited for any more
@@ -394,7 +429,9 @@ def o_phase(w, s, layer, weights, pid, n_programs, CONFIG: tl.constexpr, TUNING:
         else:
             rows = load_o_tile(w, s, layer, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        tl.store(s.x + row, gemv_bf16(rows[0], a) + rows[1], mask=row < H)
+        y, stream = multiply_dense_tile(stream, plan, rows[0], a, w, pid, n_programs, K, M, CONFIG, TUNING)
+        tl.store(s.x + row, y + rows[1], mask=row < H)
+    return stream
 
 
 @triton.jit
@@ -541,79 +578,52 @@ def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.const
 
 
 @triton.jit
-def locate_expert_tile(
+def expert_gemv(
+    stream,
+    plan,
+    w,
     blocks_ptr,
     scales_ptr,
     matrix,
-    tile,
-    valid,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    TUNING: tl.constexpr,
-):
-    """(blocks, scales, valid) of a tile of M rows of matrix number `matrix` of the stack; of plain rows, the matrix."""
-    if TUNING.fragments:
-        WARPS: tl.constexpr = TUNING.num_warps
-        TILE_WORDS: tl.constexpr = (K + 127) // 128 * 256
-        SCALE_WORDS: tl.constexpr = (K + 256 * WARPS - 1) // (256 * WARPS) * 32 * WARPS
-        at = matrix * ((ROWS + M - 1) // M) + tile
-        return blocks_ptr + at * TILE_WORDS, scales_ptr + at * SCALE_WORDS, valid
-    else:
-        return blocks_ptr + matrix * (ROWS * (K // 8)), scales_ptr + matrix * (ROWS * (K // GROUP)), valid
-
-
-@triton.jit
-def load_expert_tile(place, K: tl.constexpr, TUNING: tl.constexpr):
-    """A tile as expert_gemv takes it, from its place; nothing is read if it is not valid."""
-    if TUNING.fragments:
-        return load_fp4_fragments(place[0], place[1], place[2], K, TUNING.num_warps)
-    else:
-        return place
-
-
-@triton.jit
-def prefetch_expert_tile(place, K: tl.constexpr, TUNING: tl.constexpr):
-    """Ask for a tile ahead of time."""
-    if TUNING.fragments:
-        ARCH: tl.constexpr = TUNING.arch
-        WARPS: tl.constexpr = TUNING.num_warps
-        SCALE_BYTES: tl.constexpr = (K + 256 * WARPS - 1) // (256 * WARPS) * 128 * WARPS
-        prefetch_l2(place[0], tl.where(place[2], (K + 127) // 128 * 1024, 0), ARCH)
-        prefetch_l2(place[1], tl.where(place[2], SCALE_BYTES, 0), ARCH)
-
-
-@triton.jit
-def expert_gemv(
-    weights,
     vector,
-    following,
     row0,
+    pid,
+    n_programs,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """Rows row0 .. row0 + M of an MXFP4 matrix [ROWS, K] times a vector, and the tile at the place `following`."""
+    """(y, the stream): rows row0 .. row0 + M of MXFP4 matrix number `matrix` of a stack [ROWS, K] times a vector.
+
+    As fragments, the rows are the next unit of the stream.
+    """
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.fragments:
-        y, weights = gemv_fp4_fragments(weights, vector, following, K, TUNING.num_warps, ARCH)
-        return tl.reshape(y, (M,)), weights
-    elif QUANT:
-        SCALED: tl.constexpr = TUNING.dot_scaled
-        y = gemv_fp4_fp8(weights[0], weights[1], vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED)
-        return y, following
+        pieces, stream = take(stream, TUNING)
+        y = tl.reshape(gemv_fp4_fragments(pieces, vector, K, TUNING.num_warps, ARCH), (M,))
+        return y, release(stream, plan, w, pid, n_programs, CONFIG, TUNING, "all")
     else:
-        return gemv_fp4(weights[0], weights[1], vector[0], row0, ROWS, K, M, BLOCK_K), following
+        blocks_ptr += matrix * (ROWS * (K // 8))
+        scales_ptr += matrix * (ROWS * (K // GROUP))
+        if QUANT:
+            SCALED: tl.constexpr = TUNING.dot_scaled
+            y = gemv_fp4_fp8(blocks_ptr, scales_ptr, vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED)
+            return y, stream
+        else:
+            return gemv_fp4(blocks_ptr, scales_ptr, vector[0], row0, ROWS, K, M, BLOCK_K), stream
 
 
 @triton.jit
-def gate_up_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+def gate_up_phase(
+    w, s, layer, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
+):
     """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate.
 
-    Returns choose_experts' choice.
+    Returns choose_experts' choice and the stream. plan: see refill, but for the experts, which are chosen here.
     """
     K: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
@@ -625,56 +635,36 @@ def gate_up_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl
     logits = load_router_logits(s, CONFIG, TUNING)  # before what is needed later
     vector = load_expert_in(s, CONFIG, TUNING)
     experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
-    place, bias = locate_gate_up_tile(w, layer, experts, pid, CONFIG, TUNING, M)
-    weights = load_expert_tile(place, K, TUNING)
+    plan = plan[0], experts, plan[1]
+    SLOTS: tl.constexpr = TUNING.ring_slots
+    for _ in tl.static_range(SLOTS):
+        stream = refill(stream, plan[0], w, experts, plan[2], pid, n_programs, CONFIG, TUNING, "all")
+    bias = load_gate_up_bias(w, layer, experts, pid, CONFIG, M)
     for item in range(pid, ITEMS, n_programs):
-        place, next_bias = locate_gate_up_tile(w, layer, experts, item + n_programs, CONFIG, TUNING, M)
+        next_bias = load_gate_up_bias(w, layer, experts, item + n_programs, CONFIG, M)
         slot = item // N_TILES
         row0 = (item % N_TILES) * M
-        y, weights = expert_gemv(weights, vector, place, row0, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT)
+        matrix = layer * CONFIG.n_experts + pick(experts, slot)
+        y, stream = expert_gemv(
+            stream, plan, w, w.gate_up, w.gate_up_scales, matrix, vector, row0, pid, n_programs,
+            ROWS, K, M, TUNING.gate_up_k, CONFIG, TUNING, QUANT,
+        )  # fmt: skip
         gate, up = tl.split(tl.reshape(y + bias, (M // 2, 2)))
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_expert_act(s, slot, act, row0 // 2, CONFIG, TUNING, QUANT)
         bias = next_bias
-    return experts, expert_weights
+    return experts, expert_weights, stream
 
 
 @triton.jit
-def locate_gate_up_tile(w, layer, experts, item, CONFIG: tl.constexpr, TUNING: tl.constexpr, M: tl.constexpr):
-    """(place, bias) of an item, a tile of M rows of one of the chosen experts; nothing is read beyond the last one."""
+def load_gate_up_bias(w, layer, experts, item, CONFIG: tl.constexpr, M: tl.constexpr):
+    """Of an item, a tile of M rows of one of the chosen experts; nothing is read beyond the last one."""
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
-    valid = item < N_TILES * CONFIG.experts_per_token
     matrix = layer * CONFIG.n_experts + pick(experts, item // N_TILES)
-    tile = item % N_TILES
-    row = tile * M + tl.arange(0, M)
-    mask = (row < ROWS) & valid
-    bias = tl.load(w.gate_up_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
-    H: tl.constexpr = CONFIG.hidden_size
-    return locate_expert_tile(w.gate_up, w.gate_up_scales, matrix, tile, valid, ROWS, H, M, TUNING), bias
-
-
-@triton.jit
-def down_lane(slot, pid, n_programs, CONFIG: tl.constexpr):
-    """(number, count) of a program among those of an expert's down projection.
-
-    Programs are dealt out over the experts, as each expert has another vector to prepare; too few take several.
-    """
-    lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
-    return pid // lanes, (n_programs - slot % lanes + lanes - 1) // lanes
-
-
-@triton.jit
-def first_down_tile(w, layer, experts, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """What down_phase begins with, to be loaded before it may begin."""
-    slot = pid % tl.minimum(n_programs, CONFIG.experts_per_token)
-    member, members = down_lane(slot, pid, n_programs, CONFIG)
-    matrix = layer * CONFIG.n_experts + pick(experts, slot)
-    place, bias = locate_down_tile(w, matrix, member, CONFIG, TUNING)
-    for ahead in tl.static_range(1, 1 + TUNING.prefetch_down):
-        following, _ = locate_down_tile(w, matrix, member + ahead * members, CONFIG, TUNING)
-        prefetch_expert_tile(following, CONFIG.intermediate_size, TUNING)
-    return load_expert_tile(place, CONFIG.intermediate_size, TUNING), bias
+    row = item % N_TILES * M + tl.arange(0, M)
+    mask = (row < ROWS) & (item < N_TILES * CONFIG.experts_per_token)
+    return tl.load(w.gate_up_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -684,44 +674,43 @@ def down_phase(
     layer,
     experts,
     expert_weights,
-    tile,
+    stream,
+    plan,
     pid,
     n_programs,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. `tile`: the first one."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the stream; plan: see refill."""
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m
     lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
-    weights, bias = tile
     for slot in range(pid % lanes, CONFIG.experts_per_token, lanes):
         first, members = down_lane(slot, pid, n_programs, CONFIG)
         matrix = layer * CONFIG.n_experts + pick(experts, slot)
         expert_weight = pick(expert_weights, slot)
+        bias = load_down_bias(w, matrix, first, CONFIG, M)
         vector = load_expert_act(s, slot, CONFIG, TUNING, QUANT)
-        if slot >= lanes:
-            place, bias = locate_down_tile(w, matrix, first, CONFIG, TUNING)
-            weights = load_expert_tile(place, K, TUNING)
         for item in range(first, tl.cdiv(ROWS, M), members):
-            place, next_bias = locate_down_tile(w, matrix, item + members, CONFIG, TUNING)
+            next_bias = load_down_bias(w, matrix, item + members, CONFIG, M)
             row = item * M + tl.arange(0, M)
-            y, weights = expert_gemv(weights, vector, place, item * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
+            y, stream = expert_gemv(
+                stream, plan, w, w.down, w.down_scales, matrix, vector, item * M, pid, n_programs,
+                ROWS, K, M, TUNING.down_k, CONFIG, TUNING, QUANT,
+            )  # fmt: skip
             tl.store(s.expert_out + slot * ROWS + row, expert_weight * (y + bias), mask=row < ROWS)
             bias = next_bias
+    return stream
 
 
 @triton.jit
-def locate_down_tile(w, matrix, tile, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(place, bias); nothing is read beyond the last tile."""
+def load_down_bias(w, matrix, tile, CONFIG: tl.constexpr, M: tl.constexpr):
+    """Nothing is read beyond the last tile."""
     ROWS: tl.constexpr = CONFIG.hidden_size
-    K: tl.constexpr = CONFIG.intermediate_size
-    M: tl.constexpr = TUNING.down_m
     row = tile * M + tl.arange(0, M)
-    bias = tl.load(w.down_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
-    return locate_expert_tile(w.down, w.down_scales, matrix, tile, tile * M < ROWS, ROWS, K, M, TUNING), bias
+    return tl.load(w.down_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -729,11 +718,13 @@ def load_head_tile(w, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     M: tl.constexpr = TUNING.head_m
     ARCH: tl.constexpr = TUNING.arch
     last = tl.minimum(end * M, CONFIG.vocab_size)
-    return load_bf16_rows(w.lm_head, tile * M, last, CONFIG.hidden_size, M, TUNING.dense_k, opaque_zero(ARCH))
+    return load_dense_rows(w.lm_head, tile * M, last, CONFIG.hidden_size, M, TUNING, opaque_zero(ARCH))
 
 
 @triton.jit
-def head_phase(w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+def head_phase(
+    w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
+):
     """Each program's largest logit of W_head @ rmsnorm(residual); the logits themselves only when asked for."""
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
@@ -743,9 +734,9 @@ def head_phase(w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING:
     first, end = share(tl.cdiv(V, M), pid, n_programs)
     if TUNING.prefetch:
         weights = load_head_tile(w, first, end, CONFIG, TUNING)
-    x = load_residual(s, CONFIG, TUNING.dense_k, zero)
+    x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_vector(w.final_norm, H, TUNING.dense_k, zero))
+    x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
     best = tl.full([M], float("-inf"), tl.float32)
     best_index = tl.zeros([M], tl.int32)
     for tile in range(first, end):
@@ -754,7 +745,8 @@ def head_phase(w, s, want_logits, pid, n_programs, CONFIG: tl.constexpr, TUNING:
         else:
             weights = load_head_tile(w, tile, end, CONFIG, TUNING)
         row = tile * M + tl.arange(0, M)
-        logits = gemv_bf16(weights, x) * rstd
+        y, stream = multiply_dense_tile(stream, plan, weights, x, w, pid, n_programs, H, M, CONFIG, TUNING)
+        logits = y * rstd
         if want_logits:
             tl.store(s.logits + row, logits, mask=row < V)
         best, best_index = keep_larger(best, best_index, tl.where(row < V, logits, float("-inf")), row)

@@ -45,7 +45,9 @@ class Tuning:
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
-    prefetch_down: int  # tiles of a program's down projection that are asked for ahead, behind its first one
+    ring_slots: int  # tiles that are under way to a program through shared memory, see common/ring.py; 0: none
+    slot_bytes: int  # of one of them, a multiple of 128
+    more_place: int  # where in a slot the scales of an expert's tile begin
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
@@ -96,7 +98,9 @@ GFX950 = Tuning(
     prefetch_small=False,
     prefetch_qkv=0,
     prefetch_o=0,
-    prefetch_down=0,
+    ring_slots=0,
+    slot_bytes=0,
+    more_place=0,
     spin_limit=1 << 24,
 )
 SM_90 = Tuning(
@@ -122,15 +126,17 @@ SM_90 = Tuning(
     block_t=64,
     attention_parts=4,
     bf16_parts=True,
-    attention_stages=3,
+    attention_stages=2,
     split_t=256,
     max_splits=32,
     dot_scaled=False,
-    prefetch=True,
+    prefetch=False,
     prefetch_small=True,
     prefetch_qkv=3,
-    prefetch_o=3,
-    prefetch_down=1,
+    prefetch_o=0,
+    ring_slots=3,
+    slot_bytes=32768,
+    more_place=24576,
     spin_limit=1 << 24,
 )
 
@@ -208,7 +214,9 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch_small=False,
         prefetch_qkv=0,
         prefetch_o=0,
-        prefetch_down=0,
+        ring_slots=0,
+    slot_bytes=0,
+    more_place=0,
         spin_limit=1 << 14,
     )
 

@@ -40,7 +40,7 @@ def small_tiles(config: ModelConfig, **changes):
 
 def fragment_tiles(config: ModelConfig, **changes):
     """Experts as tensor core fragments, their columns dealt to two warps, and dense tiles loaded ahead: as on sm_90."""
-    experts = dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, prefetch=True)
+    experts = dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, ring_slots=3, slot_bytes=1 << 20)
     return small_tiles(config, **(experts | changes))
 
 

@@ -1,0 +1,199 @@
+"""The order in which a program's weights pass through its ring: its tiles of QKV, O, gate-up and down, layer by layer.
+
+Each tile is a unit. A program has as many units of one layer as of any other; those of the LM head follow the last.
+Which experts a layer takes is known when its router has spoken, so no more units are asked for than a plan's limit.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from common.fp4_fragments import block_bytes, scale_bytes
+from common.ring import fill_slot, open_ring, wait_for_slot
+from common.router import pick
+
+
+class Shares(NamedTuple):
+    """What a program has of each matrix. Dense tiles are consecutive; experts' are dealt out, see gate_up_phase."""
+
+    qkv_first: tl.tensor
+    qkv: tl.tensor  # tiles
+    o_first: tl.tensor
+    o: tl.tensor
+    gate_up: tl.tensor
+    lanes: tl.tensor  # programs are dealt out over so many experts of the down projection
+    member: tl.tensor  # number of the program among those of its experts
+    members: tl.tensor  # and how many those are
+    down_each: tl.tensor  # tiles of each of its experts
+    down: tl.tensor
+    head_first: tl.tensor
+    head: tl.tensor
+
+
+class Stream(NamedTuple):
+    """Where a program is in the order of its units."""
+
+    slots: tl.tensor  # see common/ring.py
+    asked: tl.tensor  # units asked for
+    taken: tl.tensor  # units taken
+    layer: tl.tensor  # of the next unit to ask for
+    place: tl.tensor  # of it among the layer's
+
+
+class Plan(NamedTuple):
+    """What may be asked for: units below number `limit`, the experts' among them of `experts` [power of two]."""
+
+    limit: tl.tensor
+    experts: tl.tensor
+    n_layers: tl.tensor
+    shares: Shares
+
+
+@triton.jit
+def share(n_items, pid, n_programs):
+    """(first, end) of the items that a program takes: consecutive ones, as many as any other or one more."""
+    return pid * n_items // n_programs, (pid + 1) * n_items // n_programs
+
+
+@triton.jit
+def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """A program's Shares; it has its tiles of an expert's down projection from `member` on in steps of `members`."""
+    GATE_UP: tl.constexpr = (2 * CONFIG.intermediate_size + TUNING.gate_up_m - 1) // TUNING.gate_up_m
+    DOWN: tl.constexpr = (CONFIG.hidden_size + TUNING.down_m - 1) // TUNING.down_m
+    qkv_first, qkv_end = share(tl.cdiv(CONFIG.qkv_size, TUNING.qkv_m), pid, n_programs)
+    o_first, o_end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
+    head_first, head_end = share(tl.cdiv(CONFIG.vocab_size, TUNING.head_m), pid, n_programs)
+    gate_up = tl.maximum(tl.cdiv(GATE_UP * CONFIG.experts_per_token - pid, n_programs), 0)
+    # Programs are dealt out over the experts, as each expert has another vector to prepare; too few take several.
+    lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
+    member = pid // lanes
+    members = (n_programs - pid % lanes + lanes - 1) // lanes
+    down_each = tl.maximum(tl.cdiv(DOWN - member, members), 0)
+    down = down_each * tl.cdiv(CONFIG.experts_per_token - pid % lanes, lanes)
+    return Shares(
+        qkv_first,
+        qkv_end - qkv_first,
+        o_first,
+        o_end - o_first,
+        gate_up,
+        lanes,
+        member,
+        members,
+        down_each,
+        down,
+        head_first,
+        head_end - head_first,
+    )
+
+
+@triton.jit
+def open_stream(layer, place, TUNING: tl.constexpr):
+    """A stream whose first unit is the one at `place` of a layer; () where weights are not streamed."""
+    ARCH: tl.constexpr = TUNING.arch
+    if TUNING.ring_slots > 0:
+        slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, ARCH)
+        zero = tl.cast(0, tl.int32)
+        return Stream(slots, zero, zero, tl.cast(layer, tl.int32), tl.cast(place, tl.int32))
+    else:
+        return ()
+
+
+@triton.jit
+def take(stream, TUNING: tl.constexpr):
+    """(addresses of the next unit's two pieces, the stream), when its bytes have arrived."""
+    ARCH: tl.constexpr = TUNING.arch
+    pieces = wait_for_slot(stream.slots, stream.taken, TUNING.more_place, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
+    return pieces, Stream(stream.slots, stream.asked, stream.taken + 1, stream.layer, stream.place)
+
+
+@triton.jit
+def release(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
+    """Give back the slot of what was taken last, for the next unit of the plan. DENSE: that is no expert's."""
+    tl.debug_barrier()  # all threads have read it
+    return ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE)
+
+
+@triton.jit
+def fill(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
+    """Ask for as many units of the plan as there are free slots."""
+    SLOTS: tl.constexpr = TUNING.ring_slots
+    for _ in tl.static_range(SLOTS):
+        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE)
+    return stream
+
+
+@triton.jit
+def ask(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
+    """Ask for the next unit, if it is in the plan and a slot is free."""
+    ARCH: tl.constexpr = TUNING.arch
+    slots, asked, layer, place = stream.slots, stream.asked, stream.layer, stream.place
+    shares = plan.shares
+    if (asked < plan.limit) & (asked - stream.taken < TUNING.ring_slots):
+        at, n_bytes, more, more_bytes = locate(w, layer, place, plan, pid, n_programs, CONFIG, TUNING, DENSE)
+        slots = fill_slot(
+            slots, asked, at, n_bytes, more, more_bytes, TUNING.more_place, TUNING.ring_slots, TUNING.slot_bytes, ARCH
+        )
+        asked += 1
+        place += 1
+        if (layer < plan.n_layers) & (place == shares.qkv + shares.o + shares.gate_up + shares.down):
+            layer += 1
+            place = tl.cast(0, tl.int32)
+    return Stream(slots, asked, stream.taken, layer, place)
+
+
+@triton.jit
+def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
+    """(address, bytes) of each of the two pieces of a unit; the second of a dense tile has none."""
+    H: tl.constexpr = CONFIG.hidden_size
+    shares = plan.shares
+    layer = tl.cast(layer, tl.int64)
+    more = w.gate_up_scales.to(tl.int64)
+    more_bytes = tl.cast(0, tl.int32)
+    is_o = place < shares.qkv + shares.o
+    if DENSE:
+        is_o = True
+    if layer >= plan.n_layers:
+        at, n_bytes = dense_tile(w.lm_head, 0, shares.head_first + place, CONFIG.vocab_size, H, TUNING.head_m)
+    elif place < shares.qkv:
+        at, n_bytes = dense_tile(w.qkv, layer, shares.qkv_first + place, CONFIG.qkv_size, H, TUNING.qkv_m)
+    elif is_o:
+        at, n_bytes = dense_tile(w.o, layer, shares.o_first + place - shares.qkv, H, CONFIG.q_size, TUNING.o_m)
+    else:
+        place -= shares.qkv + shares.o
+        if place < shares.gate_up:
+            TILES: tl.constexpr = (2 * CONFIG.intermediate_size + TUNING.gate_up_m - 1) // TUNING.gate_up_m
+            item = pid + place * n_programs
+            matrix = layer * CONFIG.n_experts + pick(plan.experts, item // TILES)
+            at, n_bytes, more, more_bytes = expert_tile(
+                w.gate_up, w.gate_up_scales, matrix * TILES + item % TILES, H, TUNING
+            )
+        else:
+            DOWN: tl.constexpr = (H + TUNING.down_m - 1) // TUNING.down_m
+            place -= shares.gate_up
+            slot = pid % CONFIG.experts_per_token
+            if shares.lanes < CONFIG.experts_per_token:
+                slot = pid % shares.lanes + place // shares.down_each * shares.lanes
+                place %= shares.down_each
+            matrix = layer * CONFIG.n_experts + pick(plan.experts, slot)
+            tile = shares.member + place * shares.members
+            at, n_bytes, more, more_bytes = expert_tile(
+                w.down, w.down_scales, matrix * DOWN + tile, CONFIG.intermediate_size, TUNING
+            )
+    return at, n_bytes, more, more_bytes
+
+
+@triton.jit
+def dense_tile(w_ptr, layer, tile, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
+    """(address, bytes) of a tile of a layer's bfloat16 matrix [ROWS, K]: M rows or what is left."""
+    return w_ptr.to(tl.int64) + (layer * ROWS + tile * M) * (2 * K), tl.minimum(ROWS - tile * M, M) * (2 * K)
+
+
+@triton.jit
+def expert_tile(blocks_ptr, scales_ptr, index, K: tl.constexpr, TUNING: tl.constexpr):
+    """(address, bytes) of the blocks and of the scales of packed tile number `index` of a stack."""
+    BLOCKS: tl.constexpr = block_bytes(K)
+    SCALES: tl.constexpr = scale_bytes(K, TUNING.num_warps)
+    at = blocks_ptr.to(tl.int64) + index * BLOCKS
+    more = scales_ptr.to(tl.int64) + index * SCALES
+    return at, tl.cast(BLOCKS, tl.int32), more, tl.cast(SCALES, tl.int32)
