@@ -37,6 +37,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import common
 from common import phases
+from common import stream as stream_order
 from host import cpu_interpreter, shared_memory
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
@@ -98,10 +99,22 @@ def megakernel(
     phases.embed_token(w, s, token, pid, n_programs, CONFIG, BLOCK_H)
     arrive(s, 1, pid, n_programs, TRACE, ARCH)
     want_head = want_token | want_logits
-    n_dense, n_tiles, n_head = phases.units_of_layer(pid, n_programs, CONFIG, TUNING)
-    stream = phases.open_stream(0, 0, TUNING)
-    first_limit = tl.where(n_layers > 0, n_dense, n_head * want_head)
-    stream = phases.begin_stream(stream, w, first_limit, n_layers, pid, n_programs, CONFIG, TUNING)
+    shares = stream_order.shares_of(pid, n_programs, CONFIG, TUNING)
+    n_dense = shares.qkv + shares.o
+    n_units = n_dense + shares.gate_up + shares.down
+    no_experts = tl.zeros([4], tl.int32)
+    first_units = tl.where(n_layers > 0, n_dense, shares.head * want_head)
+    stream = stream_order.open_stream(0, 0, TUNING)
+    stream = stream_order.fill(
+        stream,
+        stream_order.Plan(first_units, no_experts, n_layers, shares),
+        w,
+        pid,
+        n_programs,
+        CONFIG,
+        TUNING,
+        True,
+    )
     tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
     wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
 
@@ -109,18 +122,21 @@ def megakernel(
         layer = tl.cast(n, tl.int64)
         barrier = 2 + n * 6
         window = tl.load(s.windows + layer)
-        # Units before the experts' of this layer, and with them and what follows.
-        known = n * n_tiles + n_dense, tl.zeros([4], tl.int32), n_layers
-        all_known = (n + 1) * n_tiles + tl.where(n + 1 < n_layers, n_dense, n_head * want_head)
+        u0 = n * n_units
+        known = stream_order.Plan(u0 + n_dense, no_experts, n_layers, shares)
+        qkv_plan = stream_order.Plan(u0 + (shares.qkv if TUNING.hold & 1 else n_dense), no_experts, n_layers, shares)
+        all_known = (n + 1) * n_units + tl.where(n + 1 < n_layers, n_dense, shares.head * want_head)
         phases.prefetch_attention(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
-        stream = phases.qkv_phase(w, s, layer, tile, stream, known, pid, n_programs, CONFIG, TUNING)
+        stream = phases.qkv_phase(w, s, layer, tile, stream, qkv_plan, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier, pid, n_programs, TRACE, ARCH)
+        if TUNING.hold & 1:
+            stream = stream_order.fill(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
         phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
 
         phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
-        o_tile = phases.first_o_tile(w, s, layer, pid, n_programs, CONFIG, TUNING)
+        o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
         stream = phases.o_phase(w, s, layer, o_tile, stream, known, pid, n_programs, CONFIG, TUNING)
@@ -133,23 +149,31 @@ def megakernel(
         arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
         wait(s, barrier + 3, pid, n_programs, TRACE, SPINS, ARCH)
 
+        gate_limit = u0 + n_dense + shares.gate_up
+        if not TUNING.hold & 2:
+            gate_limit = all_known if not TUNING.hold & 4 else (n + 1) * n_units
         experts, weights, stream = phases.gate_up_phase(
-            w, s, layer, stream, (all_known, n_layers), pid, n_programs, CONFIG, TUNING, QUANT
+            w, s, layer, stream, gate_limit, n_layers, shares, pid, n_programs, CONFIG, TUNING, QUANT
         )
         arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
+        plan = stream_order.Plan(all_known if not TUNING.hold & 4 else (n + 1) * n_units, experts, n_layers, shares)
+        if TUNING.hold & 2:
+            stream = stream_order.fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
         wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
 
-        plan = all_known, experts, n_layers
         stream = phases.down_phase(
-            w, s, layer, experts, weights, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT
+            w, s, layer, experts, weights, stream, plan, shares, pid, n_programs, CONFIG, TUNING, QUANT
         )
         arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
+        if TUNING.hold & 4:
+            plan = stream_order.Plan(all_known, no_experts, n_layers, shares)
+            stream = stream_order.fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
         tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
 
     if want_head:
         last = 2 + n_layers * 6
-        plan = n_layers * n_tiles + n_head, tl.zeros([4], tl.int32), n_layers
+        plan = stream_order.Plan(n_layers * n_units + shares.head, no_experts, n_layers, shares)
         phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
         arrive(s, last, pid, n_programs, TRACE, ARCH)
         wait(s, last, pid, n_programs, TRACE, SPINS, ARCH)

@@ -41,9 +41,12 @@ def _multiply_quad(first_byte: int) -> str:
     for word in range(4):
         for row in range(2):
             for place, (mask, factor) in enumerate(PLACES.value):
+                source = f"${4 + 4 * row + word}"
+                if factor & (factor - 1):  # a shift alone needs no mask before it
+                    lines.append(f"and.b32 w, {source}, {mask};")
+                    source = "w"
                 lines += [
-                    f"and.b32 w, ${4 + 4 * row + word}, {mask};",
-                    f"mul.lo.u32 w, w, {factor};",
+                    f"mul.lo.u32 w, {source}, {factor};",
                     f"and.b32 a{2 * place + row}, w, {PLACES.value[0][0]};",
                 ]
         for half in range(2):
@@ -188,7 +191,7 @@ def _lane_words(x, LANES: tl.constexpr):
 
 @triton.jit
 def gemv_fp4_fragments(pieces, x, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
-    """A tile times a vector, float32 [8, 2], rows 2 r and 2 r + 1 side by side.
+    """What each thread has of a tile times a vector, for sum_fragments: float32 [LANES] of even rows, and of odd ones.
 
     pieces: the addresses of the tile's blocks and of its scales in a slot of the ring; x: see load_fragment_vector.
     """
@@ -206,8 +209,15 @@ def gemv_fp4_fragments(pieces, x, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl
         if step % 2 == 0:
             scales = load_word(pieces[1] + step // 2 * (4 * LANES) + 4 * lane, inside, ARCH)
         even, odd = _add_quad(even, odd, a, b, x[step][0], scales, x[step][1], step % 2, WARPS, ARCH)
-    sums = tl.sum(tl.reshape(tl.join(even, odd), (WARPS, 8, 4, 2)), axis=2)
-    sums = tl.sum(sums, axis=0)
+    return even, odd
+
+
+@triton.jit
+def sum_fragments(even, odd, WARPS: tl.constexpr):
+    """Rows of tiles, float32 [tiles, 16], of what gemv_fp4_fragments left of each, [tiles, LANES] of even and odd."""
+    TILES: tl.constexpr = even.shape[0]
+    sums = tl.sum(tl.reshape(tl.join(even, odd), (TILES, WARPS, 8, 4, 2)), axis=3)
+    sums = tl.reshape(tl.sum(sums, axis=1), (TILES, ROWS))
     return sums + sums * 0.0  # infinity, as a scale of NaN gives, becomes NaN
 
 

@@ -77,7 +77,10 @@ def load_lane_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
-    """float32 [ROWS] of the bfloat16 rows [ROWS, K] at `address`, a slot of the ring, times a vector."""
+    """What each thread has of the bfloat16 rows [ROWS, K] at `address`, in a slot of the ring, times a vector.
+
+    float32 [ROWS, LANES], to be summed over LANES.
+    """
     LANES: tl.constexpr = 32 * WARPS
     lane = tl.arange(0, LANES)[None, :]
     row = tl.arange(0, ROWS)[:, None]
@@ -88,4 +91,4 @@ def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.co
         words = load_words(at + 2 * k0, inside, k0 + 8 * LANES > K, ARCH)
         for i in tl.static_range(4):
             acc += _products(words[i], x[k0 // LANES + 2 * i], x[k0 // LANES + 2 * i + 1])
-    return tl.sum(acc, axis=1)
+    return acc

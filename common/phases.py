@@ -27,6 +27,7 @@ from common.fp4_fragments import (
     gemv_fp4_fragments,
     load_fragment_vector,
     load_quantized_fragments,
+    sum_fragments,
 )
 from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_lane_vector, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
@@ -35,7 +36,7 @@ from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
 from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_rstd
 from common.rope import load_rotated
 from common.router import pick, top_k_softmax
-from common.stream import begin_stream, down_lane, open_stream, refill, share, take, units_of_layer  # noqa: F401
+from common.stream import Plan, fill, release, share, take
 from common.swiglu import swiglu
 
 
@@ -72,56 +73,76 @@ def load_residual(s, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
 
 
 @triton.jit
-def multiply_dense_tile(stream, plan, rows, x, w, pid, n_programs, K: tl.constexpr, M: tl.constexpr, CONFIG, TUNING):
-    """(tile @ x, the stream) of a tile of bfloat16 rows [M, K]: `rows`, or the next unit of the stream."""
+def first_dense_rows(w_ptr, row0, end_row, K: tl.constexpr, M: tl.constexpr, TUNING: tl.constexpr):
+    """What a dense phase's multiply_rows begins with, to be loaded before the phase may begin; () but for prefetch."""
     ARCH: tl.constexpr = TUNING.arch
-    if TUNING.ring_slots > 0:
-        pieces, stream = take(stream, TUNING)
-        y = gemv_bf16_slot(pieces[0], x, K, M, TUNING.num_warps, ARCH)
-        return y, release(stream, plan, w, pid, n_programs, CONFIG, TUNING, "dense")
+    if TUNING.prefetch:
+        return load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, opaque_zero(ARCH))
     else:
-        return gemv_bf16(rows, x), stream
-
-
-@triton.jit
-def release(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, KINDS: tl.constexpr):
-    """Ask for the next unit: what was taken has been read."""
-    tl.debug_barrier()
-    limit, experts, n_layers = plan
-    return refill(stream, limit, w, experts, n_layers, pid, n_programs, CONFIG, TUNING, KINDS)
-
-
-@triton.jit
-def load_dense_rows(w_ptr, row0, end_row, K: tl.constexpr, M: tl.constexpr, TUNING: tl.constexpr, zero):
-    """load_bf16_rows; () where they come through the ring."""
-    if TUNING.ring_slots > 0:
         return ()
-    else:
-        return load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, zero)
 
 
 @triton.jit
-def load_qkv_tile(w, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(rows, bias): loaded together, since behind a reduction the bias would cost its latency once more."""
+def multiply_rows(
+    tile,
+    stream,
+    plan,
+    x,
+    w,
+    w_ptr,
+    row0,
+    end_row,
+    pid,
+    n_programs,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+):
+    """(rows row0 .. row0 + TUNING.batch * M of a bfloat16 matrix times x, what follows `tile`, the stream).
+
+    Streamed, the rows are the next units of the stream; with prefetch they are `tile`; else they are loaded.
+    """
     ARCH: tl.constexpr = TUNING.arch
-    zero = opaque_zero(ARCH)
-    H: tl.constexpr = CONFIG.hidden_size
-    ROWS: tl.constexpr = CONFIG.qkv_size
-    M: tl.constexpr = TUNING.qkv_m
-    last = tl.minimum(end * M, ROWS)
-    row = tile * M + tl.arange(0, M)
-    bias = tl.load(w.qkv_bias + layer * ROWS + row, mask=row < last, other=0.0).to(tl.float32)
-    return load_dense_rows(w.qkv + layer * ROWS * (H // 2), tile * M, last, H, M, TUNING, zero), bias
+    if TUNING.ring_slots > 0:
+        BATCH: tl.constexpr = TUNING.batch
+        LANES: tl.constexpr = 32 * TUNING.num_warps
+        number = tl.arange(0, BATCH)[:, None, None]
+        sums = tl.zeros([BATCH, M, LANES], tl.float32)
+        for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
+            pieces, stream = take(stream, TUNING)
+            mine = gemv_bf16_slot(pieces[0], x, K, M, TUNING.num_warps, ARCH)
+            sums = tl.where(number == n, mine[None, :, :], sums)
+            stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
+        return tl.reshape(tl.sum(sums, axis=2), (BATCH * M,)), tile, stream
+    else:
+        zero = opaque_zero(ARCH)
+        if TUNING.prefetch:
+            rows = tile
+            tile = load_bf16_rows(w_ptr, row0 + M, end_row, K, M, TUNING.dense_k, zero)
+        else:
+            rows = load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, zero)
+        return gemv_bf16(rows, x), tile, stream
+
+
+@triton.jit
+def row_share(pid, n_programs, ROWS: tl.constexpr, M: tl.constexpr):
+    """(first, end) of the rows of a dense matrix that a program takes, whole tiles of M but for the last of all."""
+    first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
+    return first * M, tl.minimum(end * M, ROWS)
+
+
+@triton.jit
+def qkv_matrix(w, layer, CONFIG: tl.constexpr):
+    return w.qkv + layer * CONFIG.qkv_size * (CONFIG.hidden_size // 2)
 
 
 @triton.jit
 def first_qkv_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """What qkv_phase begins with, to be loaded before it may begin; () without TUNING.prefetch."""
-    if TUNING.prefetch:
-        first, end = share(tl.cdiv(CONFIG.qkv_size, TUNING.qkv_m), pid, n_programs)
-        return load_qkv_tile(w, layer, first, end, CONFIG, TUNING)
-    else:
-        return ()
+    """What qkv_phase begins with."""
+    M: tl.constexpr = TUNING.qkv_m
+    first, end = row_share(pid, n_programs, CONFIG.qkv_size, M)
+    return first_dense_rows(qkv_matrix(w, layer, CONFIG), first, end, CONFIG.hidden_size, M, TUNING)
 
 
 @triton.jit
@@ -154,26 +175,26 @@ def prefetch_o(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.const
 
 
 @triton.jit
-def qkv_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """qkv = W_qkv @ rmsnorm(residual) + b. `weights`: the first tile. Returns the stream."""
+def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """qkv = W_qkv @ rmsnorm(residual) + b. Returns the stream. tile: first_qkv_tile; stream and plan: see multiply_rows."""
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
     M: tl.constexpr = TUNING.qkv_m
+    STEP: tl.constexpr = TUNING.batch * M
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
-    first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
-    for tile in range(first, end):
-        if TUNING.prefetch:
-            rows = weights
-            weights = load_qkv_tile(w, layer, tile + 1, end, CONFIG, TUNING)
-        else:
-            rows = load_qkv_tile(w, layer, tile, end, CONFIG, TUNING)
-        row = tile * M + tl.arange(0, M)
-        y, stream = multiply_dense_tile(stream, plan, rows[0], x, w, pid, n_programs, H, M, CONFIG, TUNING)
-        tl.store(s.qkv + row, y * rstd + rows[1], mask=row < ROWS)
+    first, end = row_share(pid, n_programs, ROWS, M)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        # Before the sum, as behind it the bias would cost its latency once more.
+        bias = tl.load(w.qkv_bias + layer * ROWS + row, mask=row < end, other=0.0).to(tl.float32)
+        y, tile, stream = multiply_rows(
+            tile, stream, plan, x, w, qkv_matrix(w, layer, CONFIG), row0, end, pid, n_programs, H, M, CONFIG, TUNING
+        )
+        tl.store(s.qkv + row, y * rstd + bias, mask=row < end)
     return stream
 
 
@@ -382,55 +403,43 @@ def attention_barrier(layer):
 
 
 @triton.jit
-def load_o_tile(w, s, layer, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(rows, residual + bias)."""
+def o_matrix(w, layer, CONFIG: tl.constexpr):
+    return w.o + layer * CONFIG.hidden_size * (CONFIG.q_size // 2)
+
+
+@triton.jit
+def first_o_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """What o_phase begins with."""
+    M: tl.constexpr = TUNING.o_m
+    first, end = row_share(pid, n_programs, CONFIG.hidden_size, M)
+    return first_dense_rows(o_matrix(w, layer, CONFIG), first, end, CONFIG.q_size, M, TUNING)
+
+
+@triton.jit
+def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """x = residual + W_o @ attention + b. Returns the stream. tile: first_o_tile; stream and plan: see multiply_rows."""
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.q_size
     M: tl.constexpr = TUNING.o_m
+    STEP: tl.constexpr = TUNING.batch * M
     TOP_K: tl.constexpr = CONFIG.experts_per_token
-    last = tl.minimum(end * M, H)
-    row = tile * M + tl.arange(0, M)
-    x = tl.load(s.x + row, mask=row < last, other=0.0)
-    for slot in tl.static_range(TOP_K):
-        x += tl.load(s.expert_out + slot * H + row, mask=row < last, other=0.0)
-    x += tl.load(w.o_bias + layer * H + row, mask=row < last, other=0.0).to(tl.float32)
-    return load_dense_rows(w.o + layer * H * (K // 2), tile * M, last, K, M, TUNING, zero), x
-
-
-@triton.jit
-def first_o_tile(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """What o_phase begins with, to be loaded before it may begin; () without TUNING.prefetch."""
-    if TUNING.prefetch:
-        first, end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
-        return load_o_tile(w, s, layer, first, end, CONFIG, TUNING)
-    else:
-        return ()
-
-
-@triton.jit
-def o_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """x = residual + W_o @ attention + b. `weights`: the first tile. Returns the stream."""
-    ARCH: tl.constexpr = TUNING.arch
-    zero = opaque_zero(ARCH)
-    H: tl.constexpr = CONFIG.hidden_size
-    M: tl.constexpr = TUNING.o_m
-    K: tl.constexpr = CONFIG.q_size
     a = load_dense_vector(s.attention, K, TUNING, zero)
     if pid == n_programs - 1:
         kv_head = tl.arange(0, triton.next_power_of_2(CONFIG.n_kv_heads))
         tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < CONFIG.n_kv_heads)  # none is waited for any more
-    first, end = share(tl.cdiv(H, M), pid, n_programs)
-    for tile in range(first, end):
-        if TUNING.prefetch:
-            rows = weights
-            weights = load_o_tile(w, s, layer, tile + 1, end, CONFIG, TUNING)
-        else:
-            rows = load_o_tile(w, s, layer, tile, end, CONFIG, TUNING)
-        row = tile * M + tl.arange(0, M)
-        y, stream = multiply_dense_tile(stream, plan, rows[0], a, w, pid, n_programs, K, M, CONFIG, TUNING)
-        tl.store(s.x + row, y + rows[1], mask=row < H)
+    first, end = row_share(pid, n_programs, H, M)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        x = tl.load(s.x + row, mask=row < end, other=0.0)
+        for slot in tl.static_range(TOP_K):
+            x += tl.load(s.expert_out + slot * H + row, mask=row < end, other=0.0)
+        x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
+        y, tile, stream = multiply_rows(
+            tile, stream, plan, a, w, o_matrix(w, layer, CONFIG), row0, end, pid, n_programs, K, M, CONFIG, TUNING
+        )
+        tl.store(s.x + row, x + y, mask=row < end)
     return stream
 
 
@@ -477,7 +486,7 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
                 unit, scale = fragment_unit(largest_magnitude(x) * rstd)
                 if QUANT:
                     normed = round_to_mxfp8(normed)
-                store_parts(s.expert_in, h, H, normed, unit)
+                store_parts(s.expert_in, h, h < H, normed, unit)
                 if block == 0:  # the same for all
                     tl.store(s.expert_in_scale, scale)
             else:
@@ -493,12 +502,12 @@ def round_to_mxfp8(x):
 
 
 @triton.jit
-def store_parts(x_ptr, k, SIZE: tl.constexpr, x, unit):
-    """Store elements k of a vector of SIZE as load_fragment_vector reads it."""
+def store_parts(x_ptr, k, inside, x, unit):
+    """Store those elements k of a vector that are inside as load_fragment_vector reads it."""
     value, rest = fragment_parts(x, unit)
     at = x_ptr + fragment_places(k)
-    tl.store(at, value, mask=k < SIZE)
-    tl.store(at + REST_PLACE, rest, mask=k < SIZE)
+    tl.store(at, value, mask=inside)
+    tl.store(at + REST_PLACE, rest, mask=inside)
 
 
 @triton.jit
@@ -565,65 +574,73 @@ def as_words(ptr):
 
 @triton.jit
 def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    """Store an expert's activations from `first` on; with QUANT, where whoever writes quantizes, whole groups."""
+    """Store activations [tiles, N] of experts slot [tiles, 1], from `first` [tiles, 1] on; nothing beyond the experts.
+
+    With QUANT, where whoever writes quantizes, one tile of whole groups.
+    """
     K: tl.constexpr = CONFIG.intermediate_size
-    if TUNING.fragments and not QUANT:
-        unit, _ = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
-        i = first + tl.arange(0, act.shape[0])
-        PARTS: tl.constexpr = (K + 127) // 128 * 256
-        store_parts(s.expert_act + slot * PARTS, i, K, act, unit)
+    if TUNING.fragments:
+        i = first + tl.arange(0, act.shape[1])[None, :]
+        inside = (i < K) & (slot < CONFIG.experts_per_token)
+        if QUANT:
+            tl.store(s.expert_act + slot * K + i, act, mask=inside)
+        else:
+            unit, _ = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
+            PARTS: tl.constexpr = (K + 127) // 128 * 256
+            store_parts(s.expert_act + slot * PARTS, i, inside, act, unit)
     else:
         scale_ptr = s.expert_act_scale + slot * (K // GROUP)
-        write_activations(s.expert_act + slot * K, scale_ptr, act, first, K, QUANT and not TUNING.fragments)
+        write_activations(s.expert_act + slot * K, scale_ptr, tl.reshape(act, (act.shape[1],)), first, K, QUANT)
 
 
 @triton.jit
-def expert_gemv(
-    stream,
-    plan,
-    w,
+def multiply_experts(stream, plan, w, vector, n, pid, n_programs, K: tl.constexpr, CONFIG: tl.constexpr, TUNING):
+    """(rows [TUNING.batch, 16] of the next n units of the stream, tiles of experts' matrices, times x; the stream)."""
+    ARCH: tl.constexpr = TUNING.arch
+    BATCH: tl.constexpr = TUNING.batch
+    WARPS: tl.constexpr = TUNING.num_warps
+    number = tl.arange(0, BATCH)[:, None]
+    even = tl.zeros([BATCH, 32 * WARPS], tl.float32)
+    odd = tl.zeros([BATCH, 32 * WARPS], tl.float32)
+    for i in range(n):
+        pieces, stream = take(stream, TUNING)
+        my_even, my_odd = gemv_fp4_fragments(pieces, vector, K, WARPS, ARCH)
+        even = tl.where(number == i, my_even[None, :], even)
+        odd = tl.where(number == i, my_odd[None, :], odd)
+        stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
+    return sum_fragments(even, odd, WARPS), stream
+
+
+@triton.jit
+def multiply_expert_rows(
     blocks_ptr,
     scales_ptr,
-    matrix,
     vector,
     row0,
-    pid,
-    n_programs,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """(y, the stream): rows row0 .. row0 + M of MXFP4 matrix number `matrix` of a stack [ROWS, K] times a vector.
-
-    As fragments, the rows are the next unit of the stream.
-    """
-    ARCH: tl.constexpr = TUNING.arch
-    if TUNING.fragments:
-        pieces, stream = take(stream, TUNING)
-        y = tl.reshape(gemv_fp4_fragments(pieces, vector, K, TUNING.num_warps, ARCH), (M,))
-        return y, release(stream, plan, w, pid, n_programs, CONFIG, TUNING, "all")
+    """Rows row0 .. row0 + M of a plain MXFP4 matrix [ROWS, K] times a vector, [1, M]."""
+    if QUANT:
+        SCALED: tl.constexpr = TUNING.dot_scaled
+        y = gemv_fp4_fp8(blocks_ptr, scales_ptr, vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED)
     else:
-        blocks_ptr += matrix * (ROWS * (K // 8))
-        scales_ptr += matrix * (ROWS * (K // GROUP))
-        if QUANT:
-            SCALED: tl.constexpr = TUNING.dot_scaled
-            y = gemv_fp4_fp8(blocks_ptr, scales_ptr, vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED)
-            return y, stream
-        else:
-            return gemv_fp4(blocks_ptr, scales_ptr, vector[0], row0, ROWS, K, M, BLOCK_K), stream
+        y = gemv_fp4(blocks_ptr, scales_ptr, vector[0], row0, ROWS, K, M, BLOCK_K)
+    return y[None, :]
 
 
 @triton.jit
 def gate_up_phase(
-    w, s, layer, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
+    w, s, layer, stream, limit, n_layers, shares, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT
 ):
     """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate.
 
-    Returns choose_experts' choice and the stream. plan: see refill, but for the experts, which are chosen here.
+    Returns the router's choice, as every program makes it for itself, and the stream. limit, n_layers, shares: of the
+    stream's plan.
     """
     K: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
@@ -632,39 +649,43 @@ def gate_up_phase(
     M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANTIZE else TUNING.gate_up_m
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     ITEMS: tl.constexpr = N_TILES * CONFIG.experts_per_token
+    BATCH: tl.constexpr = TUNING.batch
     logits = load_router_logits(s, CONFIG, TUNING)  # before what is needed later
-    vector = load_expert_in(s, CONFIG, TUNING)
+    if not TUNING.fragments:
+        vector = load_expert_in(s, CONFIG, TUNING)
     experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
-    plan = plan[0], experts, plan[1]
-    SLOTS: tl.constexpr = TUNING.ring_slots
-    for _ in tl.static_range(SLOTS):
-        stream = refill(stream, plan[0], w, experts, plan[2], pid, n_programs, CONFIG, TUNING, "all")
-    bias = load_gate_up_bias(w, layer, experts, pid, CONFIG, M)
-    for item in range(pid, ITEMS, n_programs):
-        next_bias = load_gate_up_bias(w, layer, experts, item + n_programs, CONFIG, M)
+    plan = Plan(limit, experts, n_layers, shares)
+    stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
+    if TUNING.fragments:
+        vector = load_expert_in(s, CONFIG, TUNING)
+    for first in range(pid, ITEMS, n_programs * BATCH):
+        item = first + n_programs * tl.arange(0, BATCH)[:, None]
         slot = item // N_TILES
-        row0 = (item % N_TILES) * M
-        matrix = layer * CONFIG.n_experts + pick(experts, slot)
-        y, stream = expert_gemv(
-            stream, plan, w, w.gate_up, w.gate_up_scales, matrix, vector, row0, pid, n_programs,
-            ROWS, K, M, TUNING.gate_up_k, CONFIG, TUNING, QUANT,
-        )  # fmt: skip
-        gate, up = tl.split(tl.reshape(y + bias, (M // 2, 2)))
+        row0 = item % N_TILES * M
+        bias = load_expert_bias(w.gate_up_bias, layer, experts, slot, row0, ROWS, M, CONFIG)
+        if TUNING.fragments:
+            n = tl.minimum(tl.cdiv(ITEMS - first, n_programs), BATCH)
+            y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
+        else:
+            matrix = layer * CONFIG.n_experts + pick(experts, first // N_TILES)
+            blocks, scales = w.gate_up + matrix * (ROWS * (K // 8)), w.gate_up_scales + matrix * (ROWS * (K // GROUP))
+            y = multiply_expert_rows(
+                blocks, scales, vector, first % N_TILES * M, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT
+            )
+        gate, up = tl.split(tl.reshape(y + bias, (BATCH, M // 2, 2)))
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_expert_act(s, slot, act, row0 // 2, CONFIG, TUNING, QUANT)
-        bias = next_bias
     return experts, expert_weights, stream
 
 
 @triton.jit
-def load_gate_up_bias(w, layer, experts, item, CONFIG: tl.constexpr, M: tl.constexpr):
-    """Of an item, a tile of M rows of one of the chosen experts; nothing is read beyond the last one."""
-    ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
-    N_TILES: tl.constexpr = (ROWS + M - 1) // M
-    matrix = layer * CONFIG.n_experts + pick(experts, item // N_TILES)
-    row = item % N_TILES * M + tl.arange(0, M)
-    mask = (row < ROWS) & (item < N_TILES * CONFIG.experts_per_token)
-    return tl.load(w.gate_up_bias + matrix * ROWS + row, mask=mask, other=0.0).to(tl.float32)
+def load_expert_bias(bias_ptr, layer, experts, slot, row0, ROWS: tl.constexpr, M: tl.constexpr, CONFIG: tl.constexpr):
+    """float32 [tiles, M], of rows from row0 [tiles, 1] on, of the experts chosen at places slot [tiles, 1]."""
+    place = tl.arange(0, experts.shape[0])[None, :]
+    expert = tl.sum(tl.where(place == slot, experts[None, :], 0), axis=1)[:, None]
+    row = row0 + tl.arange(0, M)[None, :]
+    mask = (row < ROWS) & (slot < CONFIG.experts_per_token)
+    return tl.load(bias_ptr + (layer * CONFIG.n_experts + expert) * ROWS + row, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -676,82 +697,61 @@ def down_phase(
     expert_weights,
     stream,
     plan,
+    shares,
     pid,
     n_programs,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the stream; plan: see refill."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the stream."""
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m
-    lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
-    for slot in range(pid % lanes, CONFIG.experts_per_token, lanes):
-        first, members = down_lane(slot, pid, n_programs, CONFIG)
-        matrix = layer * CONFIG.n_experts + pick(experts, slot)
-        expert_weight = pick(expert_weights, slot)
-        bias = load_down_bias(w, matrix, first, CONFIG, M)
+    BATCH: tl.constexpr = TUNING.batch
+    N_TILES: tl.constexpr = (ROWS + M - 1) // M
+    for slot in range(pid % shares.lanes, CONFIG.experts_per_token, shares.lanes):
         vector = load_expert_act(s, slot, CONFIG, TUNING, QUANT)
-        for item in range(first, tl.cdiv(ROWS, M), members):
-            next_bias = load_down_bias(w, matrix, item + members, CONFIG, M)
-            row = item * M + tl.arange(0, M)
-            y, stream = expert_gemv(
-                stream, plan, w, w.down, w.down_scales, matrix, vector, item * M, pid, n_programs,
-                ROWS, K, M, TUNING.down_k, CONFIG, TUNING, QUANT,
-            )  # fmt: skip
+        expert_weight = pick(expert_weights, slot)
+        for first in range(shares.member, N_TILES, shares.members * BATCH):
+            tile = first + shares.members * tl.arange(0, BATCH)[:, None]
+            bias = load_expert_bias(w.down_bias, layer, experts, slot + 0 * tile, tile * M, ROWS, M, CONFIG)
+            if TUNING.fragments:
+                n = tl.minimum(tl.cdiv(N_TILES - first, shares.members), BATCH)
+                y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
+            else:
+                matrix = layer * CONFIG.n_experts + pick(experts, slot)
+                blocks, scales = w.down + matrix * (ROWS * (K // 8)), w.down_scales + matrix * (ROWS * (K // GROUP))
+                y = multiply_expert_rows(blocks, scales, vector, first * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
+            row = tile * M + tl.arange(0, M)[None, :]
             tl.store(s.expert_out + slot * ROWS + row, expert_weight * (y + bias), mask=row < ROWS)
-            bias = next_bias
     return stream
 
 
 @triton.jit
-def load_down_bias(w, matrix, tile, CONFIG: tl.constexpr, M: tl.constexpr):
-    """Nothing is read beyond the last tile."""
-    ROWS: tl.constexpr = CONFIG.hidden_size
-    row = tile * M + tl.arange(0, M)
-    return tl.load(w.down_bias + matrix * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_head_tile(w, tile, end, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    M: tl.constexpr = TUNING.head_m
-    ARCH: tl.constexpr = TUNING.arch
-    last = tl.minimum(end * M, CONFIG.vocab_size)
-    return load_dense_rows(w.lm_head, tile * M, last, CONFIG.hidden_size, M, TUNING, opaque_zero(ARCH))
-
-
-@triton.jit
-def head_phase(
-    w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
-):
+def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """Each program's largest logit of W_head @ rmsnorm(residual); the logits themselves only when asked for."""
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
-    V: tl.constexpr = CONFIG.vocab_size
     M: tl.constexpr = TUNING.head_m
-    first, end = share(tl.cdiv(V, M), pid, n_programs)
-    if TUNING.prefetch:
-        weights = load_head_tile(w, first, end, CONFIG, TUNING)
+    STEP: tl.constexpr = TUNING.batch * M
+    first, end = row_share(pid, n_programs, CONFIG.vocab_size, M)
+    tile = first_dense_rows(w.lm_head, first, end, H, M, TUNING)
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
-    best = tl.full([M], float("-inf"), tl.float32)
-    best_index = tl.zeros([M], tl.int32)
-    for tile in range(first, end):
-        if TUNING.prefetch:
-            following = load_head_tile(w, tile + 1, end, CONFIG, TUNING)
-        else:
-            weights = load_head_tile(w, tile, end, CONFIG, TUNING)
-        row = tile * M + tl.arange(0, M)
-        y, stream = multiply_dense_tile(stream, plan, weights, x, w, pid, n_programs, H, M, CONFIG, TUNING)
+    best = tl.full([STEP], float("-inf"), tl.float32)
+    best_index = tl.zeros([STEP], tl.int32)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        y, tile, stream = multiply_rows(
+            tile, stream, plan, x, w, w.lm_head, row0, end, pid, n_programs, H, M, CONFIG, TUNING
+        )
         logits = y * rstd
         if want_logits:
-            tl.store(s.logits + row, logits, mask=row < V)
-        best, best_index = keep_larger(best, best_index, tl.where(row < V, logits, float("-inf")), row)
-        if TUNING.prefetch:
-            weights = following
+            tl.store(s.logits + row, logits, mask=row < end)
+        best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)
     value, index = reduce_argmax(best, best_index)
     tl.store(s.head_value + pid, value)
     tl.store(s.head_index + pid, index)

@@ -45,9 +45,11 @@ class Tuning:
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
+    batch: int  # tiles whose sums the threads exchange together
     ring_slots: int  # tiles that are under way to a program through shared memory, see common/ring.py; 0: none
     slot_bytes: int  # of one of them, a multiple of 128
     more_place: int  # where in a slot the scales of an expert's tile begin
+    hold: int
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
@@ -98,9 +100,11 @@ GFX950 = Tuning(
     prefetch_small=False,
     prefetch_qkv=0,
     prefetch_o=0,
+    batch=1,
     ring_slots=0,
     slot_bytes=0,
     more_place=0,
+    hold=0,
     spin_limit=1 << 24,
 )
 SM_90 = Tuning(
@@ -134,9 +138,11 @@ SM_90 = Tuning(
     prefetch_small=True,
     prefetch_qkv=3,
     prefetch_o=0,
+    batch=8,
     ring_slots=3,
     slot_bytes=32768,
     more_place=24576,
+    hold=0,
     spin_limit=1 << 24,
 )
 
@@ -214,10 +220,12 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch_small=False,
         prefetch_qkv=0,
         prefetch_o=0,
-        ring_slots=0,
+        batch=1,
+    ring_slots=0,
     slot_bytes=0,
     more_place=0,
-        spin_limit=1 << 14,
+        hold=0,
+    spin_limit=1 << 14,
     )
 
 
