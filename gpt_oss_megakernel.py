@@ -102,7 +102,7 @@ def megakernel(
     shares = stream_order.shares_of(pid, n_programs, CONFIG, TUNING)
     n_dense = shares.qkv + shares.o
     n_units = n_dense + shares.gate_up + shares.down
-    no_experts = tl.zeros([4], tl.int32)
+    no_experts = (tl.cast(0, tl.int32),)
     first_units = tl.where(n_layers > 0, n_dense, shares.head * want_head)
     stream = stream_order.open_stream(0, 0, TUNING)
     stream = stream_order.fill(
@@ -129,34 +129,42 @@ def megakernel(
         phases.prefetch_attention(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         stream = phases.qkv_phase(w, s, layer, tile, stream, qkv_plan, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier, pid, n_programs, TRACE, ARCH)
-        if TUNING.hold & 1:
-            stream = stream_order.fill(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
         phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
 
+        if TUNING.hold & 8:
+            stream = stream_order.ask(stream, known, w, pid, n_programs, CONFIG, TUNING, True, 1)
         phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
+        if TUNING.hold & 1:
+            if pid < CONFIG.n_heads:
+                stream = stream_order.fill(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
+            else:
+                stream = stream_order.fill_paced(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
         o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
         stream = phases.o_phase(w, s, layer, o_tile, stream, known, pid, n_programs, CONFIG, TUNING)
-        arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
         following = tl.minimum(layer + 1, n_layers - 1)
-        phases.prefetch_qkv(w, following, pid, n_programs, CONFIG, TUNING)
+        arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
+        phases.prefetch_small(w, following, pid, n_programs, CONFIG, TUNING)
+        phases.prefetch_qkv(w, following, pid, n_programs, 0, TUNING.pq1, CONFIG, TUNING)
         wait(s, barrier + 2, pid, n_programs, TRACE, SPINS, ARCH)
 
+        phases.prefetch_qkv(w, following, pid, n_programs, TUNING.pq1, TUNING.pq2, CONFIG, TUNING)
         phases.router_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
+        phases.prefetch_qkv(w, following, pid, n_programs, TUNING.pq2, TUNING.pq3, CONFIG, TUNING)
         wait(s, barrier + 3, pid, n_programs, TRACE, SPINS, ARCH)
 
         gate_limit = u0 + n_dense + shares.gate_up
         if not TUNING.hold & 2:
-            gate_limit = all_known if not TUNING.hold & 4 else (n + 1) * n_units
+            gate_limit = all_known if not TUNING.hold & 4 else (n + 1) * n_units + TUNING.early_qkv
         experts, weights, stream = phases.gate_up_phase(
             w, s, layer, stream, gate_limit, n_layers, shares, pid, n_programs, CONFIG, TUNING, QUANT
         )
         arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
-        plan = stream_order.Plan(all_known if not TUNING.hold & 4 else (n + 1) * n_units, experts, n_layers, shares)
+        plan = stream_order.Plan(all_known if not TUNING.hold & 4 else (n + 1) * n_units + TUNING.early_qkv, experts, n_layers, shares)
         if TUNING.hold & 2:
             stream = stream_order.fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
         wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
@@ -165,9 +173,6 @@ def megakernel(
             w, s, layer, experts, weights, stream, plan, shares, pid, n_programs, CONFIG, TUNING, QUANT
         )
         arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
-        if TUNING.hold & 4:
-            plan = stream_order.Plan(all_known, no_experts, n_layers, shares)
-            stream = stream_order.fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
         tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
 

@@ -35,7 +35,7 @@ from common.prefetch import prefetch_l2
 from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
 from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_rstd
 from common.rope import load_rotated
-from common.router import pick, top_k_softmax
+from common.router import element, elements, pick, top_k_softmax
 from common.stream import Plan, fill, release, share, take
 from common.swiglu import swiglu
 
@@ -146,15 +146,21 @@ def first_qkv_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.c
 
 
 @triton.jit
-def prefetch_qkv(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """Ask for this program's share of a layer's QKV weights."""
-    ROW_BYTES: tl.constexpr = 2 * CONFIG.hidden_size
+def prefetch_qkv(w, layer, pid, n_programs, FIRST: tl.constexpr, END: tl.constexpr, CONFIG: tl.constexpr, TUNING):
+    """Ask for sixteenths FIRST .. END of this program's share of a layer's QKV weights, from the end."""
     ARCH: tl.constexpr = TUNING.arch
-    if TUNING.prefetch_qkv > 0:
-        first, end = share(tl.cdiv(CONFIG.qkv_size, TUNING.qkv_m), pid, n_programs)
-        rows = (end - first) * TUNING.qkv_m * TUNING.prefetch_qkv // 8
-        at = w.qkv + (layer * CONFIG.qkv_size + end * TUNING.qkv_m - rows) * (CONFIG.hidden_size // 2)
-        prefetch_l2(at, rows * ROW_BYTES, ARCH)
+    if END > FIRST:
+        first, end = row_share(pid, n_programs, CONFIG.qkv_size, TUNING.qkv_m)
+        n_bytes = (end - first) * 2 * CONFIG.hidden_size
+        at = (w.qkv + (layer * CONFIG.qkv_size + first) * (CONFIG.hidden_size // 2)).to(tl.int64)
+        lo = n_bytes * (16 - END) // 16 & -16
+        hi = n_bytes * (16 - FIRST) // 16 & -16
+        prefetch_l2(at + lo, hi - lo, ARCH)
+
+
+@triton.jit
+def prefetch_small(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    ARCH: tl.constexpr = TUNING.arch
     if TUNING.prefetch_small:
         if pid == n_programs - 1:
             prefetch_l2(w.attn_norm + layer * CONFIG.hidden_size, CONFIG.hidden_size * 4, ARCH)
@@ -186,6 +192,8 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
+    if TUNING.hold & 4:
+        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
@@ -651,13 +659,11 @@ def gate_up_phase(
     ITEMS: tl.constexpr = N_TILES * CONFIG.experts_per_token
     BATCH: tl.constexpr = TUNING.batch
     logits = load_router_logits(s, CONFIG, TUNING)  # before what is needed later
-    if not TUNING.fragments:
-        vector = load_expert_in(s, CONFIG, TUNING)
+    vector = load_expert_in(s, CONFIG, TUNING)
     experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
+    experts = elements(experts, CONFIG.experts_per_token)
     plan = Plan(limit, experts, n_layers, shares)
     stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
-    if TUNING.fragments:
-        vector = load_expert_in(s, CONFIG, TUNING)
     for first in range(pid, ITEMS, n_programs * BATCH):
         item = first + n_programs * tl.arange(0, BATCH)[:, None]
         slot = item // N_TILES
@@ -667,7 +673,7 @@ def gate_up_phase(
             n = tl.minimum(tl.cdiv(ITEMS - first, n_programs), BATCH)
             y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
         else:
-            matrix = layer * CONFIG.n_experts + pick(experts, first // N_TILES)
+            matrix = layer * CONFIG.n_experts + element(experts, first // N_TILES)
             blocks, scales = w.gate_up + matrix * (ROWS * (K // 8)), w.gate_up_scales + matrix * (ROWS * (K // GROUP))
             y = multiply_expert_rows(
                 blocks, scales, vector, first % N_TILES * M, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT
@@ -681,8 +687,7 @@ def gate_up_phase(
 @triton.jit
 def load_expert_bias(bias_ptr, layer, experts, slot, row0, ROWS: tl.constexpr, M: tl.constexpr, CONFIG: tl.constexpr):
     """float32 [tiles, M], of rows from row0 [tiles, 1] on, of the experts chosen at places slot [tiles, 1]."""
-    place = tl.arange(0, experts.shape[0])[None, :]
-    expert = tl.sum(tl.where(place == slot, experts[None, :], 0), axis=1)[:, None]
+    expert = element(experts, slot)
     row = row0 + tl.arange(0, M)[None, :]
     mask = (row < ROWS) & (slot < CONFIG.experts_per_token)
     return tl.load(bias_ptr + (layer * CONFIG.n_experts + expert) * ROWS + row, mask=mask, other=0.0).to(tl.float32)
@@ -720,7 +725,7 @@ def down_phase(
                 n = tl.minimum(tl.cdiv(N_TILES - first, shares.members), BATCH)
                 y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
             else:
-                matrix = layer * CONFIG.n_experts + pick(experts, slot)
+                matrix = layer * CONFIG.n_experts + element(experts, slot)
                 blocks, scales = w.down + matrix * (ROWS * (K // 8)), w.down_scales + matrix * (ROWS * (K // GROUP))
                 y = multiply_expert_rows(blocks, scales, vector, first * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
             row = tile * M + tl.arange(0, M)[None, :]
@@ -741,6 +746,8 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
+    if TUNING.hold & 4:
+        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     for row0 in range(first, end, STEP):

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from common.fp4_fragments import block_bytes, scale_bytes
 from common.ring import fill_slot, open_ring, wait_for_slot
-from common.router import pick
+from common.router import element
 
 
 class Shares(NamedTuple):
@@ -42,10 +42,10 @@ class Stream(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What may be asked for: units below number `limit`, the experts' among them of `experts` [power of two]."""
+    """What may be asked for: units below number `limit`, the experts' among them of `experts`, a tuple."""
 
     limit: tl.tensor
-    experts: tl.tensor
+    experts: tuple
     n_layers: tl.tensor
     shares: Shares
 
@@ -111,25 +111,36 @@ def take(stream, TUNING: tl.constexpr):
 def release(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
     """Give back the slot of what was taken last, for the next unit of the plan. DENSE: that is no expert's."""
     tl.debug_barrier()  # all threads have read it
-    return ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE)
+    return ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window)
 
 
 @triton.jit
 def fill(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
     """Ask for as many units of the plan as there are free slots."""
-    SLOTS: tl.constexpr = TUNING.ring_slots
-    for _ in tl.static_range(SLOTS):
-        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE)
+    for _ in range(TUNING.window):
+        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window)
     return stream
 
 
 @triton.jit
-def ask(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
+def fill_paced(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
+    """fill, but each unit is asked for when the one before it has arrived: others' traffic is not held up."""
+    SLOTS: tl.constexpr = TUNING.ring_slots
+    ARCH: tl.constexpr = TUNING.arch
+    for _ in range(SLOTS):
+        if stream.asked > stream.taken:
+            wait_for_slot(stream.slots, stream.asked - 1, TUNING.more_place, SLOTS, TUNING.slot_bytes, ARCH)
+        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, SLOTS)
+    return stream
+
+
+@triton.jit
+def ask(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr, WINDOW):
     """Ask for the next unit, if it is in the plan and a slot is free."""
     ARCH: tl.constexpr = TUNING.arch
     slots, asked, layer, place = stream.slots, stream.asked, stream.layer, stream.place
     shares = plan.shares
-    if (asked < plan.limit) & (asked - stream.taken < TUNING.ring_slots):
+    if (asked < plan.limit) & (asked - stream.taken < WINDOW):
         at, n_bytes, more, more_bytes = locate(w, layer, place, plan, pid, n_programs, CONFIG, TUNING, DENSE)
         slots = fill_slot(
             slots, asked, at, n_bytes, more, more_bytes, TUNING.more_place, TUNING.ring_slots, TUNING.slot_bytes, ARCH
@@ -164,7 +175,7 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
         if place < shares.gate_up:
             TILES: tl.constexpr = (2 * CONFIG.intermediate_size + TUNING.gate_up_m - 1) // TUNING.gate_up_m
             item = pid + place * n_programs
-            matrix = layer * CONFIG.n_experts + pick(plan.experts, item // TILES)
+            matrix = layer * CONFIG.n_experts + element(plan.experts, item // TILES)
             at, n_bytes, more, more_bytes = expert_tile(
                 w.gate_up, w.gate_up_scales, matrix * TILES + item % TILES, H, TUNING
             )
@@ -175,7 +186,7 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
             if shares.lanes < CONFIG.experts_per_token:
                 slot = pid % shares.lanes + place // shares.down_each * shares.lanes
                 place %= shares.down_each
-            matrix = layer * CONFIG.n_experts + pick(plan.experts, slot)
+            matrix = layer * CONFIG.n_experts + element(plan.experts, slot)
             tile = shares.member + place * shares.members
             at, n_bytes, more, more_bytes = expert_tile(
                 w.down, w.down_scales, matrix * DOWN + tile, CONFIG.intermediate_size, TUNING

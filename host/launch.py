@@ -50,6 +50,11 @@ class Tuning:
     slot_bytes: int  # of one of them, a multiple of 128
     more_place: int  # where in a slot the scales of an expert's tile begin
     hold: int
+    window: int
+    early_qkv: int
+    pq1: int
+    pq2: int
+    pq3: int
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
@@ -105,6 +110,11 @@ GFX950 = Tuning(
     slot_bytes=0,
     more_place=0,
     hold=0,
+    window=3,
+    early_qkv=0,
+    pq1=0,
+    pq2=0,
+    pq3=0,
     spin_limit=1 << 24,
 )
 SM_90 = Tuning(
@@ -143,6 +153,11 @@ SM_90 = Tuning(
     slot_bytes=32768,
     more_place=24576,
     hold=0,
+    window=3,
+    early_qkv=0,
+    pq1=0,
+    pq2=0,
+    pq3=0,
     spin_limit=1 << 24,
 )
 
@@ -225,6 +240,11 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
     slot_bytes=0,
     more_place=0,
         hold=0,
+    window=3,
+    early_qkv=0,
+    pq1=0,
+    pq2=0,
+    pq3=0,
     spin_limit=1 << 14,
     )
 
