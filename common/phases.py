@@ -99,13 +99,13 @@ def multiply_rows(
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
 ):
-    """(rows row0 .. row0 + TUNING.batch * M of a bfloat16 matrix times x, what follows `tile`, the stream).
+    """(rows row0 .. row0 + TUNING.dense_batch * M of a bfloat16 matrix times x, what follows `tile`, the stream).
 
     Streamed, the rows are the next units of the stream; with prefetch they are `tile`; else they are loaded.
     """
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.ring_slots > 0:
-        BATCH: tl.constexpr = TUNING.batch
+        BATCH: tl.constexpr = TUNING.dense_batch
         LANES: tl.constexpr = 32 * TUNING.num_warps
         number = tl.arange(0, BATCH)[:, None, None]
         sums = tl.zeros([BATCH, M, LANES], tl.float32)
@@ -188,7 +188,7 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     H: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = CONFIG.qkv_size
     M: tl.constexpr = TUNING.qkv_m
-    STEP: tl.constexpr = TUNING.batch * M
+    STEP: tl.constexpr = TUNING.dense_batch * M
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
@@ -431,7 +431,7 @@ def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constex
     H: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.q_size
     M: tl.constexpr = TUNING.o_m
-    STEP: tl.constexpr = TUNING.batch * M
+    STEP: tl.constexpr = TUNING.dense_batch * M
     TOP_K: tl.constexpr = CONFIG.experts_per_token
     a = load_dense_vector(s.attention, K, TUNING, zero)
     if pid == n_programs - 1:
@@ -740,7 +740,7 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
     M: tl.constexpr = TUNING.head_m
-    STEP: tl.constexpr = TUNING.batch * M
+    STEP: tl.constexpr = TUNING.dense_batch * M
     first, end = row_share(pid, n_programs, CONFIG.vocab_size, M)
     tile = first_dense_rows(w.lm_head, first, end, H, M, TUNING)
     x = load_residual(s, CONFIG, TUNING, zero)
