@@ -99,7 +99,7 @@ def megakernel(
     phases.embed_token(w, s, token, pid, n_programs, CONFIG, BLOCK_H)
     arrive(s, 1, pid, n_programs, TRACE, ARCH)
     want_head = want_token | want_logits
-    shares = stream_order.shares_of(pid, n_programs, CONFIG, TUNING)
+    shares = stream_order.shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     n_dense = shares.qkv + shares.o
     n_units = n_dense + shares.gate_up + shares.down
     no_experts = (tl.cast(0, tl.int32),)
@@ -114,6 +114,7 @@ def megakernel(
         CONFIG,
         TUNING,
         True,
+        TUNING.window,
     )
     tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
     wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
@@ -137,10 +138,9 @@ def megakernel(
         phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
         if TUNING.hold & 1:
-            if pid < CONFIG.n_heads:
-                stream = stream_order.fill(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
-            else:
-                stream = stream_order.fill_paced(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
+            stream = stream_order.fill_paced(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
+        if TUNING.hold & 16:
+            stream = stream_order.fill(stream, known, w, pid, n_programs, CONFIG, TUNING, True, TUNING.ring_slots)
         o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
@@ -166,7 +166,7 @@ def megakernel(
         arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
         plan = stream_order.Plan(all_known if not TUNING.hold & 4 else (n + 1) * n_units + TUNING.early_qkv, experts, n_layers, shares)
         if TUNING.hold & 2:
-            stream = stream_order.fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
+            stream = stream_order.fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False, TUNING.window)
         wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
 
         stream = phases.down_phase(

@@ -9,7 +9,6 @@ over K, so that K need not be near a power of two; a vector has two blocks for e
 import triton
 import triton.language as tl
 
-from common.lanes import by_lane
 from common.ring import load_words
 
 
@@ -46,9 +45,9 @@ def load_bf16_rows(w_ptr, row0, end_row, K: tl.constexpr, BLOCK_M: tl.constexpr,
 @triton.jit
 def gemv_bf16(tile, x):
     """tile @ x, float32 [BLOCK_M], of what the two functions above return for the same K and BLOCK_K."""
-    acc = _products(tile[0], x[0], x[1])
+    acc = _products(tile[0], x[0][None, :], x[1][None, :])
     for i in tl.static_range(1, len(tile)):
-        acc += _products(tile[i], x[2 * i], x[2 * i + 1])
+        acc += _products(tile[i], x[2 * i][None, :], x[2 * i + 1][None, :])
     return tl.sum(acc, axis=1)
 
 
@@ -56,39 +55,46 @@ def gemv_bf16(tile, x):
 def _products(words, even, odd):
     low = (words << 16).to(tl.float32, bitcast=True)
     high = (words & -65536).to(tl.float32, bitcast=True)
-    return low * even[None, :] + high * odd[None, :]
+    return low * even + high * odd
 
 
 @triton.jit
-def load_lane_vector(x_ptr, K: tl.constexpr, WARPS: tl.constexpr):
-    """x [K] as gemv_bf16_slot takes it, zeros beyond K: float32 [LANES], eight for each run of 8 LANES elements.
+def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
+    """x [K] as gemv_bf16_slot takes it, zeros beyond K: float32 [COPIES, LANES], eight for each run of 8 LANES elements.
 
-    A thread holds the elements that meet the 16 bytes of each row which it reads.
+    COPIES times LANES threads hold, in each copy, the elements that meet the 16 bytes of a row which they read.
     """
-    LANES: tl.constexpr = 32 * WARPS
-    i = tl.arange(0, 4 * LANES)
+    i = tl.arange(0, 4 * LANES)[None, :] + 0 * tl.arange(0, COPIES)[:, None]
     blocks = ()
     for k0 in tl.static_range(0, K, 8 * LANES):
         for half in tl.static_range(2):
             k = k0 + i // 4 * 8 + 4 * half + i % 4
-            blocks = blocks + by_lane(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32), LANES)
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            even, odd = tl.split(tl.reshape(x, (COPIES, LANES, 2, 2)))
+            a, c = tl.split(even)
+            b, d = tl.split(odd)
+            blocks = blocks + (a, b, c, d)
     return blocks
 
 
 @triton.jit
-def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
+def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, ARCH: tl.constexpr):
     """What each thread has of the bfloat16 rows [ROWS, K] at `address`, in a slot of the ring, times a vector.
 
-    float32 [ROWS, LANES], to be summed over LANES.
+    float32 [ROWS / COPIES, COPIES, LANES], to be summed over LANES: each copy of the vector meets rows of its own.
     """
-    LANES: tl.constexpr = 32 * WARPS
-    lane = tl.arange(0, LANES)[None, :]
-    row = tl.arange(0, ROWS)[:, None]
+    COPIES: tl.constexpr = x[0].shape[0]
+    LANES: tl.constexpr = x[0].shape[1]
+    PART: tl.constexpr = ROWS // COPIES
+    lane = tl.arange(0, LANES)[None, None, :]
+    row = tl.arange(0, PART)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
     at = address + row * (2 * K) + lane * 16
-    acc = tl.zeros([ROWS, LANES], tl.float32)
-    for k0 in tl.static_range(0, K, 8 * LANES):
-        inside = (k0 + 8 * lane < K) & (row >= 0)
-        words = load_words(at + 2 * k0, inside, k0 + 8 * LANES > K, ARCH)
+    acc = tl.zeros([PART, COPIES, LANES], tl.float32)
+    for run in tl.static_range(len(x) // 8):
+        element = run * 8 * LANES + 8 * lane
+        inside = (element < K) & (row >= 0)
+        words = load_words(at + run * 16 * LANES, inside, (run + 1) * 8 * LANES > K, ARCH)
         for i in tl.static_range(4):
-            acc += _products(words[i], x[k0 // LANES + 2 * i], x[k0 // LANES + 2 * i + 1])
+            even, odd = x[8 * run + 2 * i], x[8 * run + 2 * i + 1]
+            acc += _products(words[i], even[None, :, :], odd[None, :, :])
     return acc

@@ -26,7 +26,6 @@ from common.fp4_fragments import (
     fragment_unit,
     gemv_fp4_fragments,
     load_fragment_vector,
-    load_quantized_fragments,
     sum_fragments,
 )
 from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_lane_vector, load_vector
@@ -36,7 +35,7 @@ from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
 from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_rstd
 from common.rope import load_rotated
 from common.router import element, elements, pick, top_k_softmax
-from common.stream import Plan, fill, release, share, take
+from common.stream import Plan, fill, gate_up_item, release, share, take, tiles_in_a_run
 from common.swiglu import swiglu
 
 
@@ -56,7 +55,7 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
 def load_dense_vector(x_ptr, K: tl.constexpr, TUNING: tl.constexpr, zero):
     """x [K] as blocks, in the order of the tiles of dense matrices."""
     if TUNING.ring_slots > 0:
-        return load_lane_vector(x_ptr, K, TUNING.num_warps)
+        return load_lane_vector(x_ptr, K, TUNING.dense_lanes, 32 * TUNING.num_warps // TUNING.dense_lanes)
     else:
         return load_vector(x_ptr, K, TUNING.dense_k, zero)
 
@@ -106,15 +105,15 @@ def multiply_rows(
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.ring_slots > 0:
         BATCH: tl.constexpr = TUNING.dense_batch
-        LANES: tl.constexpr = 32 * TUNING.num_warps
-        number = tl.arange(0, BATCH)[:, None, None]
-        sums = tl.zeros([BATCH, M, LANES], tl.float32)
+        COPIES: tl.constexpr = x[0].shape[0]
+        number = tl.arange(0, BATCH)[:, None, None, None]
+        sums = tl.zeros([BATCH, M // COPIES, COPIES, x[0].shape[1]], tl.float32)
         for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
             pieces, stream = take(stream, TUNING)
-            mine = gemv_bf16_slot(pieces[0], x, K, M, TUNING.num_warps, ARCH)
-            sums = tl.where(number == n, mine[None, :, :], sums)
+            mine = gemv_bf16_slot(pieces[0], x, K, M, ARCH)
+            sums = tl.where(number == n, mine[None, :, :, :], sums)
             stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
-        return tl.reshape(tl.sum(sums, axis=2), (BATCH * M,)), tile, stream
+        return tl.reshape(tl.sum(sums, axis=3), (BATCH * M,)), tile, stream
     else:
         zero = opaque_zero(ARCH)
         if TUNING.prefetch:
@@ -193,7 +192,7 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
     if TUNING.hold & 4:
-        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
+        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, TUNING.window)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
@@ -559,17 +558,13 @@ def load_expert_in(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
 
 
 @triton.jit
-def load_expert_act(s, slot, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    """An expert's activations as expert_gemv takes them."""
+def load_expert_act(s, slot, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """An expert's activations as expert matrices' rows take them."""
     K: tl.constexpr = CONFIG.intermediate_size
     if TUNING.fragments:
-        ARCH: tl.constexpr = TUNING.arch
-        if QUANT:
-            return load_quantized_fragments(s.expert_act + slot * K, K, TUNING.num_warps, ARCH)
-        else:
-            _, scale = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
-            WORDS: tl.constexpr = (K + 127) // 128 * 128
-            return load_fragment_vector(as_words(s.expert_act) + slot * WORDS, scale, K, TUNING.num_warps)
+        _, scale = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
+        WORDS: tl.constexpr = (K + 127) // 128 * 128
+        return load_fragment_vector(as_words(s.expert_act) + slot * WORDS, scale, K, TUNING.num_warps)
     else:
         return s.expert_act + slot * K, s.expert_act_scale + slot * (K // GROUP)
 
@@ -589,13 +584,11 @@ def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.const
     K: tl.constexpr = CONFIG.intermediate_size
     if TUNING.fragments:
         i = first + tl.arange(0, act.shape[1])[None, :]
-        inside = (i < K) & (slot < CONFIG.experts_per_token)
         if QUANT:
-            tl.store(s.expert_act + slot * K + i, act, mask=inside)
-        else:
-            unit, _ = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
-            PARTS: tl.constexpr = (K + 127) // 128 * 256
-            store_parts(s.expert_act + slot * PARTS, i, inside, act, unit)
+            act = tl.reshape(round_to_mxfp8(tl.reshape(act, (act.shape[0] * act.shape[1],))), act.shape)
+        unit, _ = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
+        PARTS: tl.constexpr = (K + 127) // 128 * 256
+        store_parts(s.expert_act + slot * PARTS, i, (i < K) & (slot < CONFIG.experts_per_token), act, unit)
     else:
         scale_ptr = s.expert_act_scale + slot * (K // GROUP)
         write_activations(s.expert_act + slot * K, scale_ptr, tl.reshape(act, (act.shape[1],)), first, K, QUANT)
@@ -663,14 +656,17 @@ def gate_up_phase(
     experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
     experts = elements(experts, CONFIG.experts_per_token)
     plan = Plan(limit, experts, n_layers, shares)
-    stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
-    for first in range(pid, ITEMS, n_programs * BATCH):
-        item = first + n_programs * tl.arange(0, BATCH)[:, None]
+    stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False, TUNING.window)
+    RUN: tl.constexpr = tiles_in_a_run(TUNING, QUANT)
+    number = tl.arange(0, BATCH)[:, None]
+    for turn in range(0, tl.cdiv(shares.gate_up, BATCH) if TUNING.fragments else tl.cdiv(ITEMS - pid, n_programs)):
+        first = gate_up_item(turn * BATCH, pid, n_programs, RUN)
+        item = gate_up_item(turn * BATCH + number, pid, n_programs, RUN)
         slot = item // N_TILES
         row0 = item % N_TILES * M
         bias = load_expert_bias(w.gate_up_bias, layer, experts, slot, row0, ROWS, M, CONFIG)
         if TUNING.fragments:
-            n = tl.minimum(tl.cdiv(ITEMS - first, n_programs), BATCH)
+            n = tl.minimum(shares.gate_up - turn * BATCH, BATCH)
             y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
         else:
             matrix = layer * CONFIG.n_experts + element(experts, first // N_TILES)
@@ -716,7 +712,7 @@ def down_phase(
     BATCH: tl.constexpr = TUNING.batch
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     for slot in range(pid % shares.lanes, CONFIG.experts_per_token, shares.lanes):
-        vector = load_expert_act(s, slot, CONFIG, TUNING, QUANT)
+        vector = load_expert_act(s, slot, CONFIG, TUNING)
         expert_weight = pick(expert_weights, slot)
         for first in range(shares.member, N_TILES, shares.members * BATCH):
             tile = first + shares.members * tl.arange(0, BATCH)[:, None]
@@ -747,7 +743,7 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
     if TUNING.hold & 4:
-        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
+        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, TUNING.window)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     for row0 in range(first, end, STEP):

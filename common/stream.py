@@ -22,6 +22,7 @@ class Shares(NamedTuple):
     o_first: tl.tensor
     o: tl.tensor
     gate_up: tl.tensor
+    run: tl.tensor
     lanes: tl.tensor  # programs are dealt out over so many experts of the down projection
     member: tl.tensor  # number of the program among those of its experts
     members: tl.tensor  # and how many those are
@@ -56,15 +57,31 @@ def share(n_items, pid, n_programs):
     return pid * n_items // n_programs, (pid + 1) * n_items // n_programs
 
 
+@triton.constexpr_function
+def tiles_in_a_run(tuning, quant: bool) -> int:
+    """Consecutive tiles of gate-up that one program has: with `quant` those of the 32 outputs that share a scale."""
+    return 64 // tuning.gate_up_m if quant and tuning.fragments else 1
+
+
 @triton.jit
-def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+def gate_up_item(n, pid, n_programs, run):
+    """A program's tile number n, counted through those of all chosen experts. Runs are dealt out."""
+    return (n // run * n_programs + pid) * run + n % run
+
+
+@triton.jit
+def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     """A program's Shares; it has its tiles of an expert's down projection from `member` on in steps of `members`."""
     GATE_UP: tl.constexpr = (2 * CONFIG.intermediate_size + TUNING.gate_up_m - 1) // TUNING.gate_up_m
     DOWN: tl.constexpr = (CONFIG.hidden_size + TUNING.down_m - 1) // TUNING.down_m
     qkv_first, qkv_end = share(tl.cdiv(CONFIG.qkv_size, TUNING.qkv_m), pid, n_programs)
     o_first, o_end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
     head_first, head_end = share(tl.cdiv(CONFIG.vocab_size, TUNING.head_m), pid, n_programs)
-    gate_up = tl.maximum(tl.cdiv(GATE_UP * CONFIG.experts_per_token - pid, n_programs), 0)
+    RUN: tl.constexpr = tiles_in_a_run(TUNING, QUANT)
+    # Of an expert whose tiles are no whole number of runs the last run has fewer, but takes as much room in the count.
+    RUNS: tl.constexpr = (GATE_UP * CONFIG.experts_per_token + RUN - 1) // RUN
+    runs = tl.maximum(tl.cdiv(RUNS - pid, n_programs), 0)
+    gate_up = tl.minimum(runs * RUN, tl.maximum(GATE_UP * CONFIG.experts_per_token - gate_up_item(runs * RUN - RUN, pid, n_programs, RUN), 0) + (runs - 1) * RUN)
     # Programs are dealt out over the experts, as each expert has another vector to prepare; too few take several.
     lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
     member = pid // lanes
@@ -77,6 +94,7 @@ def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
         o_first,
         o_end - o_first,
         gate_up,
+        tl.cast(RUN, tl.int32),
         lanes,
         member,
         members,
@@ -115,10 +133,12 @@ def release(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.c
 
 
 @triton.jit
-def fill(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
-    """Ask for as many units of the plan as there are free slots."""
-    for _ in range(TUNING.window):
-        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window)
+def fill(
+    stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Ask for units of the plan until WINDOW are under way."""
+    for _ in range(WINDOW):
+        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, WINDOW)
     return stream
 
 
@@ -174,7 +194,7 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
         place -= shares.qkv + shares.o
         if place < shares.gate_up:
             TILES: tl.constexpr = (2 * CONFIG.intermediate_size + TUNING.gate_up_m - 1) // TUNING.gate_up_m
-            item = pid + place * n_programs
+            item = gate_up_item(place, pid, n_programs, shares.run)
             matrix = layer * CONFIG.n_experts + element(plan.experts, item // TILES)
             at, n_bytes, more, more_bytes = expert_tile(
                 w.gate_up, w.gate_up_scales, matrix * TILES + item % TILES, H, TUNING

@@ -45,6 +45,7 @@ class Tuning:
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
+    dense_lanes: int
     dense_batch: int
     batch: int  # tiles whose sums the threads exchange together
     ring_slots: int  # tiles that are under way to a program through shared memory, see common/ring.py; 0: none
@@ -106,6 +107,7 @@ GFX950 = Tuning(
     prefetch_small=False,
     prefetch_qkv=0,
     prefetch_o=0,
+    dense_lanes=128,
     dense_batch=1,
     batch=1,
     ring_slots=0,
@@ -150,6 +152,7 @@ SM_90 = Tuning(
     prefetch_small=True,
     prefetch_qkv=3,
     prefetch_o=0,
+    dense_lanes=128,
     dense_batch=8,
     batch=8,
     ring_slots=3,
@@ -238,6 +241,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch_small=False,
         prefetch_qkv=0,
         prefetch_o=0,
+        dense_lanes=128,
         dense_batch=1,
     batch=1,
     ring_slots=0,

@@ -30,7 +30,7 @@ class State(NamedTuple):
     router_logits: torch.Tensor  # [experts]
     expert_in: torch.Tensor  # [hidden], float8e4nv with --quant; for fragments float16, see host.fragments.vector_parts
     expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 for fragments
-    expert_act: torch.Tensor  # [top k, intermediate] likewise, but float32 with --quant for fragments
+    expert_act: torch.Tensor  # [top k, intermediate] likewise
     expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for fragments
     expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
     head_value: torch.Tensor  # [programs] each program's largest logit
@@ -96,6 +96,5 @@ def _expert_buffers(config: ModelConfig, tuning: Tuning, quant: bool):
     if not tuning.fragments:
         dtype = torch.float8_e4m3fn if quant else torch.float32
         return (shape_in, dtype), (shape_act, dtype)
-    # 32 activations share a scale, and who writes them has eight: quantizing is left to who reads them.
-    parts_act = (config.experts_per_token, vector_parts(config.intermediate_size)), torch.float16
-    return ((vector_parts(config.hidden_size),), torch.float16), (shape_act, torch.float32) if quant else parts_act
+    parts_act = (config.experts_per_token, vector_parts(config.intermediate_size))
+    return ((vector_parts(config.hidden_size),), torch.float16), (parts_act, torch.float16)
