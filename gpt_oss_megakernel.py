@@ -33,6 +33,7 @@ if not torch.cuda.is_available():
 
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 import common
@@ -54,7 +55,7 @@ from host.cli import (
 )
 from host.config import PRESETS, ModelConfig, check_token
 from host.errors import InputError, MegakernelAborted
-from host.launch import Tuning, check_program_count, next_power_of_2, program_count, tuning_for
+from host.launch import LEAST_SLOTS, Tuning, check_program_count, next_power_of_2, program_count, tuning_for
 from host.limits import check_memory, context_length
 from host.phases import PHASES, barrier_name
 from host.state import State, new_state
@@ -237,10 +238,23 @@ class MegaModel:
         self.weights = weights or load_weights(checkpoint, self.device, self.tuning, show_progress)
         self.trace_position = trace_position
         self.state = self._new_state(kv_dtype)
-        # Compiles, and shows that the programs can be resident, before anyone waits.
-        for position in {0, trace_position or 0}:
-            self._launch(position, n_layers=0)
+        self._compile()
         self._check_barriers()
+
+    def _compile(self) -> None:
+        """Launch without layers: shows that the programs can be resident before anyone waits.
+
+        What attention needs of shared memory, more with a float32 cache or wide heads, is taken from the ring.
+        """
+        while True:
+            try:
+                for position in {0, self.trace_position or 0}:
+                    self._launch(position, n_layers=0)
+                return
+            except OutOfResources:
+                if self.tuning.ring_slots <= LEAST_SLOTS:
+                    raise InputError(f"{self.device} has too little shared memory for this model") from None
+                self.tuning = dataclasses.replace(self.tuning, ring_slots=self.tuning.ring_slots - 1)
 
     @classmethod
     def from_pretrained(
