@@ -9,6 +9,8 @@ over K, so that K need not be near a power of two; a vector has two blocks for e
 import triton
 import triton.language as tl
 
+from common.ring import load_words
+
 
 @triton.jit
 def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
@@ -54,3 +56,45 @@ def _products(words, even, odd):
     low = (words << 16).to(tl.float32, bitcast=True)
     high = (words & -65536).to(tl.float32, bitcast=True)
     return low * even + high * odd
+
+
+@triton.jit
+def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
+    """x [K] as gemv_bf16_slot takes it, zeros beyond K: float32 [COPIES, LANES], eight for each run of 8 LANES elements.
+
+    COPIES times LANES threads hold, in each copy, the elements that meet the 16 bytes of a row which they read.
+    """
+    i = tl.arange(0, 4 * LANES)[None, :] + 0 * tl.arange(0, COPIES)[:, None]
+    blocks = ()
+    for k0 in tl.static_range(0, K, 8 * LANES):
+        for half in tl.static_range(2):
+            k = k0 + i // 4 * 8 + 4 * half + i % 4
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            even, odd = tl.split(tl.reshape(x, (COPIES, LANES, 2, 2)))
+            a, c = tl.split(even)
+            b, d = tl.split(odd)
+            blocks = blocks + (a, b, c, d)
+    return blocks
+
+
+@triton.jit
+def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, ARCH: tl.constexpr):
+    """What each thread has of the bfloat16 rows [ROWS, K] at `address`, in a slot of the ring, times a vector.
+
+    float32 [ROWS / COPIES, COPIES, LANES], to be summed over LANES: each copy of the vector meets rows of its own.
+    """
+    COPIES: tl.constexpr = x[0].shape[0]
+    LANES: tl.constexpr = x[0].shape[1]
+    PART: tl.constexpr = ROWS // COPIES
+    lane = tl.arange(0, LANES)[None, None, :]
+    row = tl.arange(0, PART)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
+    at = address + row * (2 * K) + lane * 16
+    acc = tl.zeros([PART, COPIES, LANES], tl.float32)
+    for run in tl.static_range(len(x) // 8):
+        element = run * 8 * LANES + 8 * lane
+        inside = (element < K) & (row >= 0)
+        words = load_words(at + run * 16 * LANES, inside, (run + 1) * 8 * LANES > K, ARCH)
+        for i in tl.static_range(4):
+            even, odd = x[8 * run + 2 * i], x[8 * run + 2 * i + 1]
+            acc += _products(words[i], even[None, :, :], odd[None, :, :])
+    return acc

@@ -18,7 +18,6 @@ from common.attention import (
     merge_splits,
     start_state,
 )
-from common.bf16_fragments import gemv_bf16_fragments, load_unit_vector, row_sums, stage_vector, sum_blocks, unit_count
 from common.barrier import ABORT, count_arrival, wait_for
 from common.fp4_fragments import (
     REST_PLACE,
@@ -29,11 +28,10 @@ from common.fp4_fragments import (
     load_fragment_vector,
     sum_fragments,
 )
-from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
+from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_lane_vector, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.prefetch import prefetch_l2
 from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
-from common.ring import behind_slots
 from common.rmsnorm import add_blocks, largest_magnitude, multiply_blocks, rms_rstd
 from common.rope import load_rotated
 from common.router import element, elements, pick, top_k_softmax
@@ -55,22 +53,11 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
 
 @triton.jit
 def load_dense_vector(x_ptr, K: tl.constexpr, TUNING: tl.constexpr, zero):
-    """x [K] as blocks, in the order of dense matrices."""
+    """x [K] as blocks, in the order of the tiles of dense matrices."""
     if TUNING.ring_slots > 0:
-        return load_unit_vector(x_ptr, K, TUNING.slot_bytes)
+        return load_lane_vector(x_ptr, K, TUNING.dense_lanes, 32 * TUNING.num_warps // TUNING.dense_lanes)
     else:
         return load_vector(x_ptr, K, TUNING.dense_k, zero)
-
-
-@triton.jit
-def ready_dense_vector(x, stream, K: tl.constexpr, TUNING: tl.constexpr):
-    """Blocks as multiply_rows takes them."""
-    if TUNING.ring_slots > 0:
-        ARCH: tl.constexpr = TUNING.arch
-        area = behind_slots(stream.slots, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
-        return stage_vector(x, area, K, TUNING.slot_bytes, TUNING.num_warps, ARCH)
-    else:
-        return x
 
 
 @triton.jit
@@ -118,22 +105,15 @@ def multiply_rows(
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.ring_slots > 0:
         BATCH: tl.constexpr = TUNING.dense_batch
-        WARPS: tl.constexpr = TUNING.num_warps
-        SLOT_BYTES: tl.constexpr = TUNING.slot_bytes
-        number = tl.arange(0, BATCH)[:, None]
-        even = tl.zeros([BATCH, 32 * WARPS], tl.float32)
-        odd = tl.zeros([BATCH, 32 * WARPS], tl.float32)
+        COPIES: tl.constexpr = x[0].shape[0]
+        number = tl.arange(0, BATCH)[:, None, None, None]
+        sums = tl.zeros([BATCH, M // COPIES, COPIES, x[0].shape[1]], tl.float32)
         for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
-            zeros = tl.zeros([32 * WARPS], tl.float32)
-            mine = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-            for unit in tl.static_range(unit_count(K, SLOT_BYTES)):
-                pieces, stream = take(stream, TUNING)
-                mine = gemv_bf16_fragments(mine, pieces[0], x, unit, K, SLOT_BYTES, WARPS, ARCH)
-                stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
-            my_even, my_odd = row_sums(mine)
-            even = tl.where(number == n, my_even[None, :], even)
-            odd = tl.where(number == n, my_odd[None, :], odd)
-        return sum_blocks(even, odd, WARPS), tile, stream
+            pieces, stream = take(stream, TUNING)
+            mine = gemv_bf16_slot(pieces[0], x, K, M, ARCH)
+            sums = tl.where(number == n, mine[None, :, :, :], sums)
+            stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
+        return tl.reshape(tl.sum(sums, axis=3), (BATCH * M,)), tile, stream
     else:
         zero = opaque_zero(ARCH)
         if TUNING.prefetch:
@@ -213,7 +193,6 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
     if TUNING.hold & 4:
         stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, TUNING.window)
-    x = ready_dense_vector(x, stream, H, TUNING)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
@@ -453,7 +432,7 @@ def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constex
     M: tl.constexpr = TUNING.o_m
     STEP: tl.constexpr = TUNING.dense_batch * M
     TOP_K: tl.constexpr = CONFIG.experts_per_token
-    a = ready_dense_vector(load_dense_vector(s.attention, K, TUNING, zero), stream, K, TUNING)
+    a = load_dense_vector(s.attention, K, TUNING, zero)
     if pid == n_programs - 1:
         kv_head = tl.arange(0, triton.next_power_of_2(CONFIG.n_kv_heads))
         tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < CONFIG.n_kv_heads)  # none is waited for any more
@@ -763,7 +742,6 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
-    x = ready_dense_vector(x, stream, H, TUNING)
     if TUNING.hold & 4:
         stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, TUNING.window)
     best = tl.full([STEP], float("-inf"), tl.float32)

@@ -14,9 +14,9 @@ import triton.language as tl
 BARRIER_BYTES = tl.constexpr(128)  # one mbarrier a slot
 
 
-def _open_asm(slots: int, slot_bytes: int, more_bytes: int) -> str:
+def _open_asm(slots: int, slot_bytes: int) -> str:
     """PTX that gives the ring's address and makes its barriers ready, one thread's arrival a phase."""
-    ring_bytes = BARRIER_BYTES.value + slots * slot_bytes + more_bytes
+    ring_bytes = BARRIER_BYTES.value + slots * slot_bytes
     lines = [
         f"// shared memory behind Triton's own: {ring_bytes} bytes",
         ".reg .pred first; .reg .u32 thread;",
@@ -70,25 +70,16 @@ arrived:
 
 
 @triton.jit
-def open_ring(SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, MORE_BYTES: tl.constexpr, ARCH: tl.constexpr):
-    """What the other functions take as `slots`, all of them empty. MORE_BYTES: see behind_slots."""
+def open_ring(SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr):
+    """What the other functions take as `slots`: all of them empty."""
     if ARCH == "cuda":
-        ASM: tl.constexpr = OPEN(SLOTS, SLOT_BYTES, MORE_BYTES)
+        ASM: tl.constexpr = OPEN(SLOTS, SLOT_BYTES)
         slots = tl.inline_asm_elementwise(ASM, "=&r", [], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
         return slots
     else:
         empty = tl.zeros([triton.next_power_of_2(SLOTS)], tl.int64)
         return empty, empty
-
-
-@triton.jit
-def behind_slots(slots, SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr):
-    """The address of shared memory that is for the program to use; elsewhere than on NVIDIA 0."""
-    if ARCH == "cuda":
-        return slots + (BARRIER_BYTES + SLOTS * SLOT_BYTES)
-    else:
-        return 0
 
 
 @triton.jit
@@ -167,19 +158,6 @@ def load_words(address, mask, MASKED: tl.constexpr, ARCH: tl.constexpr):
         b = tl.load(ptr + 1, mask=mask, other=0)
         c = tl.load(ptr + 2, mask=mask, other=0)
         return a, b, c, tl.load(ptr + 3, mask=mask, other=0)
-
-
-@triton.jit
-def store_word(address, word, mask):
-    """Store an int32 word at each of `address`, shared memory of NVIDIA's, where `mask`."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred inside; setp.ne.s32 inside, $3, 0; @inside st.shared.b32 [$1], $2; mov.u32 $0, 0; }",
-        "=r,r,r,r,~{memory}",
-        [address, word, mask.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

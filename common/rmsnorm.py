@@ -10,11 +10,17 @@ import triton.language as tl
 
 @triton.jit
 def rms_rstd(x, SIZE: tl.constexpr, EPS: tl.constexpr):
-    """1 / sqrt(mean(x^2) + eps) of a vector of SIZE elements, as a float32 scalar. What lies beyond SIZE must be 0."""
+    """1 / sqrt(mean(x^2) + eps) of a vector of SIZE elements, as a float32 scalar. What lies beyond SIZE must be 0.
+
+    Blocks may have a first dimension of copies.
+    """
     squares = x[0] * x[0]
     for i in tl.static_range(1, len(x)):
         squares += x[i] * x[i]
-    return 1.0 / tl.sqrt(tl.sum(squares, axis=0) / SIZE + EPS)
+    total = tl.sum(squares, axis=len(squares.shape) - 1)
+    if len(squares.shape) > 1:
+        total = tl.max(total, axis=0)
+    return 1.0 / tl.sqrt(total / SIZE + EPS)
 
 
 @triton.jit

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from common.bf16_fragments import BLOCK_ROWS, WINDOW_BYTES, unit_count, unit_windows, window_count
 from common.fp4_fragments import block_bytes, scale_bytes
 from common.ring import fill_slot, open_ring, wait_for_slot
 from common.router import element
@@ -91,9 +90,9 @@ def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT
     down = down_each * tl.cdiv(CONFIG.experts_per_token - pid % lanes, lanes)
     return Shares(
         qkv_first,
-        (qkv_end - qkv_first) * unit_count(CONFIG.hidden_size, TUNING.slot_bytes),
+        qkv_end - qkv_first,
         o_first,
-        (o_end - o_first) * unit_count(CONFIG.q_size, TUNING.slot_bytes),
+        o_end - o_first,
         gate_up,
         tl.cast(RUN, tl.int32),
         lanes,
@@ -102,7 +101,7 @@ def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT
         down_each,
         down,
         head_first,
-        (head_end - head_first) * unit_count(CONFIG.hidden_size, TUNING.slot_bytes),
+        head_end - head_first,
     )
 
 
@@ -111,7 +110,7 @@ def open_stream(layer, place, TUNING: tl.constexpr):
     """A stream whose first unit is the one at `place` of a layer; () where weights are not streamed."""
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.ring_slots > 0:
-        slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, TUNING.vector_bytes, ARCH)
+        slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, ARCH)
         zero = tl.cast(0, tl.int32)
         return Stream(slots, zero, zero, tl.cast(layer, tl.int32), tl.cast(place, tl.int32))
     else:
@@ -186,11 +185,11 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
     if DENSE:
         is_o = True
     if layer >= plan.n_layers:
-        at, n_bytes = dense_unit(w.lm_head, 0, shares.head_first, place, CONFIG.vocab_size, H, TUNING)
+        at, n_bytes = dense_tile(w.lm_head, 0, shares.head_first + place, CONFIG.vocab_size, H, TUNING.head_m)
     elif place < shares.qkv:
-        at, n_bytes = dense_unit(w.qkv, layer, shares.qkv_first, place, CONFIG.qkv_size, H, TUNING)
+        at, n_bytes = dense_tile(w.qkv, layer, shares.qkv_first + place, CONFIG.qkv_size, H, TUNING.qkv_m)
     elif is_o:
-        at, n_bytes = dense_unit(w.o, layer, shares.o_first, place - shares.qkv, H, CONFIG.q_size, TUNING)
+        at, n_bytes = dense_tile(w.o, layer, shares.o_first + place - shares.qkv, H, CONFIG.q_size, TUNING.o_m)
     else:
         place -= shares.qkv + shares.o
         if place < shares.gate_up:
@@ -216,16 +215,9 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
 
 
 @triton.jit
-def dense_unit(w_ptr, layer, first, place, ROWS: tl.constexpr, K: tl.constexpr, TUNING: tl.constexpr):
-    """(address, bytes) of a unit of a layer's packed bfloat16 matrix [ROWS, K], counted from block `first` on."""
-    WINDOWS: tl.constexpr = window_count(K)
-    EACH: tl.constexpr = unit_windows(K, TUNING.slot_bytes)
-    UNITS: tl.constexpr = unit_count(K, TUNING.slot_bytes)
-    BLOCKS: tl.constexpr = (ROWS + BLOCK_ROWS - 1) // BLOCK_ROWS
-    window = place % UNITS * EACH
-    block = layer * BLOCKS + first + place // UNITS
-    at = w_ptr.to(tl.int64) + (block * WINDOWS + window) * WINDOW_BYTES
-    return at, tl.minimum(WINDOWS - window, EACH) * WINDOW_BYTES
+def dense_tile(w_ptr, layer, tile, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
+    """(address, bytes) of a tile of a layer's bfloat16 matrix [ROWS, K]: M rows or what is left."""
+    return w_ptr.to(tl.int64) + (layer * ROWS + tile * M) * (2 * K), tl.minimum(ROWS - tile * M, M) * (2 * K)
 
 
 @triton.jit

@@ -61,11 +61,3 @@ def pack_scales(scales: Tensor, warps: int) -> Tensor:
     # -, tile, row / 2, row, pair of steps, step, warp, group
     scales = scales.view(-1, tiles, ROWS // 2, 2, tile_bytes // ROWS // (2 * warps * QUAD), 2, warps, QUAD)
     return scales.permute(0, 1, 4, 6, 2, 7, 5, 3).reshape(*lead, tiles, tile_bytes).view(torch.int32)
-
-
-def pack_rows(matrix: Tensor) -> Tensor:
-    """bfloat16 [rows, K] -> int32 [blocks, words of a block], as common/bf16_fragments.py reads it."""
-    rows, k = matrix.shape
-    matrix = pad(matrix, (0, -k % 32, 0, -rows % 8))
-    windows = matrix.shape[1] // 32
-    return matrix.view(-1, 8, windows, 32).transpose(1, 2).reshape(-1, windows * 256).view(torch.int32)

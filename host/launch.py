@@ -8,9 +8,6 @@ from host.config import MXFP4_GROUP, ModelConfig
 from host.errors import InputError
 
 
-LEAST_SLOTS = 2  # of a ring: one is read while another is filled
-
-
 @dataclass(frozen=True)
 class Tuning:
     """Compile-time constants of the kernel for one kind of device. Blocks are powers of two; M counts matrix rows.
@@ -48,7 +45,7 @@ class Tuning:
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
     prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
     prefetch_o: int  # eighths of its O weights, before attention
-    vector_bytes: int  # shared memory in which a dense phase's vector is laid out
+    dense_lanes: int
     dense_batch: int
     batch: int  # tiles whose sums the threads exchange together
     ring_slots: int  # tiles that are under way to a program through shared memory, see common/ring.py; 0: none
@@ -110,7 +107,7 @@ GFX950 = Tuning(
     prefetch_small=False,
     prefetch_qkv=0,
     prefetch_o=0,
-    vector_bytes=0,
+    dense_lanes=128,
     dense_batch=1,
     batch=1,
     ring_slots=0,
@@ -126,14 +123,14 @@ GFX950 = Tuning(
 )
 SM_90 = Tuning(
     arch="cuda",
-    programs_per_unit=1,
-    num_warps=8,
+    programs_per_unit=2,
+    num_warps=4,
     max_registers=None,
     layers_alone=True,
-    qkv_m=8,
-    o_m=8,
+    qkv_m=4,
+    o_m=4,
     router_m=1,
-    head_m=8,
+    head_m=4,
     dense_k=4096,
     norm_block=128,
     fragments=True,
@@ -143,7 +140,7 @@ SM_90 = Tuning(
     down_k=0,
     head_keys=512,
     head_block_t=64,
-    head_slots=32,
+    head_slots=16,
     block_t=64,
     attention_parts=4,
     bf16_parts=True,
@@ -155,18 +152,18 @@ SM_90 = Tuning(
     prefetch_small=True,
     prefetch_qkv=3,
     prefetch_o=0,
-    vector_bytes=24832,
+    dense_lanes=128,
     dense_batch=8,
     batch=8,
-    ring_slots=7,
-    slot_bytes=26624,
+    ring_slots=3,
+    slot_bytes=32768,
     more_place=24576,
-    hold=16,
-    window=5,
+    hold=0,
+    window=3,
     early_qkv=0,
-    pq1=2,
-    pq2=4,
-    pq3=6,
+    pq1=0,
+    pq2=0,
+    pq3=0,
     spin_limit=1 << 24,
 )
 
@@ -244,7 +241,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch_small=False,
         prefetch_qkv=0,
         prefetch_o=0,
-        vector_bytes=0,
+        dense_lanes=128,
         dense_batch=1,
     batch=1,
     ring_slots=0,

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from host.config import ModelConfig
-from host.fragments import block_words, pack_blocks, pack_rows, pack_scales, scale_words, tile_count
+from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
 from host.launch import Tuning
 
 
@@ -38,12 +38,6 @@ def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
     """(shape, dtype) of each field. Experts as fragments, if `tuning` asks for them, are int32 [L, E, tiles, words]."""
     n, e, h, i = config.n_layers, config.n_experts, config.hidden_size, config.intermediate_size
     bf16, f32, u8, i32 = torch.bfloat16, torch.float32, torch.uint8, torch.int32
-
-    def dense(*lead: int, rows: int, k: int):
-        if tuning and tuning.ring_slots:
-            return (*lead, -(-rows // 8), -(-k // 32) * 128), i32
-        return (*lead, rows, k // 2), i32
-
     experts = {}
     for name, rows, k in (("gate_up", 2 * i, h), ("down", h, i)):
         if tuning and tuning.fragments:
@@ -56,10 +50,10 @@ def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
     return Weights(
         embed=((config.vocab_size, h), bf16),
         attn_norm=((n, h), f32),
-        qkv=dense(n, rows=config.qkv_size, k=h),
+        qkv=((n, config.qkv_size, h // 2), i32),
         qkv_bias=((n, config.qkv_size), bf16),
         sinks=((n, config.n_heads), f32),
-        o=dense(n, rows=h, k=config.q_size),
+        o=((n, h, config.q_size // 2), i32),
         o_bias=((n, h), bf16),
         mlp_norm=((n, h), f32),
         router=((n, e, h // 2), i32),
@@ -67,7 +61,7 @@ def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
         gate_up_bias=((n, e, 2 * i), bf16),
         down_bias=((n, e, h), bf16),
         final_norm=((h,), f32),
-        lm_head=dense(rows=config.vocab_size, k=h),
+        lm_head=((config.vocab_size, h // 2), i32),
         **experts,
     )
 
@@ -99,8 +93,6 @@ def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning) 
             matrix = tensor[expert].to(place.device)
             packed = pack_blocks(matrix) if name.endswith("_blocks") else pack_scales(matrix, tuning.num_warps)
             place[expert].copy_(packed)
-    elif tuning.ring_slots and name.endswith(("_proj.weight", "lm_head.weight")):
-        place.copy_(pack_rows(tensor.to(place.device)))
     else:
         target = place.view(tensor.dtype) if place.dtype == torch.int32 else place
         target.copy_(tensor.reshape(target.shape))
@@ -117,10 +109,7 @@ def _places(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.
         yield f"{layer}.input_layernorm.weight", weights.attn_norm[n]
         yield f"{layer}.post_attention_layernorm.weight", weights.mlp_norm[n]
         for proj, rows in (("q", slice(0, q)), ("k", slice(q, q + kv)), ("v", slice(q + kv, q + 2 * kv))):
-            # Of packed rows a block has several.
-            scale = config.qkv_size // weights.qkv.shape[1]
-            blocks = slice(rows.start // scale, rows.stop // scale)
-            yield f"{layer}.self_attn.{proj}_proj.weight", weights.qkv[n, blocks]
+            yield f"{layer}.self_attn.{proj}_proj.weight", weights.qkv[n, rows]
             yield f"{layer}.self_attn.{proj}_proj.bias", weights.qkv_bias[n, rows]
         yield f"{layer}.self_attn.sinks", weights.sinks[n]
         yield f"{layer}.self_attn.o_proj.weight", weights.o[n]
