@@ -38,7 +38,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import common
 from common import phases
-from common import stream as stream_order
+from common.stream import fill, open_stream, plan_until, shares_of
 from host import cpu_interpreter, shared_memory
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
@@ -94,92 +94,65 @@ def megakernel(
     BLOCK_H: tl.constexpr = triton.next_power_of_2(CONFIG.hidden_size)
     SPINS: tl.constexpr = TUNING.spin_limit
     ARCH: tl.constexpr = TUNING.arch
+    WINDOW: tl.constexpr = TUNING.window
+    SLOTS: tl.constexpr = TUNING.ring_slots
 
     common.mark(s.trace, 0, pid, n_programs, TRACE, ARCH)
     token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 after an abort
     phases.embed_token(w, s, token, pid, n_programs, CONFIG, BLOCK_H)
     arrive(s, 1, pid, n_programs, TRACE, ARCH)
     want_head = want_token | want_logits
-    shares = stream_order.shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
-    n_dense = shares.qkv + shares.o
-    n_units = n_dense + shares.gate_up + shares.down
-    no_experts = (tl.cast(0, tl.int32),)
-    first_units = tl.where(n_layers > 0, n_dense, shares.head * want_head)
-    stream = stream_order.open_stream(0, 0, TUNING)
-    stream = stream_order.fill(
-        stream,
-        stream_order.Plan(first_units, no_experts, n_layers, shares),
-        w,
-        pid,
-        n_programs,
-        CONFIG,
-        TUNING,
-        True,
-        TUNING.window,
-    )
+    shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
+    no_experts = (tl.cast(0, tl.int32),)  # yet
+    plan = plan_until(0, no_experts, n_layers, want_head, shares)
+    stream = fill(open_stream(0, 0, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
     tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
     wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
 
     for n in tl.range(n_layers, disable_licm=TUNING.layers_alone):
         layer = tl.cast(n, tl.int64)
+        following = tl.minimum(layer + 1, n_layers - 1)
         barrier = 2 + n * 6
         window = tl.load(s.windows + layer)
-        u0 = n * n_units
-        known = stream_order.Plan(u0 + n_dense, no_experts, n_layers, shares)
-        qkv_plan = stream_order.Plan(u0 + (shares.qkv if TUNING.hold & 1 else n_dense), no_experts, n_layers, shares)
-        all_known = (n + 1) * n_units + tl.where(n + 1 < n_layers, n_dense, shares.head * want_head)
-        phases.prefetch_attention(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
-        stream = phases.qkv_phase(w, s, layer, tile, stream, qkv_plan, pid, n_programs, CONFIG, TUNING)
+        plan = plan_until(n, no_experts, n_layers, want_head, shares)
+        phases.prefetch_small(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
+        stream = phases.qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier, pid, n_programs, TRACE, ARCH)
-        phases.prefetch_o(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
 
-        if TUNING.hold & 8:
-            stream = stream_order.ask(stream, known, w, pid, n_programs, CONFIG, TUNING, True, 1)
         phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
-        if TUNING.hold & 1:
-            stream = stream_order.fill_paced(stream, known, w, pid, n_programs, CONFIG, TUNING, True)
-        if TUNING.hold & 16:
-            stream = stream_order.fill(stream, known, w, pid, n_programs, CONFIG, TUNING, True, TUNING.ring_slots)
+        # Most programs wait here: the whole ring is for O.
+        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, SLOTS)
         o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
-        stream = phases.o_phase(w, s, layer, o_tile, stream, known, pid, n_programs, CONFIG, TUNING)
-        following = tl.minimum(layer + 1, n_layers - 1)
+        stream = phases.o_phase(w, s, layer, o_tile, stream, plan, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
-        phases.prefetch_small(w, following, pid, n_programs, CONFIG, TUNING)
-        phases.prefetch_qkv(w, following, pid, n_programs, 0, TUNING.pq1, CONFIG, TUNING)
+        phases.prefetch_qkv(w, following, 0, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 2, pid, n_programs, TRACE, SPINS, ARCH)
 
-        phases.prefetch_qkv(w, following, pid, n_programs, TUNING.pq1, TUNING.pq2, CONFIG, TUNING)
+        phases.prefetch_qkv(w, following, 1, pid, n_programs, CONFIG, TUNING)
         phases.router_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
-        phases.prefetch_qkv(w, following, pid, n_programs, TUNING.pq2, TUNING.pq3, CONFIG, TUNING)
+        phases.prefetch_qkv(w, following, 2, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 3, pid, n_programs, TRACE, SPINS, ARCH)
 
-        gate_limit = u0 + n_dense + shares.gate_up
-        if not TUNING.hold & 2:
-            gate_limit = all_known if not TUNING.hold & 4 else (n + 1) * n_units + TUNING.early_qkv
-        experts, weights, stream = phases.gate_up_phase(
-            w, s, layer, stream, gate_limit, n_layers, shares, pid, n_programs, CONFIG, TUNING, QUANT
+        plan = plan_until(n + 1, no_experts, n_layers, want_head, shares)
+        chosen, weights, stream = phases.gate_up_phase(
+            w, s, layer, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT
         )
         arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
-        plan = stream_order.Plan(all_known if not TUNING.hold & 4 else (n + 1) * n_units + TUNING.early_qkv, experts, n_layers, shares)
-        if TUNING.hold & 2:
-            stream = stream_order.fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False, TUNING.window)
         wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
 
-        stream = phases.down_phase(
-            w, s, layer, experts, weights, stream, plan, shares, pid, n_programs, CONFIG, TUNING, QUANT
-        )
+        stream = phases.down_phase(w, s, layer, weights, stream, chosen, pid, n_programs, CONFIG, TUNING, QUANT)
         arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
         tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
 
     if want_head:
         last = 2 + n_layers * 6
-        plan = stream_order.Plan(n_layers * n_units + shares.head, no_experts, n_layers, shares)
+        plan = plan_until(n_layers, no_experts, n_layers, want_head, shares)
         phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
         arrive(s, last, pid, n_programs, TRACE, ARCH)
         wait(s, last, pid, n_programs, TRACE, SPINS, ARCH)
@@ -254,7 +227,10 @@ class MegaModel:
             except OutOfResources:
                 if self.tuning.ring_slots <= LEAST_SLOTS:
                     raise InputError(f"{self.device} has too little shared memory for this model") from None
-                self.tuning = dataclasses.replace(self.tuning, ring_slots=self.tuning.ring_slots - 1)
+                slots = self.tuning.ring_slots - 1
+                self.tuning = dataclasses.replace(
+                    self.tuning, ring_slots=slots, window=min(self.tuning.window, slots)
+                )
 
     @classmethod
     def from_pretrained(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from common import phases
+from common.stream import Plan, fill, open_stream, plan_until, shares_of
 from host.launch import next_power_of_2
 
 
@@ -24,12 +25,28 @@ def embedding_kernel(w, s, position, n_programs, CONFIG: tl.constexpr, TUNING: t
     phases.embed_token(w, s, token, tl.program_id(0), n_programs, CONFIG, BLOCK_H)
 
 
+@triton.jit
+def stream_phase(w, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE):
+    """(a stream of one phase's n_units, the first at `place` of the layer; the plan that ends with them)."""
+    plan = Plan(n_units, plan.experts, plan.n_layers, plan.shares)
+    stream = open_stream(layer, place, TUNING)
+    return fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window), plan
+
+
+@triton.jit
+def plan_of(n_layers, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
+    return plan_until(0, (tl.cast(0, tl.int32),), n_layers, 1, shares)
+
+
 @triton.jit(do_not_specialize=["layer", "n_programs"])
 def qkv_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
     pid = tl.program_id(0)
+    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
+    stream, plan = stream_phase(w, plan, layer, 0, plan.shares.qkv, pid, n_programs, CONFIG, TUNING, True)
     tile = phases.first_qkv_tile(w, layer, pid, n_programs, CONFIG, TUNING)
-    phases.qkv_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
+    phases.qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
 
 
 @triton.jit(do_not_specialize=["layer", "position", "n_programs"])
@@ -45,8 +62,11 @@ def attention_kernel(
 def o_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
     pid = tl.program_id(0)
-    tile = phases.first_o_tile(w, s, layer, pid, n_programs, CONFIG, TUNING)
-    phases.o_phase(w, s, layer, tile, pid, n_programs, CONFIG, TUNING)
+    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
+    shares = plan.shares
+    stream, plan = stream_phase(w, plan, layer, shares.qkv, shares.o, pid, n_programs, CONFIG, TUNING, True)
+    tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
+    phases.o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
@@ -58,20 +78,32 @@ def router_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.cons
 @triton.jit(do_not_specialize=["layer", "n_programs"])
 def gate_up_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    phases.gate_up_phase(w, s, layer, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+    pid = tl.program_id(0)
+    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
+    shares = plan.shares
+    stream = open_stream(layer, shares.qkv + shares.o, TUNING)  # which the phase fills when it has chosen experts
+    plan = Plan(shares.gate_up, plan.experts, plan.n_layers, shares)
+    phases.gate_up_phase(w, s, layer, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
 def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    experts, weights = phases.choose_experts(s, CONFIG, TUNING)
-    rows = phases.first_down_tile(w, layer, experts, tl.program_id(0), n_programs, CONFIG, TUNING)
-    phases.down_phase(w, s, layer, experts, weights, rows, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+    pid = tl.program_id(0)
+    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
+    plan, weights = phases.choose_experts(s, plan, CONFIG, TUNING)
+    shares = plan.shares
+    place = shares.qkv + shares.o + shares.gate_up
+    stream, plan = stream_phase(w, plan, layer, place, shares.down, pid, n_programs, CONFIG, TUNING, False)
+    phases.down_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
 
 
 @triton.jit(do_not_specialize=["want_logits", "n_programs"])
 def head_kernel(w, s, want_logits, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    phases.head_phase(w, s, want_logits, tl.program_id(0), n_programs, CONFIG, TUNING)
+    pid = tl.program_id(0)
+    plan = plan_of(0, pid, n_programs, CONFIG, TUNING, QUANT)
+    stream, plan = stream_phase(w, plan, 0, 0, plan.shares.head, pid, n_programs, CONFIG, TUNING, True)
+    phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
 
 
 @triton.jit(do_not_specialize=["position", "n_programs"])

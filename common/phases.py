@@ -21,6 +21,7 @@ from common.attention import (
 from common.barrier import ABORT, count_arrival, wait_for
 from common.fp4_fragments import (
     REST_PLACE,
+    block_bytes,
     fragment_parts,
     fragment_places,
     fragment_unit,
@@ -109,7 +110,7 @@ def multiply_rows(
         number = tl.arange(0, BATCH)[:, None, None, None]
         sums = tl.zeros([BATCH, M // COPIES, COPIES, x[0].shape[1]], tl.float32)
         for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
-            pieces, stream = take(stream, TUNING)
+            pieces, stream = take(stream, 0, TUNING)
             mine = gemv_bf16_slot(pieces[0], x, K, M, ARCH)
             sums = tl.where(number == n, mine[None, :, :, :], sums)
             stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
@@ -145,38 +146,22 @@ def first_qkv_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.c
 
 
 @triton.jit
-def prefetch_qkv(w, layer, pid, n_programs, FIRST: tl.constexpr, END: tl.constexpr, CONFIG: tl.constexpr, TUNING):
-    """Ask for sixteenths FIRST .. END of this program's share of a layer's QKV weights, from the end."""
-    ARCH: tl.constexpr = TUNING.arch
-    if END > FIRST:
-        first, end = row_share(pid, n_programs, CONFIG.qkv_size, TUNING.qkv_m)
-        n_bytes = (end - first) * 2 * CONFIG.hidden_size
-        at = (w.qkv + (layer * CONFIG.qkv_size + first) * (CONFIG.hidden_size // 2)).to(tl.int64)
-        lo = n_bytes * (16 - END) // 16 & -16
-        hi = n_bytes * (16 - FIRST) // 16 & -16
-        prefetch_l2(at + lo, hi - lo, ARCH)
+def prefetch_qkv(w, layer, PLACE: tl.constexpr, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Ask for a piece of this program's share of a layer's QKV weights: number PLACE, counted from the share's end.
 
-
-@triton.jit
-def prefetch_small(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    Little at a time: what has been asked for holds up all that comes after it, barriers too.
+    """
     ARCH: tl.constexpr = TUNING.arch
-    if TUNING.prefetch_small:
+    if TUNING.prefetch_small and PLACE == 0:
         if pid == n_programs - 1:
             prefetch_l2(w.attn_norm + layer * CONFIG.hidden_size, CONFIG.hidden_size * 4, ARCH)
             prefetch_l2(w.qkv_bias + layer * CONFIG.qkv_size, CONFIG.qkv_size * 2, ARCH)
-
-
-@triton.jit
-def prefetch_o(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """Ask for this program's share of a layer's O weights."""
-    ROW_BYTES: tl.constexpr = 2 * CONFIG.q_size
-    if TUNING.prefetch_o > 0:
-        ARCH: tl.constexpr = TUNING.arch
-        first, end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
-        rows = (end - first) * TUNING.o_m * TUNING.prefetch_o // 8
-        prefetch_l2(
-            w.o + (layer * CONFIG.hidden_size + end * TUNING.o_m - rows) * (CONFIG.q_size // 2), rows * ROW_BYTES, ARCH
-        )
+    if TUNING.prefetch_qkv > 0:
+        ROW_BYTES: tl.constexpr = 2 * CONFIG.hidden_size
+        first, end = row_share(pid, n_programs, CONFIG.qkv_size, TUNING.qkv_m)
+        n_bytes = (end - first) * ROW_BYTES * TUNING.prefetch_qkv // 16 & -16
+        at = w.qkv.to(tl.int64) + (layer * CONFIG.qkv_size + end) * ROW_BYTES
+        prefetch_l2(at - (PLACE + 1) * n_bytes, n_bytes, ARCH)
 
 
 @triton.jit
@@ -191,8 +176,6 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
-    if TUNING.hold & 4:
-        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, TUNING.window)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
@@ -220,7 +203,7 @@ def split_cache(past, TUNING: tl.constexpr):
 
 
 @triton.jit
-def prefetch_attention(
+def prefetch_small(
     w, s, layer, window, position, max_context, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
 ):
     """Ask for this program's part of the cache, and for the small vectors that the next three phases read."""
@@ -541,9 +524,11 @@ def load_router_logits(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
 
 
 @triton.jit
-def choose_experts(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(experts, weights) of the router's choice; every program makes it for itself."""
-    return top_k_softmax(load_router_logits(s, CONFIG, TUNING), CONFIG.n_experts, CONFIG.experts_per_token)
+def choose_experts(s, plan, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(the plan with the experts, their weights) of the router's choice; every program makes it for itself."""
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    experts, weights = top_k_softmax(load_router_logits(s, CONFIG, TUNING), CONFIG.n_experts, TOP_K)
+    return Plan(plan.limit, elements(experts, TOP_K), plan.n_layers, plan.shares), weights
 
 
 @triton.jit
@@ -596,15 +581,16 @@ def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.const
 
 @triton.jit
 def multiply_experts(stream, plan, w, vector, n, pid, n_programs, K: tl.constexpr, CONFIG: tl.constexpr, TUNING):
-    """(rows [TUNING.batch, 16] of the next n units of the stream, tiles of experts' matrices, times x; the stream)."""
+    """(rows [TUNING.expert_batch, 16] of the next n units of the stream, tiles of experts' matrices, times x; the stream)."""
     ARCH: tl.constexpr = TUNING.arch
-    BATCH: tl.constexpr = TUNING.batch
+    BATCH: tl.constexpr = TUNING.expert_batch
     WARPS: tl.constexpr = TUNING.num_warps
+    BLOCKS: tl.constexpr = block_bytes(K)
     number = tl.arange(0, BATCH)[:, None]
     even = tl.zeros([BATCH, 32 * WARPS], tl.float32)
     odd = tl.zeros([BATCH, 32 * WARPS], tl.float32)
     for i in range(n):
-        pieces, stream = take(stream, TUNING)
+        pieces, stream = take(stream, BLOCKS, TUNING)
         my_even, my_odd = gemv_fp4_fragments(pieces, vector, K, WARPS, ARCH)
         even = tl.where(number == i, my_even[None, :], even)
         odd = tl.where(number == i, my_odd[None, :], odd)
@@ -636,12 +622,12 @@ def multiply_expert_rows(
 
 @triton.jit
 def gate_up_phase(
-    w, s, layer, stream, limit, n_layers, shares, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT
+    w, s, layer, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
 ):
     """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate.
 
-    Returns the router's choice, as every program makes it for itself, and the stream. limit, n_layers, shares: of the
-    stream's plan.
+    Returns the plan with the router's choice, which every program makes for itself, the weights of the chosen, and the
+    stream.
     """
     K: tl.constexpr = CONFIG.hidden_size
     ROWS: tl.constexpr = 2 * CONFIG.intermediate_size
@@ -650,23 +636,24 @@ def gate_up_phase(
     M: tl.constexpr = max(TUNING.gate_up_m, 2 * GROUP) if QUANTIZE else TUNING.gate_up_m
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     ITEMS: tl.constexpr = N_TILES * CONFIG.experts_per_token
-    BATCH: tl.constexpr = TUNING.batch
-    logits = load_router_logits(s, CONFIG, TUNING)  # before what is needed later
-    vector = load_expert_in(s, CONFIG, TUNING)
-    experts, expert_weights = top_k_softmax(logits, CONFIG.n_experts, CONFIG.experts_per_token)
-    experts = elements(experts, CONFIG.experts_per_token)
-    plan = Plan(limit, experts, n_layers, shares)
+    BATCH: tl.constexpr = TUNING.expert_batch
+    plan, expert_weights = choose_experts(s, plan, CONFIG, TUNING)
+    experts, shares = plan.experts, plan.shares
     stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False, TUNING.window)
+    vector = load_expert_in(s, CONFIG, TUNING)
     RUN: tl.constexpr = tiles_in_a_run(TUNING, QUANT)
     number = tl.arange(0, BATCH)[:, None]
-    for turn in range(0, tl.cdiv(shares.gate_up, BATCH) if TUNING.fragments else tl.cdiv(ITEMS - pid, n_programs)):
+    mine = tl.cdiv(ITEMS - pid, n_programs)
+    if TUNING.fragments:
+        mine = shares.gate_up
+    for turn in range(0, tl.cdiv(mine, BATCH)):
         first = gate_up_item(turn * BATCH, pid, n_programs, RUN)
         item = gate_up_item(turn * BATCH + number, pid, n_programs, RUN)
         slot = item // N_TILES
         row0 = item % N_TILES * M
         bias = load_expert_bias(w.gate_up_bias, layer, experts, slot, row0, ROWS, M, CONFIG)
         if TUNING.fragments:
-            n = tl.minimum(shares.gate_up - turn * BATCH, BATCH)
+            n = tl.minimum(mine - turn * BATCH, BATCH)
             y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
         else:
             matrix = layer * CONFIG.n_experts + element(experts, first // N_TILES)
@@ -677,7 +664,7 @@ def gate_up_phase(
         gate, up = tl.split(tl.reshape(y + bias, (BATCH, M // 2, 2)))
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_expert_act(s, slot, act, row0 // 2, CONFIG, TUNING, QUANT)
-    return experts, expert_weights, stream
+    return plan, expert_weights, stream
 
 
 @triton.jit
@@ -694,23 +681,23 @@ def down_phase(
     w,
     s,
     layer,
-    experts,
     expert_weights,
     stream,
     plan,
-    shares,
     pid,
     n_programs,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the stream."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the stream. plan: of gate_up_phase."""
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m
-    BATCH: tl.constexpr = TUNING.batch
+    BATCH: tl.constexpr = TUNING.expert_batch
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
+    shares = plan.shares
+    experts = plan.experts
     for slot in range(pid % shares.lanes, CONFIG.experts_per_token, shares.lanes):
         vector = load_expert_act(s, slot, CONFIG, TUNING)
         expert_weight = pick(expert_weights, slot)
@@ -742,8 +729,6 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     x = load_residual(s, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
-    if TUNING.hold & 4:
-        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, TUNING.window)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     for row0 in range(first, end, STEP):

@@ -35,7 +35,7 @@ def _open_asm(slots: int, slot_bytes: int) -> str:
 
 OPEN = triton.constexpr_function(_open_asm)
 
-# Weights are read once a token: they leave the L2 cache first.
+# Weights are read once a token: they leave the L2 cache first. The second piece, if any, lands behind the first.
 COPY = tl.constexpr("""{
     .reg .pred first, more;
     .reg .u32 thread, place;
@@ -47,7 +47,7 @@ COPY = tl.constexpr("""{
     add.u32 place, $4, $6;
     @first mbarrier.arrive.expect_tx.shared.b64 _, [$1], place;
     @first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$2], [$3], $4, [$1], policy;
-    add.u32 place, $2, $7;
+    add.u32 place, $2, $4;
     @more cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [place], [$5], $6, [$1], policy;
     mov.u32 $0, 0;
 }""")
@@ -84,9 +84,9 @@ def open_ring(SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr)
 
 @triton.jit
 def fill_slot(
-    slots, n, ptr, n_bytes, more_ptr, more_bytes, PLACE: tl.constexpr, SLOTS: tl.constexpr, SLOT_BYTES, ARCH: tl.constexpr
+    slots, n, ptr, n_bytes, more_ptr, more_bytes, SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr
 ):
-    """Ask for unit number n = 0, 1, ...: n_bytes from ptr on, and more_bytes (or 0) to PLACE bytes into the slot.
+    """Ask for unit number n = 0, 1, ...: n_bytes from ptr on, and behind them more_bytes, or 0, from more_ptr on.
 
     Bytes and addresses are multiples of 16. All threads must have read what the slot held, as a barrier tells.
     """
@@ -96,8 +96,8 @@ def fill_slot(
         at = slots + BARRIER_BYTES + slot * SLOT_BYTES
         tl.inline_asm_elementwise(
             COPY,
-            "=r,r,r,l,r,l,r,r",
-            [barrier, at, ptr.to(tl.int64), n_bytes, more_ptr.to(tl.int64), more_bytes, PLACE],
+            "=r,r,r,l,r,l,r",
+            [barrier, at, ptr.to(tl.int64), n_bytes, more_ptr.to(tl.int64), more_bytes],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -110,7 +110,7 @@ def fill_slot(
 
 @triton.jit
 def wait_for_slot(slots, n, PLACE: tl.constexpr, SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr):
-    """Wait for unit number n; returns the addresses of its two pieces, for load_words."""
+    """Wait for unit number n; returns the addresses of its two pieces, the second PLACE bytes into the slot."""
     slot = n % SLOTS
     if ARCH == "cuda":
         at = slots + BARRIER_BYTES + slot * SLOT_BYTES

@@ -22,7 +22,7 @@ class Shares(NamedTuple):
     o_first: tl.tensor
     o: tl.tensor
     gate_up: tl.tensor
-    run: tl.tensor
+    run: tl.tensor  # consecutive tiles of gate-up, see tiles_in_a_run
     lanes: tl.tensor  # programs are dealt out over so many experts of the down projection
     member: tl.tensor  # number of the program among those of its experts
     members: tl.tensor  # and how many those are
@@ -78,10 +78,8 @@ def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT
     o_first, o_end = share(tl.cdiv(CONFIG.hidden_size, TUNING.o_m), pid, n_programs)
     head_first, head_end = share(tl.cdiv(CONFIG.vocab_size, TUNING.head_m), pid, n_programs)
     RUN: tl.constexpr = tiles_in_a_run(TUNING, QUANT)
-    # Of an expert whose tiles are no whole number of runs the last run has fewer, but takes as much room in the count.
-    RUNS: tl.constexpr = (GATE_UP * CONFIG.experts_per_token + RUN - 1) // RUN
-    runs = tl.maximum(tl.cdiv(RUNS - pid, n_programs), 0)
-    gate_up = tl.minimum(runs * RUN, tl.maximum(GATE_UP * CONFIG.experts_per_token - gate_up_item(runs * RUN - RUN, pid, n_programs, RUN), 0) + (runs - 1) * RUN)
+    # Whole runs, as intermediate sizes are multiples of 32.
+    gate_up = RUN * tl.maximum(tl.cdiv(GATE_UP * CONFIG.experts_per_token // RUN - pid, n_programs), 0)
     # Programs are dealt out over the experts, as each expert has another vector to prepare; too few take several.
     lanes = tl.minimum(n_programs, CONFIG.experts_per_token)
     member = pid // lanes
@@ -106,6 +104,17 @@ def shares_of(pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT
 
 
 @triton.jit
+def plan_until(layer, experts, n_layers, want_head, shares):
+    """The units that are known before the router of a layer has spoken, `experts` those of the layer before.
+
+    Of layer n_layers, which is none, those of the LM head, if it is wanted (0 or 1).
+    """
+    dense = shares.qkv + shares.o
+    each = dense + shares.gate_up + shares.down
+    return Plan(layer * each + tl.where(layer < n_layers, dense, shares.head * want_head), experts, n_layers, shares)
+
+
+@triton.jit
 def open_stream(layer, place, TUNING: tl.constexpr):
     """A stream whose first unit is the one at `place` of a layer; () where weights are not streamed."""
     ARCH: tl.constexpr = TUNING.arch
@@ -118,10 +127,10 @@ def open_stream(layer, place, TUNING: tl.constexpr):
 
 
 @triton.jit
-def take(stream, TUNING: tl.constexpr):
-    """(addresses of the next unit's two pieces, the stream), when its bytes have arrived."""
+def take(stream, PLACE: tl.constexpr, TUNING: tl.constexpr):
+    """(addresses of the next unit's two pieces, the stream), when its bytes have arrived; the first piece has PLACE."""
     ARCH: tl.constexpr = TUNING.arch
-    pieces = wait_for_slot(stream.slots, stream.taken, TUNING.more_place, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
+    pieces = wait_for_slot(stream.slots, stream.taken, PLACE, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
     return pieces, Stream(stream.slots, stream.asked, stream.taken + 1, stream.layer, stream.place)
 
 
@@ -134,37 +143,42 @@ def release(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.c
 
 @triton.jit
 def fill(
-    stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr
+    stream,
+    plan,
+    w,
+    pid,
+    n_programs,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+    DENSE: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
-    """Ask for units of the plan until WINDOW are under way."""
-    for _ in range(WINDOW):
-        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, WINDOW)
+    """Ask for units of the plan until WINDOW are under way or wait to be taken."""
+    if TUNING.ring_slots > 0:
+        for _ in range(WINDOW):
+            stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, WINDOW)
     return stream
 
 
 @triton.jit
-def fill_paced(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
-    """fill, but each unit is asked for when the one before it has arrived: others' traffic is not held up."""
-    SLOTS: tl.constexpr = TUNING.ring_slots
-    ARCH: tl.constexpr = TUNING.arch
-    for _ in range(SLOTS):
-        if stream.asked > stream.taken:
-            wait_for_slot(stream.slots, stream.asked - 1, TUNING.more_place, SLOTS, TUNING.slot_bytes, ARCH)
-        stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, SLOTS)
-    return stream
-
-
-@triton.jit
-def ask(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr, WINDOW):
-    """Ask for the next unit, if it is in the plan and a slot is free."""
+def ask(
+    stream,
+    plan,
+    w,
+    pid,
+    n_programs,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+    DENSE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Ask for the next unit, if it is in the plan and fewer than WINDOW are under way or wait to be taken."""
     ARCH: tl.constexpr = TUNING.arch
     slots, asked, layer, place = stream.slots, stream.asked, stream.layer, stream.place
     shares = plan.shares
     if (asked < plan.limit) & (asked - stream.taken < WINDOW):
         at, n_bytes, more, more_bytes = locate(w, layer, place, plan, pid, n_programs, CONFIG, TUNING, DENSE)
-        slots = fill_slot(
-            slots, asked, at, n_bytes, more, more_bytes, TUNING.more_place, TUNING.ring_slots, TUNING.slot_bytes, ARCH
-        )
+        slots = fill_slot(slots, asked, at, n_bytes, more, more_bytes, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
         asked += 1
         place += 1
         if (layer < plan.n_layers) & (place == shares.qkv + shares.o + shares.gate_up + shares.down):

@@ -31,6 +31,13 @@ def scale_words(k: int, warps: int) -> int:
     return -(-k // (2 * warps * QUAD * GROUP)) * 2 * warps * QUAD * ROWS // 4
 
 
+def expert_slot_bytes(k: int, warps: int) -> int:
+    """Bytes of shared memory for a tile's blocks, for what the last warps read behind them, and for its scales."""
+    blocks, scales = 4 * block_words(k), 4 * scale_words(k, warps)
+    read = -(-k // (warps * QUAD * GROUP)) * warps * 1024
+    return max(blocks + scales, read)
+
+
 def vector_parts(k: int) -> int:
     """float16 elements of a vector's values and rests, see common.fp4_fragments.fragment_places."""
     return -(-k // (QUAD * GROUP)) * 2 * QUAD * GROUP

@@ -6,6 +6,10 @@ import torch
 
 from host.config import MXFP4_GROUP, ModelConfig
 from host.errors import InputError
+from host.fragments import expert_slot_bytes
+
+
+LEAST_SLOTS = 2  # of a ring: one is read while another is filled
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,13 @@ class Tuning:
     dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
     prefetch: bool  # a dense tile is loaded while the one before it is multiplied, the first one during the barrier
     prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
-    prefetch_qkv: int  # eighths of a program's QKV weights that are asked for ahead, before the router
-    prefetch_o: int  # eighths of its O weights, before attention
-    dense_lanes: int
-    dense_batch: int
-    batch: int  # tiles whose sums the threads exchange together
-    ring_slots: int  # tiles that are under way to a program through shared memory, see common/ring.py; 0: none
+    prefetch_qkv: int  # sixteenths of a program's QKV weights that are asked for ahead, at each of three places
+    dense_lanes: int  # threads that share a row of a dense matrix, each 16 bytes at a time
+    dense_batch: int  # tiles of dense matrices whose sums the threads exchange together
+    expert_batch: int  # the same for tiles of experts
+    ring_slots: int  # tiles that shared memory holds ahead of who reads them, see common/ring.py; 0: weights are loaded
     slot_bytes: int  # of one of them, a multiple of 128
-    more_place: int  # where in a slot the scales of an expert's tile begin
-    hold: int
-    window: int
-    early_qkv: int
-    pq1: int
-    pq2: int
-    pq3: int
+    window: int  # of the ring: tiles that are asked for ahead of the one that is read
     spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
@@ -106,29 +103,25 @@ GFX950 = Tuning(
     prefetch=True,
     prefetch_small=False,
     prefetch_qkv=0,
-    prefetch_o=0,
     dense_lanes=128,
     dense_batch=1,
-    batch=1,
+    expert_batch=1,
     ring_slots=0,
     slot_bytes=0,
-    more_place=0,
-    hold=0,
-    window=3,
-    early_qkv=0,
-    pq1=0,
-    pq2=0,
-    pq3=0,
+    window=0,
     spin_limit=1 << 24,
 )
+# One program of eight warps an SM, whose weights come through a ring of eight slots of 25 KB. For 120b and 20b: other
+# sizes get other tiles, see _fit_ring. Five tiles ahead rather than all that fit, as what has been asked for holds up
+# what comes after it: docs/performance.md has the measurements.
 SM_90 = Tuning(
     arch="cuda",
-    programs_per_unit=2,
-    num_warps=4,
+    programs_per_unit=1,
+    num_warps=8,
     max_registers=None,
     layers_alone=True,
     qkv_m=4,
-    o_m=4,
+    o_m=2,
     router_m=1,
     head_m=4,
     dense_k=4096,
@@ -140,7 +133,7 @@ SM_90 = Tuning(
     down_k=0,
     head_keys=512,
     head_block_t=64,
-    head_slots=16,
+    head_slots=32,
     block_t=64,
     attention_parts=4,
     bf16_parts=True,
@@ -150,20 +143,13 @@ SM_90 = Tuning(
     dot_scaled=False,
     prefetch=False,
     prefetch_small=True,
-    prefetch_qkv=3,
-    prefetch_o=0,
+    prefetch_qkv=2,
     dense_lanes=128,
     dense_batch=8,
-    batch=8,
-    ring_slots=3,
-    slot_bytes=32768,
-    more_place=24576,
-    hold=0,
-    window=3,
-    early_qkv=0,
-    pq1=0,
-    pq2=0,
-    pq3=0,
+    expert_batch=8,
+    ring_slots=8,
+    slot_bytes=25600,
+    window=5,
     spin_limit=1 << 24,
 )
 
@@ -176,7 +162,30 @@ def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
     """The tuning of a device: the architecture's, or for a CPU one that swallows a matrix in few tiles."""
     if device.type == "cpu":
         return _cpu_tuning(config)
-    return GFX950 if torch.version.hip else SM_90
+    return GFX950 if torch.version.hip else fit_ring(SM_90, config)
+
+
+def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
+    """The tuning with tiles and slots that suit a model's sizes. InputError if two slots take more than there is."""
+    least = 32 * tuning.num_warps // tuning.dense_lanes  # rows of a tile: each thread has some
+
+    def rows(k: int) -> int:
+        m = 4
+        while m > least and 2 * k * m > tuning.slot_bytes:
+            m //= 2
+        return m
+
+    hidden, q_size = rows(config.hidden_size), rows(config.q_size)
+    experts = [expert_slot_bytes(k, tuning.num_warps) for k in (config.hidden_size, config.intermediate_size)]
+    needed = max(2 * config.hidden_size * hidden, 2 * config.q_size * q_size, *experts)
+    slot_bytes = -(-needed // 128) * 128
+    slots = min(tuning.ring_slots, tuning.ring_slots * tuning.slot_bytes // slot_bytes)
+    if slots < LEAST_SLOTS:
+        raise InputError(f"a tile of this model's weights takes {slot_bytes} bytes of shared memory: too much")
+    window = min(tuning.window, slots)
+    return replace(
+        tuning, qkv_m=hidden, o_m=q_size, head_m=hidden, ring_slots=slots, slot_bytes=slot_bytes, window=window
+    )
 
 
 def program_count(device: torch.device, tuning: Tuning) -> int:
@@ -240,19 +249,12 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch=False,
         prefetch_small=False,
         prefetch_qkv=0,
-        prefetch_o=0,
         dense_lanes=128,
         dense_batch=1,
-    batch=1,
+    expert_batch=1,
     ring_slots=0,
     slot_bytes=0,
-    more_place=0,
-        hold=0,
-    window=3,
-    early_qkv=0,
-    pq1=0,
-    pq2=0,
-    pq3=0,
+    window=0,
     spin_limit=1 << 14,
     )
 

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 import gpt_oss_megakernel as mega
 from common import gemv_fp4, gemv_fp4_fp8
 from host.config import GPT_OSS_120B, ModelConfig
-from host.launch import GFX950, SM_90, Tuning, next_power_of_2, programs_on
+from host.launch import GFX950, SM_90, Tuning, fit_ring, next_power_of_2, programs_on
 from host.state import State, new_state
 from host.weights import Weights, weight_shapes
 
@@ -56,7 +56,7 @@ SCALES = re.compile(r"tl\.load\(scales?_ptr \+ rows")
 def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_120B, tuning: Tuning | None = None):
     """Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     gpu, default_tuning = TARGETS[target]
-    tuning = tuning or default_tuning
+    tuning = tuning or (fit_ring(default_tuning, config) if default_tuning.ring_slots else default_tuning)
     n_programs = programs_on(UNITS[target], tuning)
     weights = Weights(
         *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning))
