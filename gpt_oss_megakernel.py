@@ -224,13 +224,12 @@ class MegaModel:
                 for position in {0, self.trace_position or 0}:
                     self._launch(position, n_layers=0)
                 return
-            except OutOfResources:
-                if self.tuning.ring_slots <= LEAST_SLOTS:
+            except OutOfResources as error:
+                slots = self.tuning.ring_slots - -(-(error.required - error.limit) // max(1, self.tuning.slot_bytes))
+                if slots < LEAST_SLOTS:
                     raise InputError(f"{self.device} has too little shared memory for this model") from None
-                slots = self.tuning.ring_slots - 1
-                self.tuning = dataclasses.replace(
-                    self.tuning, ring_slots=slots, window=min(self.tuning.window, slots)
-                )
+                window = min(self.tuning.window, slots)
+                self.tuning = dataclasses.replace(self.tuning, ring_slots=slots, window=window)
 
     @classmethod
     def from_pretrained(

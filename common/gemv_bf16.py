@@ -4,6 +4,9 @@ Loading is a step of its own, so that a kernel can have the next tile's weights 
 matrix is read as int32 words of two elements, each of which is a float32 after one shift or mask (as bfloat16 they
 would take a register each where they live across a loop's turns). A vector, and a tile's rows, are tuples of blocks
 over K, so that K need not be near a power of two; a vector has two blocks for each of a tile: even elements, odd ones.
+
+Where rows come through the ring (common/ring.py) a thread reads 16 bytes of them at a time, and a vector's blocks are
+laid out so that it holds the elements that they meet.
 """
 
 import triton
@@ -53,9 +56,14 @@ def gemv_bf16(tile, x):
 
 @triton.jit
 def _products(words, even, odd):
-    low = (words << 16).to(tl.float32, bitcast=True)
-    high = (words & -65536).to(tl.float32, bitcast=True)
+    low, high = _halves(words)
     return low * even + high * odd
+
+
+@triton.jit
+def _halves(words):
+    """The two bfloat16 of each int32, as float32."""
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -96,5 +104,7 @@ def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, ARCH: tl.con
         words = load_words(at + run * 16 * LANES, inside, (run + 1) * 8 * LANES > K, ARCH)
         for i in tl.static_range(4):
             even, odd = x[8 * run + 2 * i], x[8 * run + 2 * i + 1]
-            acc += _products(words[i], even[None, :, :], odd[None, :, :])
+            low, high = _halves(words[i])
+            acc += low * even[None, :, :]
+            acc += high * odd[None, :, :]
     return acc
