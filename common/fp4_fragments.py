@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from common.lanes import by_lane
-from common.quant import GROUP, e8m0_to_float32, mxfp8_scale, to_mxfp8
+from common.quant import GROUP, e8m0_to_float32
 from common.ring import load_word, load_words
 
 ROWS = tl.constexpr(16)  # of a tile
@@ -142,51 +142,6 @@ def load_fragment_vector(x_ptr, scale, K: tl.constexpr, WARPS: tl.constexpr):
             words = words + by_lane(tl.load(x_ptr + at + 32 * i, mask=mask, other=0), LANES)
         steps = steps + ((words, scales),)
     return steps
-
-
-@triton.jit
-def load_quantized_fragments(x_ptr, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
-    """The same of float32 x [K], rounded to MXFP8: the elements are exact as FP16, and each group keeps its scale.
-
-    As there are no rests, a group's second column takes the second half of its elements, times what a rest weighs less.
-    """
-    LANES: tl.constexpr = 32 * WARPS
-    STEPS: tl.constexpr = (K + WARPS * QUAD * GROUP - 1) // (WARPS * QUAD * GROUP)
-    CAST_SATURATES: tl.constexpr = ARCH == "cuda"
-    i = tl.arange(0, 4 * LANES)
-    column = i // 16 % 8
-    # So that 448 and 2^-9 fit both.
-    weight = tl.where(column == i // 4 % QUAD * 2, 1 / 32, 0.0).to(tl.float16)
-    rest_weight = tl.where(column == i // 4 % QUAD * 2 + 1, REST_FACTOR / 32, 0.0).to(tl.float16)
-    steps = ()
-    for step in tl.static_range(STEPS):
-        group = (step * WARPS + i // 128) * QUAD + i // 4 % QUAD
-        loaded = ()
-        for part in tl.static_range(4):
-            at = group * GROUP + i // 16 % 2 * (GROUP // 2) + 4 * part + i % 4
-            loaded = loaded + (tl.load(x_ptr + at, mask=group * GROUP < K, other=0.0),)
-        largest = tl.abs(loaded[0])
-        for part in tl.static_range(1, 4):
-            largest = tl.maximum(largest, tl.abs(loaded[part]))
-        halves = tl.reshape(tl.max(tl.reshape(largest, (LANES, 4)), axis=1), (WARPS * 4, 2, 4))
-        e8m0 = mxfp8_scale(tl.max(halves, axis=1))
-        e8m0 = tl.reshape(tl.broadcast_to(e8m0[:, None, :], (WARPS * 4, 2, 4)), (LANES,))
-        each = tl.reshape(tl.broadcast_to(e8m0[:, None], (LANES, 4)), (4 * LANES,))
-        words = ()
-        second_words = ()
-        for part in tl.static_range(4):
-            elements = to_mxfp8(loaded[part], each, CAST_SATURATES).to(tl.float16)
-            words = words + _lane_words(elements * weight, LANES)
-            second_words = second_words + _lane_words(elements * rest_weight, LANES)
-        steps = steps + ((words + second_words, e8m0_to_float32(e8m0) * (32 * 16384.0)),)  # 2^MISSING_EXPONENT
-    return steps
-
-
-@triton.jit
-def _lane_words(x, LANES: tl.constexpr):
-    """float16 [4 LANES] -> two int32 [LANES]: places 4 i .. 4 i + 3 are thread i's own."""
-    first, second = tl.split(tl.reshape(x.to(tl.int16, bitcast=True).to(tl.int32), (2 * LANES, 2)))
-    return tl.split(tl.reshape((first & 0xFFFF) | (second << 16), (LANES, 2)))
 
 
 @triton.jit

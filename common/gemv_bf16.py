@@ -86,9 +86,10 @@ def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.con
 
 
 @triton.jit
-def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, ARCH: tl.constexpr):
+def gemv_bf16_slot(address, x, n_rows, K: tl.constexpr, ROWS: tl.constexpr, ARCH: tl.constexpr):
     """What each thread has of the bfloat16 rows [ROWS, K] at `address`, in a slot of the ring, times a vector.
 
+    K is a multiple of 8. From n_rows on a row is whatever the slot holds, or zeros where it holds an address.
     float32 [ROWS / COPIES, COPIES, LANES], to be summed over LANES: each copy of the vector meets rows of its own.
     """
     COPIES: tl.constexpr = x[0].shape[0]
@@ -101,6 +102,8 @@ def gemv_bf16_slot(address, x, K: tl.constexpr, ROWS: tl.constexpr, ARCH: tl.con
     for run in tl.static_range(len(x) // 8):
         element = run * 8 * LANES + 8 * lane
         inside = (element < K) & (row >= 0)
+        if ARCH != "cuda":
+            inside &= row < n_rows
         words = load_words(at + run * 16 * LANES, inside, (run + 1) * 8 * LANES > K, ARCH)
         for i in tl.static_range(4):
             even, odd = x[8 * run + 2 * i], x[8 * run + 2 * i + 1]

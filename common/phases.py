@@ -111,7 +111,7 @@ def multiply_rows(
         sums = tl.zeros([BATCH, M // COPIES, COPIES, x[0].shape[1]], tl.float32)
         for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
             pieces, stream = take(stream, 0, TUNING)
-            mine = gemv_bf16_slot(pieces[0], x, K, M, ARCH)
+            mine = gemv_bf16_slot(pieces[0], x, end_row - row0 - n * M, K, M, ARCH)
             sums = tl.where(number == n, mine[None, :, :, :], sums)
             stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
         return tl.reshape(tl.sum(sums, axis=3), (BATCH * M,)), tile, stream

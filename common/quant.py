@@ -31,15 +31,10 @@ def mxfp8_scale(amax):
 
 
 @triton.jit
-def to_mxfp8(x, e8m0, CAST_SATURATES: tl.constexpr = False):
-    """float32 x / scale as E4M3; what is beyond +-448 saturates, as the specification asks.
-
-    CAST_SATURATES: whether the target's cast does so by itself.
-    """
+def to_mxfp8(x, e8m0):
+    """float32 x / scale as E4M3; what is beyond +-448 saturates, as the specification asks."""
     to_unit = ((254 - e8m0) << 23).to(tl.float32, bitcast=True)  # 2^(127 - e8m0)
-    scaled = x * to_unit
-    if not CAST_SATURATES:
-        scaled = tl.clamp(scaled, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    scaled = tl.clamp(x * to_unit, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     return scaled.to(tl.float8e4nv)
 
 

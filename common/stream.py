@@ -176,12 +176,14 @@ def ask(
     ARCH: tl.constexpr = TUNING.arch
     slots, asked, layer, place = stream.slots, stream.asked, stream.layer, stream.place
     shares = plan.shares
+    each = shares.qkv + shares.o + shares.gate_up + shares.down
     if (asked < plan.limit) & (asked - stream.taken < WINDOW):
+        layer = tl.where(each > 0, layer, plan.n_layers)  # a program may have units of the LM head alone
         at, n_bytes, more, more_bytes = locate(w, layer, place, plan, pid, n_programs, CONFIG, TUNING, DENSE)
         slots = fill_slot(slots, asked, at, n_bytes, more, more_bytes, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
         asked += 1
         place += 1
-        if (layer < plan.n_layers) & (place == shares.qkv + shares.o + shares.gate_up + shares.down):
+        if (layer < plan.n_layers) & (place == each):
             layer += 1
             place = tl.cast(0, tl.int32)
     return Stream(slots, asked, stream.taken, layer, place)
@@ -231,7 +233,7 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
 @triton.jit
 def dense_tile(w_ptr, layer, tile, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
     """(address, bytes) of a tile of a layer's bfloat16 matrix [ROWS, K]: M rows or what is left."""
-    return w_ptr.to(tl.int64) + (layer * ROWS + tile * M) * (2 * K), tl.minimum(ROWS - tile * M, M) * (2 * K)
+    return w_ptr.to(tl.int64) + tl.cast(layer * ROWS + tile * M, tl.int64) * (2 * K), tl.minimum(ROWS - tile * M, M) * (2 * K)
 
 
 @triton.jit

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count, vector_parts
+from host.fragments import (
+    block_words,
+    expert_slot_bytes,
+    pack_blocks,
+    pack_scales,
+    scale_words,
+    tile_count,
+    vector_parts,
+)
 
 # Rows and scale groups: whole tiles, one short of it and one beyond, a quad's groups and one more or less of them, and
 # the published width.
@@ -86,6 +94,19 @@ def test_words_of_the_scales(k, warps):
 def test_parts_of_a_vector(k, quads):
     """Two of each element of whole quads."""
     assert vector_parts(k) == 2 * 128 * quads
+
+
+@pytest.mark.parametrize("warps", WARPS)
+@pytest.mark.parametrize("k", [32, 128, 160, 256, 416, 1024, 1056, 2048, 2080, 2880, 4096])
+def test_a_slot_for_an_expert_tile(k, warps):
+    """As many bytes as arrive or are read, whichever is more: all warps read a quad and a word of scales each step."""
+    arrive = 4 * block_words(k) + 4 * scale_words(k, warps)
+    reads = []
+    for step in range(-(-k // (128 * warps))):
+        for warp in range(warps):
+            reads.append(1024 * (step * warps + warp) + 1024)
+            reads.append(4 * block_words(k) + step // 2 * 128 * warps + 128 * warp + 128)
+    assert expert_slot_bytes(k, warps) == max(arrive, *reads)
 
 
 @pytest.mark.parametrize("rows, groups", SIZES)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from common import gemv_bf16, load_bf16_rows, load_vector, multiply_blocks
+from common.gemv_bf16 import gemv_bf16_slot, load_lane_vector
 
 SHAPES = [(1, 2), (5, 38), (8, 32), (13, 130), (7, 2880)]
 BLOCKS = [(1, 32), (4, 16), (8, 128), (16, 4096), (2, 2)]
@@ -175,3 +176,89 @@ def test_huge_and_nan_values_stay():
     out = gemv(w.bfloat16(), x, 4, 16)
     assert out[:2].tolist() == [2.0**127, -3.0]
     assert out[2:].isnan().all()
+
+
+@triton.jit
+def lane_vector_kernel(out_ptr, x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
+    """out [blocks, COPIES, LANES]."""
+    blocks = load_lane_vector(x_ptr, K, LANES, COPIES)
+    at = tl.arange(0, COPIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for i in tl.static_range(len(blocks)):
+        tl.store(out_ptr + i * (COPIES * LANES) + at, blocks[i])
+
+
+@triton.jit
+def slot_kernel(out_ptr, w_ptr, x_ptr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
+    """out [ROWS / COPIES, COPIES, LANES], a program for each tile."""
+    tile = tl.program_id(0)
+    x = load_lane_vector(x_ptr, K, LANES, COPIES)
+    sums = gemv_bf16_slot((w_ptr + tile * (ROWS * (K // 2))).to(tl.int64), x, ROWS, K, ROWS, "cpu")
+    part = tl.arange(0, ROWS // COPIES)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
+    at = (tile * ROWS + part) * LANES + tl.arange(0, LANES)[None, None, :]
+    tl.store(out_ptr + at, sums)
+
+
+def gemv_slot(w: torch.Tensor, x: torch.Tensor, rows: int, lanes: int, copies: int) -> torch.Tensor:
+    """What each lane has of w's rows, [rows of w, lanes]; NaN stands behind the last tile and behind the vector."""
+    n_tiles, k = len(w) // rows, w.shape[1]
+    out = torch.full((len(w), lanes), torch.nan)
+    slot_kernel[(n_tiles,)](
+        out, words(w, rows, 8 * lanes), before_nan(x, 8 * lanes), K=k, ROWS=rows, LANES=lanes, COPIES=copies
+    )
+    return out
+
+
+SLOT_SIZES = [32, 80, 416, 1504, 2880]  # 16 bytes of a row at a time, so multiples of 8, of whole runs or not
+with_slots = pytest.mark.parametrize("rows, copies", [(2, 1), (2, 2), (4, 1), (4, 2)])
+with_lanes = pytest.mark.parametrize("lanes", [32, 128])
+
+
+@with_lanes
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [*SLOT_SIZES, 31, 256, 257, 1500])
+def test_a_lane_has_eight_elements_of_each_run(k, dtype, copies, lanes):
+    """Lane i those from 8 i on, in all copies, and zeros beyond K, where nothing is read."""
+    x = (torch.arange(k) % 251 + 1).to(dtype)
+    n_runs = triton.cdiv(k, 8 * lanes)
+    out = torch.full((8 * n_runs, copies, lanes), torch.nan)
+    lane_vector_kernel[(1,)](out, before_nan(x, 8 * lanes), K=k, LANES=lanes, COPIES=copies)
+    expected = torch.zeros(n_runs * lanes * 8)
+    expected[:k] = x
+    expected = expected.view(n_runs, lanes, 8).transpose(1, 2).reshape(8 * n_runs, 1, lanes)
+    assert torch.equal(out, expected.expand(-1, copies, -1))
+
+
+@with_lanes
+@with_slots
+@pytest.mark.parametrize("k", SLOT_SIZES)
+def test_each_lane_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, lanes):
+    """Exactly, as integers: what it has of a row is what its eight elements of each run give, and no more."""
+    w, x = small_integers(3 * rows, k, seed=0), small_integers(k, seed=1)
+    products = torch.zeros(len(w), triton.cdiv(k, 8 * lanes) * 8 * lanes)
+    products[:, :k] = w * x
+    expected = products.view(len(w), -1, lanes, 8).sum((1, 3))
+    assert torch.equal(gemv_slot(w.bfloat16(), x, rows, lanes, copies), expected)
+
+
+@with_lanes
+@with_slots
+@pytest.mark.parametrize("k", SLOT_SIZES)
+def test_rows_in_a_slot(k, rows, copies, lanes):
+    """Real numbers against float64; what other rows hold, or follows the tile, is no part of a row."""
+    generator = torch.Generator().manual_seed(k)
+    w = torch.randn(2 * rows, k, generator=generator).bfloat16()
+    x = torch.randn(k, generator=generator)
+    found = gemv_slot(w, x, rows, lanes, copies).double().sum(1)
+    expected = w.double() @ x.double()
+    # A lane adds pairs one after another, four each run; a pair's products are rounded and summed.
+    roundings = 4 * triton.cdiv(k, 8 * lanes) + 2
+    bound = roundings * 2.0**-24 * (w.double().abs() @ x.double().abs())
+    assert ((found - expected).abs() <= bound).all()
+    for row in (0, rows - 1):
+        poisoned = w.clone()
+        poisoned[row] = torch.nan
+        found_others = gemv_slot(poisoned, x, rows, lanes, copies).double().sum(1)
+        others = torch.arange(len(w)) != row
+        assert found_others[row].isnan()
+        assert torch.equal(found_others[others], found[others])
