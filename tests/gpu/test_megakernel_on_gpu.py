@@ -1,6 +1,7 @@
 """What only a GPU can show: full-size weights, real concurrency, long runs. `make test-gpu` runs it."""
 
 import dataclasses
+import gc
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,14 @@ QUANT_TOLERANCE = 0.05
 def endless(config: ModelConfig) -> ModelConfig:
     """Random weights hit stop ids by chance."""
     return dataclasses.replace(config, stop_ids=())
+
+
+@pytest.fixture(autouse=True)
+def free_memory():
+    """A card of 80 GB holds one full model at a time."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")
