@@ -65,7 +65,6 @@ from host.weights import Weights, load_weights, weight_bytes
 from load_hf import open_checkpoint
 from tokenizer_util import Tokenizer
 
-
 shared_memory.install()
 
 
@@ -219,17 +218,21 @@ class MegaModel:
 
         What attention needs of shared memory, more with a float32 cache or wide heads, is taken from the ring.
         """
-        while True:
-            try:
-                for position in {0, self.trace_position or 0}:
-                    self._launch(position, n_layers=0)
-                return
-            except OutOfResources as error:
-                slots = self.tuning.ring_slots - -(-(error.required - error.limit) // max(1, self.tuning.slot_bytes))
-                if slots < LEAST_SLOTS:
-                    raise InputError(f"{self.device} has too little shared memory for this model") from None
-                window = min(self.tuning.window, slots)
-                self.tuning = dataclasses.replace(self.tuning, ring_slots=slots, window=window)
+        while missing := self._missing_shared_memory():
+            slots = self.tuning.ring_slots - -(-missing // max(1, self.tuning.slot_bytes))
+            if slots < LEAST_SLOTS:
+                raise InputError(f"{self.device} has too little shared memory for this model")
+            window = min(self.tuning.window, slots)
+            self.tuning = dataclasses.replace(self.tuning, ring_slots=slots, window=window)
+
+    def _missing_shared_memory(self) -> int:
+        """Bytes that the kernel needs beyond what there is."""
+        try:
+            for position in {0, self.trace_position or 0}:
+                self._launch(position, n_layers=0)
+        except OutOfResources as error:
+            return error.required - error.limit
+        return 0
 
     @classmethod
     def from_pretrained(
@@ -255,6 +258,8 @@ class MegaModel:
         del self.state  # before the new one needs its memory
         self.quant = quant
         self.state = self._new_state(kv_dtype)
+        self._compile()
+        self._check_barriers()
 
     def _new_state(self, kv_dtype: torch.dtype) -> State:
         barriers = 2 + len(PHASES) * self.config.n_layers

@@ -36,7 +36,7 @@ def stream_phase(w, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.con
 @triton.jit
 def plan_of(n_layers, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
-    return plan_until(0, (tl.cast(0, tl.int32),), n_layers, 1, shares)
+    return plan_until(0, (tl.cast(0, tl.int32),), tl.cast(n_layers, tl.int32), 1, shares)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])

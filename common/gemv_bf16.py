@@ -68,7 +68,7 @@ def _halves(words):
 
 @triton.jit
 def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
-    """x [K] as gemv_bf16_slot takes it, zeros beyond K: float32 [COPIES, LANES], eight for each run of 8 LANES elements.
+    """x [K] as gemv_bf16_slot takes it, zeros beyond K: eight float32 [COPIES, LANES] for each run of 8 LANES elements.
 
     COPIES times LANES threads hold, in each copy, the elements that meet the 16 bytes of a row which they read.
     """

@@ -166,7 +166,10 @@ def prefetch_qkv(w, layer, PLACE: tl.constexpr, pid, n_programs, CONFIG: tl.cons
 
 @triton.jit
 def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """qkv = W_qkv @ rmsnorm(residual) + b. Returns the stream. tile: first_qkv_tile; stream and plan: see multiply_rows."""
+    """qkv = W_qkv @ rmsnorm(residual) + b. Returns the stream.
+
+    tile: first_qkv_tile; stream and plan: see multiply_rows.
+    """
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
@@ -407,7 +410,10 @@ def first_o_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.con
 
 @triton.jit
 def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """x = residual + W_o @ attention + b. Returns the stream. tile: first_o_tile; stream and plan: see multiply_rows."""
+    """x = residual + W_o @ attention + b. Returns the stream.
+
+    tile: first_o_tile; stream and plan: see multiply_rows.
+    """
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
@@ -581,7 +587,7 @@ def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.const
 
 @triton.jit
 def multiply_experts(stream, plan, w, vector, n, pid, n_programs, K: tl.constexpr, CONFIG: tl.constexpr, TUNING):
-    """(rows [TUNING.expert_batch, 16] of the next n units of the stream, tiles of experts' matrices, times x; the stream)."""
+    """(rows [TUNING.expert_batch, 16] of the stream's next n units, experts' tiles, times a vector; the stream)."""
     ARCH: tl.constexpr = TUNING.arch
     BATCH: tl.constexpr = TUNING.expert_batch
     WARPS: tl.constexpr = TUNING.num_warps
@@ -646,7 +652,7 @@ def gate_up_phase(
     mine = tl.cdiv(ITEMS - pid, n_programs)
     if TUNING.fragments:
         mine = shares.gate_up
-    for turn in range(0, tl.cdiv(mine, BATCH)):
+    for turn in range(tl.cdiv(mine, BATCH)):
         first = gate_up_item(turn * BATCH, pid, n_programs, RUN)
         item = gate_up_item(turn * BATCH + number, pid, n_programs, RUN)
         slot = item // N_TILES
@@ -690,7 +696,10 @@ def down_phase(
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the stream. plan: of gate_up_phase."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the stream.
+
+    plan: that of gate_up_phase, with the experts.
+    """
     ROWS: tl.constexpr = CONFIG.hidden_size
     K: tl.constexpr = CONFIG.intermediate_size
     M: tl.constexpr = TUNING.down_m

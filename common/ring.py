@@ -46,9 +46,11 @@ COPY = tl.constexpr("""{
     createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
     add.u32 place, $4, $6;
     @first mbarrier.arrive.expect_tx.shared.b64 _, [$1], place;
-    @first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$2], [$3], $4, [$1], policy;
+    @first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
+        [$2], [$3], $4, [$1], policy;
     add.u32 place, $2, $4;
-    @more cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [place], [$5], $6, [$1], policy;
+    @more cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
+        [place], [$5], $6, [$1], policy;
     mov.u32 $0, 0;
 }""")
 
@@ -130,7 +132,10 @@ def wait_for_slot(slots, n, PLACE: tl.constexpr, SLOTS: tl.constexpr, SLOT_BYTES
 
 @triton.jit
 def load_words(address, mask, MASKED: tl.constexpr, ARCH: tl.constexpr):
-    """The four int32 words at each of `address` (bytes, a multiple of 16), which is in a slot; zeros where not `mask`."""
+    """The four int32 words at each of `address` in a slot, a multiple of 16.
+
+    Zeros where not `mask`, but on NVIDIA only if MASKED.
+    """
     if ARCH == "cuda":
         if MASKED:
             return tl.inline_asm_elementwise(

@@ -233,7 +233,8 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
 @triton.jit
 def dense_tile(w_ptr, layer, tile, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
     """(address, bytes) of a tile of a layer's bfloat16 matrix [ROWS, K]: M rows or what is left."""
-    return w_ptr.to(tl.int64) + tl.cast(layer * ROWS + tile * M, tl.int64) * (2 * K), tl.minimum(ROWS - tile * M, M) * (2 * K)
+    row = tl.cast(layer * ROWS + tile * M, tl.int64)
+    return w_ptr.to(tl.int64) + row * (2 * K), tl.minimum(ROWS - tile * M, M) * (2 * K)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ from host.config import MXFP4_GROUP, ModelConfig
 from host.errors import InputError
 from host.fragments import expert_slot_bytes
 
-
 LEAST_SLOTS = 2  # of a ring: one is read while another is filled
 
 
@@ -251,11 +250,11 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         prefetch_qkv=0,
         dense_lanes=128,
         dense_batch=1,
-    expert_batch=1,
-    ring_slots=0,
-    slot_bytes=0,
-    window=0,
-    spin_limit=1 << 14,
+        expert_batch=1,
+        ring_slots=0,
+        slot_bytes=0,
+        window=0,
+        spin_limit=1 << 14,
     )
 
 

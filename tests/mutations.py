@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from host.config import MXFP4_GROUP, ModelConfig, YarnConfig, expected_tensors
+from host.launch import Tuning, tuning_for, with_small_tiles
 from reference import combine_experts, rms_norm
 
 E2M1_RMS = 2.93  # of the sixteen E2M1 values
@@ -77,6 +78,31 @@ ODD_SIZES = {
     "window 1": dict(sliding_window=1),
     "no YaRN stretch": dict(yarn=YarnConfig(theta=10000.0, factor=1.0)),
 }
+
+
+def small_tiles(config: ModelConfig, **changes) -> Tuning:
+    """Of the CPU, but every phase of a small model has several tiles."""
+    return dataclasses.replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), **changes)
+
+
+def ring_tiles(config: ModelConfig, **changes) -> Tuning:
+    """The same, streamed through a ring, experts as fragments of tensor core operands for two warps: as on sm_90."""
+    streamed = dict(
+        fragments=True,
+        gate_up_m=16,
+        down_m=16,
+        num_warps=2,
+        qkv_m=16,
+        o_m=4,
+        head_m=16,
+        dense_lanes=32,
+        dense_batch=4,
+        expert_batch=4,
+        ring_slots=3,
+        slot_bytes=1 << 15,
+        window=2,
+    )
+    return small_tiles(config, **(streamed | changes))
 
 
 def random_token_ids(n: int, config: ModelConfig, seed: int = 5) -> list[int]:

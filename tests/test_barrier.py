@@ -2,14 +2,13 @@
 
 import contextlib
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from mutations import loud_checkpoint, random_token_ids, small_config
+from mutations import loud_checkpoint, ring_tiles, small_config, small_tiles
 
 import common
 import common.barrier
@@ -17,7 +16,7 @@ import gpt_oss_megakernel
 from gpt_oss_megakernel import PHASES, MegaModel, barrier_name
 from host.cpu_interpreter import simulate
 from host.errors import MegakernelAborted
-from host.launch import tuning_for, with_small_tiles
+from host.random_cache import fill_cache
 
 SPINS = 10_000
 SEEDS = range(4)
@@ -307,26 +306,26 @@ def test_the_last_to_arrive_needs_its_ordering(tmp_path, monkeypatch):
 POSITION = 40  # beyond the window of 20, and far enough for several splits of the full-attention layer
 
 
+# With and without --quant. Weights of the next phase are asked for, or loaded, between a barrier's halves.
 KINDS = {
-    "default": (False, {}),
-    "quant": (True, {}),
-    # Tiles are loaded between a barrier's halves; who reads activations quantizes them.
-    "fragments, loaded ahead": (True, dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, prefetch=True)),
+    "loaded ahead": (False, small_tiles, dict(prefetch=True)),
+    "quant": (True, small_tiles, {}),
+    "ring, quant": (True, ring_tiles, {}),
 }
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
 def model_with_cache(request):
-    """Two layers, several tiles a phase, with POSITION tokens in the cache.
+    """Two layers, several tiles a phase, with POSITION positions in the cache.
 
     Five programs: of four, each would have one expert to itself, and need no barrier between gate-up and down.
     """
-    quant, changes = request.param
+    quant, tiles, changes = request.param
     config = small_config(n_layers=2, layer_is_sliding=(True, False))
-    tuning = replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), **changes)
-    model = MegaModel(loud_checkpoint(config), quant, max_context=POSITION + 1, num_programs=5, tuning=tuning)
-    for position, token in enumerate(random_token_ids(POSITION, config)):
-        model.hidden(token, position, config.n_layers)
+    model = MegaModel(
+        loud_checkpoint(config), quant, max_context=POSITION + 1, num_programs=5, tuning=tiles(config, **changes)
+    )
+    fill_cache(model.state.k_cache, model.state.v_cache, POSITION, seed=1)
     return model
 
 

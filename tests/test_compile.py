@@ -10,7 +10,7 @@ import pytest
 from mutations import small_config
 
 from host.config import GPT_OSS_120B
-from host.launch import GFX950, programs_on
+from host.launch import GFX950, SM_90, programs_on
 from tools.compile_report import Program
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +18,7 @@ GRID_BARRIERS = 8  # embedding, six phases, LM head; the layer loop stands once 
 ARRIVALS = GRID_BARRIERS + 2  # a split of attention, the last program to leave
 WAITS = GRID_BARRIERS + 1  # for the splits of attention
 CASES = [("gfx950", "default"), ("gfx950", "quant"), ("sm_90", "default"), ("sm_90", "quant")]
-AMD_CASES = CASES[:2]
+AMD_CASES, NVIDIA_CASES = CASES[:2], CASES[2:]
 CUS, XCDS = 256, 8  # of an MI355X
 
 
@@ -120,9 +120,23 @@ def test_the_parameters_known_to_suit_gfx950():
     assert {GFX950.dense_k, GFX950.gate_up_k, GFX950.down_k} == {1024}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_weights_load_16_bytes_at_a_time(case, reports):
+@pytest.mark.parametrize("case", AMD_CASES)
+def test_weights_load_16_bytes_at_a_time_on_gfx950(case, reports):
     assert reports[case]["loads_16_bytes"] >= 40
+
+
+@pytest.mark.parametrize("case", NVIDIA_CASES)
+def test_weights_stream_through_shared_memory_on_sm_90(case, reports):
+    """The copy engine brings them, threads read 16 bytes of a slot at a time; only the router's rows are loaded."""
+    figures, config, threads = reports[case], GPT_OSS_120B, 32 * SM_90.num_warps
+    assert figures["bulk_copies"] > 0
+    dense = [(SM_90.qkv_m, config.hidden_size), (SM_90.o_m, config.q_size), (SM_90.head_m, config.hidden_size)]
+    experts = [(16, config.hidden_size), (16, config.intermediate_size)]
+    a_tile_each = sum(-(-rows * k // (8 * threads)) for rows, k in dense)  # 8 weights in 16 bytes
+    a_tile_each += sum(-(-rows * k // (32 * threads)) for rows, k in experts)
+    assert figures["shared_loads_16_bytes"] >= a_tile_each
+    router = -(-config.hidden_size // SM_90.dense_k) * SM_90.dense_k // (8 * threads)
+    assert figures["weight_loads"] == {"128": 2 * router}  # a program's first row and, with few programs, later ones
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,17 +151,34 @@ def test_every_arrival_is_ordered_and_every_wait_is_one(case, reports):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_programs_fit(case, reports):
-    """Registers and shared memory of the programs that must be resident together: one a CU, two an SM."""
+    """Registers and shared memory of the programs that must be resident together: one a CU, one an SM."""
     figures = reports[case]
     if case[0] == "gfx950":  # eight waves on four SIMDs of 512 registers; 160 KB of shared memory
         assert figures["registers"] <= 256
         assert figures["shared_bytes"] <= 160 << 10
-    else:  # two programs of four warps on 65536 registers; 227 KB
+    else:  # eight warps on 65536 registers; 227 KB
         assert figures["registers"] <= 255
-        assert 2 * figures["shared_bytes"] <= 227 << 10
-        # What the stack holds is between phases: a loop over tiles or keys has hundreds of instructions.
-        assert figures["stack_bytes"] <= 128
-        assert figures["spills_in_a_loop"] <= 3
+        assert figures["shared_bytes"] <= 227 << 10
+        assert figures["stack_bytes"] <= 64
+        assert figures["spills_in_a_loop"] == 0
+
+
+def test_a_ring_stands_beside_a_float32_cache_on_sm_90():
+    """Attention takes more shared memory then; MegaModel shortens the ring, here by two of its eight slots."""
+    script = (
+        "from dataclasses import replace\n"
+        "import torch\n"
+        "from tools.compile_report import SM_90, compile_megakernel\n"
+        "tuning = replace(SM_90, ring_slots=SM_90.ring_slots - 2)\n"
+        "kernel = compile_megakernel('sm_90', False, tuning=tuning, kv_dtype=torch.float32)\n"
+        "print(kernel.metadata.shared, tuning.window, tuning.ring_slots)\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=600)
+    shared, window, slots = map(int, done.stdout.split())
+    assert shared <= 227 << 10
+    assert window <= slots
 
 
 def test_other_sizes_compile():

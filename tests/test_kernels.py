@@ -3,21 +3,19 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from mutations import ODD_SIZES, loud_checkpoint, random_token_ids, small_config
+from mutations import ODD_SIZES, loud_checkpoint, random_token_ids, ring_tiles, small_config, small_tiles
 from small_model import small_checkpoint, write_model
 
 import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host import limits
-from host.config import ModelConfig
 from host.cpu_interpreter import simulate
 from host.errors import InputError
-from host.launch import Tuning, tuning_for, with_small_tiles
+from host.launch import tuning_for
 from host.phases import PHASES, phases_of_token
 from host.random_cache import fill_cache
 from host.state import State
@@ -26,10 +24,8 @@ from kernels import PhasedModel
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 CONTEXT = 40  # beyond the window of 20; the full layer has three splits of 16 positions at its end
-
-
-def small_tiles(config: ModelConfig) -> Tuning:
-    return replace(with_small_tiles(tuning_for(CPU, config)), split_t=16, max_splits=3)
+SPLITS = dict(split_t=16, max_splits=3)
+SMALL_TILES = {"small": small_tiles, "ring": ring_tiles}
 
 
 @pytest.fixture(scope="module")
@@ -63,32 +59,34 @@ def assert_same_bits(mega: MegaModel, others: list[PhasedModel], token_ids: list
                 assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("tiles", ["device", "small"])
+@pytest.mark.parametrize("tiles", ["device", *SMALL_TILES])
 def test_same_bits_as_the_megakernel(checkpoint, quant, tiles):
     config = checkpoint.config
-    tuning = small_tiles(config) if tiles == "small" else tuning_for(CPU, config)
+    tuning = tuning_for(CPU, config) if tiles == "device" else SMALL_TILES[tiles](config, **SPLITS)
     mega = MegaModel(checkpoint, quant, CONTEXT, tuning=tuning)
     options = {"max_context": CONTEXT, "tuning": tuning, "weights": mega.weights}
     assert_same_bits(
         mega,
         [PhasedModel(checkpoint, quant, num_programs=num_programs, **options) for num_programs in (1, 3)],
-        random_token_ids(8, config),
-        CONTEXT - 8,
+        random_token_ids(4, config),
+        CONTEXT - 4,
     )
 
 
+@pytest.mark.parametrize("tiles", SMALL_TILES)
 @pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
-def test_odd_sizes(changes, quant):
+def test_odd_sizes(changes, quant, tiles):
     config = small_config(**{"n_layers": 2, "layer_is_sliding": (True, False), **changes})
-    checkpoint, tuning = loud_checkpoint(config), small_tiles(config)
-    mega = MegaModel(checkpoint, quant, 3, tuning=tuning)
-    phased = PhasedModel(checkpoint, quant, 3, tuning=tuning, num_programs=3, weights=mega.weights)
-    assert_same_bits(mega, [phased], random_token_ids(3, config))
+    checkpoint, tuning = loud_checkpoint(config), SMALL_TILES[tiles](config, **SPLITS)
+    mega = MegaModel(checkpoint, quant, 2, tuning=tuning)
+    phased = PhasedModel(checkpoint, quant, 2, tuning=tuning, num_programs=3, weights=mega.weights)
+    assert_same_bits(mega, [phased], random_token_ids(2, config))
 
 
-def test_the_order_of_programs_changes_no_bit_and_none_race(checkpoint, quant):
+@pytest.mark.parametrize("tiles", SMALL_TILES)
+def test_the_order_of_programs_changes_no_bit_and_none_race(checkpoint, quant, tiles):
     """Within a launch no program may read what another writes."""
-    tuning = small_tiles(checkpoint.config)
+    tuning = SMALL_TILES[tiles](checkpoint.config, **SPLITS)
     phased = PhasedModel(checkpoint, quant, CONTEXT, tuning=tuning, num_programs=5)
     fill_cache(phased.state.k_cache, phased.state.v_cache, CONTEXT - 1, seed=1)
     runs = []
@@ -210,8 +208,8 @@ for gpu, tuning in TARGETS.values():
     shapes = weight_shapes(config, tuning)
     weights = Weights(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes))
     for quant in (False, True):
-        state = new_state(config, tuning, quant, 4096, 264, "meta")
-        constants = {"CONFIG": config, "TUNING": tuning, "QUANT": quant, "BLOCK_P": 512}
+        state = new_state(config, tuning, quant, 4096, 240, "meta")
+        constants = {"CONFIG": config, "TUNING": tuning, "QUANT": quant, "BLOCK_P": 256}
         pointers = [type(group)(*(TRITON_TYPES[t.dtype] for t in group)) for group in (weights, state)]
         aligned = [["tt.divisibility", 16]]
         for name, kernel in vars(kernels).items():

@@ -11,15 +11,20 @@ from mutations import (
     MemoryCheckpoint,
     loud_checkpoint,
     random_token_ids,
+    ring_tiles,
     small_config,
+    small_tiles,
 )
+from triton.runtime.errors import OutOfResources
 
 import reference
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import RandomCheckpoint
 from host.config import ModelConfig, expected_tensors
 from host.cpu_interpreter import simulate
-from host.launch import tuning_for, with_small_tiles
+from host.errors import InputError
+from host.launch import LEAST_SLOTS, tuning_for
+from host.random_cache import fill_cache
 from reference import Reference
 
 CPU = torch.device("cpu")
@@ -32,16 +37,6 @@ TOLERANCE = 1e-3
 WORST_TOLERANCE = 0.4
 CLEAR_MARGIN = 10 * TOLERANCE
 F32 = torch.float32
-
-
-def small_tiles(config: ModelConfig, **changes):
-    return replace(with_small_tiles(tuning_for(CPU, config)), **changes)
-
-
-def fragment_tiles(config: ModelConfig, **changes):
-    """Experts as tensor core fragments, their columns dealt to two warps, and dense tiles loaded ahead: as on sm_90."""
-    experts = dict(fragments=True, gate_up_m=16, down_m=16, num_warps=2, ring_slots=3, slot_bytes=1 << 20)
-    return small_tiles(config, **(experts | changes))
 
 
 def kernel_logits(
@@ -139,14 +134,18 @@ def dequantized(elements: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return elements.float() * torch.exp2(scales.float() - 127).repeat_interleave(32, dim=-1)
 
 
-@pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
-def test_each_phase_of_each_layer(checkpoint, token_ids, quant, fragments):
+@pytest.mark.parametrize("tiles", ["rows", "loaded ahead", "ring"])
+def test_each_phase_of_each_layer(checkpoint, token_ids, quant, tiles):
     """Every buffer that a phase leaves, for a token beyond the window."""
     config, position = checkpoint.config, 40
     trace = {}
     truth = Reference(checkpoint, quant, F32, max_context=TOKENS)
     truth.forward(token_ids[: position + 1], trace=trace)
-    tuning = (fragment_tiles if fragments else small_tiles)(config)
+    tuning = {
+        "rows": small_tiles(config),
+        "loaded ahead": small_tiles(config, prefetch=True),  # as on gfx950
+        "ring": ring_tiles(config),
+    }[tiles]
     model = MegaModel(checkpoint, quant, max_context=TOKENS, tuning=tuning, num_programs=3, kv_dtype=F32)
     copy_cache(truth, model)
     for layer in range(config.n_layers):
@@ -154,14 +153,15 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant, fragments):
         expected = {
             name.split(".")[2]: value[position] for name, value in trace.items() if name.startswith(f"layers.{layer}.")
         }
-        act = model.state.expert_act
-        if quant and not fragments:
-            act = dequantized(act, model.state.expert_act_scale)
+        if quant:
             expected["expert_act"] = reference.quantize_mxfp8(expected["expert_act"])
-        elif fragments and not quant:
+        act = model.state.expert_act
+        if tuning.fragments:
             value, rest = act.float().view(config.experts_per_token, -1, 4, 2, 4, 8).unbind(3)
             act = (value + rest / 2048) / 2.0**9  # no activation is larger than 7 * 8, so 2^9 brings it below 2^15
             act = act.transpose(2, 3).flatten(1)[:, : config.intermediate_size]
+        elif quant:
+            act = dequantized(act, model.state.expert_act_scale)
         found = {
             "qkv": model.state.qkv,
             "attention": model.state.attention,
@@ -175,24 +175,71 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant, fragments):
             assert error < (1e-2 if quant else 2e-5), f"layer {layer}, {name}"
 
 
-@pytest.mark.parametrize("num_warps", [1, 2, 4])
-def test_fragments(checkpoint, token_ids, quant, num_warps):
-    few = token_ids[:32]
-    reference = Reference(checkpoint, quant, F32, max_context=32)
-    expected = reference.forward(few)
-    tuning = fragment_tiles(checkpoint.config, num_warps=num_warps)
-    model = MegaModel(checkpoint, quant, max_context=32, num_programs=3, tuning=tuning, kv_dtype=F32)
-    assert_same_logits(kernel_logits(model, few, cache=reference), expected, quant)
+@pytest.mark.parametrize("num_warps, dense_lanes", [(1, 32), (2, 32), (4, 64)])
+def test_ring(checkpoint, token_ids, quant, num_warps, dense_lanes):
+    """From within the window of 20 to beyond it. A warp has all of a row of a dense tile, or two share it."""
+    reference = Reference(checkpoint, quant, F32, max_context=24)
+    expected = reference.forward(token_ids[:24])[16:]
+    tuning = ring_tiles(checkpoint.config, num_warps=num_warps, dense_lanes=dense_lanes)
+    model = MegaModel(checkpoint, quant, max_context=24, num_programs=3, tuning=tuning, kv_dtype=F32)
+    assert_same_logits(kernel_logits(model, token_ids[16:24], 16, cache=reference), expected, quant)
+
+
+@pytest.fixture
+def make_model(checkpoint, monkeypatch):
+    """A function that makes a model with no room, by one byte, for a ring of more than so many slots.
+
+    It also returns the slots of each launch.
+    """
+
+    def make(most_slots: int, **changes):
+        launch, attempts = MegaModel._launch, []
+
+        def launch_if_it_fits(model, *args, **options):
+            slots, slot_bytes = model.tuning.ring_slots, model.tuning.slot_bytes
+            attempts.append(slots)
+            assert len(attempts) < 9, "as if it tried for ever"
+            if slots > most_slots:
+                beside = 16384
+                raise OutOfResources(beside + slots * slot_bytes, beside + (most_slots + 1) * slot_bytes - 1, "shared")
+            launch(model, *args, **options)
+
+        monkeypatch.setattr(MegaModel, "_launch", launch_if_it_fits)
+        tuning = ring_tiles(checkpoint.config, **changes)
+        return MegaModel(checkpoint, max_context=8, tuning=tuning, kv_dtype=F32), attempts
+
+    return make
+
+
+@pytest.mark.parametrize("most_slots", [LEAST_SLOTS, 3])
+def test_a_ring_that_does_not_fit_gets_shorter(most_slots, make_model, checkpoint, token_ids):
+    """What stands beside it in shared memory is known only when the kernel is compiled."""
+    model, attempts = make_model(most_slots, ring_slots=6, window=4)
+    assert attempts == [6, most_slots]
+    assert (model.tuning.ring_slots, model.tuning.window) == (most_slots, most_slots)
+    expected = Reference(checkpoint, kv_dtype=F32, max_context=8).forward(token_ids[:2])
+    assert_same_logits(kernel_logits(model, token_ids[:2]), expected, quant=False)
+
+
+def test_a_window_shorter_than_the_ring_stays(make_model):
+    model, _ = make_model(most_slots=3, ring_slots=5, window=2)
+    assert (model.tuning.ring_slots, model.tuning.window) == (3, 2)
+
+
+@pytest.mark.parametrize("ring_slots, most_slots", [(0, -1), (LEAST_SLOTS, LEAST_SLOTS - 1), (5, LEAST_SLOTS - 1)])
+def test_too_little_shared_memory_for_any_ring(make_model, ring_slots, most_slots):
+    with pytest.raises(InputError, match="cpu has too little shared memory for this model"):
+        make_model(most_slots, ring_slots=ring_slots)
 
 
 @pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
-def test_fragments_of_odd_sizes(changes, quant):
+def test_ring_at_odd_sizes(changes, quant):
     config = small_config(**{"n_layers": 2, "layer_is_sliding": (True, False), **changes})
     checkpoint = loud_checkpoint(config)
     token_ids = random_token_ids(5, config)
     reference = Reference(checkpoint, quant, F32, max_context=5)
     expected = reference.forward(token_ids)
-    model = MegaModel(checkpoint, quant, 5, num_programs=2, tuning=fragment_tiles(config), kv_dtype=F32)
+    model = MegaModel(checkpoint, quant, 5, num_programs=2, tuning=ring_tiles(config), kv_dtype=F32)
     assert_same_logits(kernel_logits(model, token_ids, cache=reference), expected, quant)
 
 
@@ -205,21 +252,23 @@ def test_quantized_experts_compute_the_same_numbers_both_ways(checkpoint, token_
     assert_same_logits(kernel_logits(model, token_ids[:24], cache=reference), expected, quant=True)
 
 
-@pytest.mark.parametrize("tiles", ["device", "small", "fragments"])
+@pytest.mark.parametrize("tiles", ["device", "small", "ring"])
 def test_the_number_of_programs_does_not_change_a_bit(checkpoint, token_ids, quant, tiles):
     """Window 20, steps of 16 positions, splits of 32 or more, at most 4 of them: 45 tokens cross all of these."""
     config = checkpoint.config
     tuning = {
         "device": tuning_for(CPU, config),
         "small": small_tiles(config, split_t=16, max_splits=3),
-        "fragments": fragment_tiles(config, split_t=16, max_splits=3),
+        "ring": ring_tiles(config, split_t=16, max_splits=3),
     }[tiles]
+    first = 41 if tiles == "ring" else 0  # which is slow
     runs = []
-    for num_programs, seed in ((1, 0), (3, 1), (8, 2))[: 2 if tuning.fragments else 3]:
+    for num_programs, seed in ((1, 0), (3, 1), (9, 2)):
         model = MegaModel(checkpoint, quant, max_context=45, num_programs=num_programs, tuning=tuning)
+        fill_cache(model.state.k_cache, model.state.v_cache, first, seed=1)
         with simulate(seed=seed):
-            prompt, last = token_ids[:44], token_ids[44]
-            for position, token in enumerate(prompt):
+            prompt, last = token_ids[first:44], token_ids[44]
+            for position, token in enumerate(prompt, first):
                 model.hidden(token, position, config.n_layers)
             logits = model.logits(last, 44)
             assert model.step(last, 44) == int(logits.argmax())
@@ -261,7 +310,7 @@ def test_odd_sizes(changes, quant):
     token_ids = random_token_ids(9, config)
     reference = Reference(checkpoint, quant, F32, max_context=9)
     expected = reference.forward(token_ids)
-    for tuning, num_programs in ((tuning_for(CPU, config), 1), (small_tiles(config), 2)):
+    for tuning, num_programs in ((tuning_for(CPU, config), 1), (small_tiles(config, prefetch=True), 2)):
         model = MegaModel(checkpoint, quant, 9, num_programs=num_programs, tuning=tuning, kv_dtype=F32)
         assert_same_logits(kernel_logits(model, token_ids, cache=reference), expected, quant)
 

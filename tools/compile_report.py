@@ -53,7 +53,13 @@ WEIGHTS = re.compile(r"tl\.load\((?:w_ptr|blocks_ptr|bytes_ptr) ")
 SCALES = re.compile(r"tl\.load\(scales?_ptr \+ rows")
 
 
-def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_120B, tuning: Tuning | None = None):
+def compile_megakernel(
+    target: str,
+    quant: bool,
+    config: ModelConfig = GPT_OSS_120B,
+    tuning: Tuning | None = None,
+    kv_dtype: torch.dtype = torch.bfloat16,
+):
     """Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     gpu, default_tuning = TARGETS[target]
     tuning = tuning or (fit_ring(default_tuning, config) if default_tuning.ring_slots else default_tuning)
@@ -61,7 +67,7 @@ def compile_megakernel(target: str, quant: bool, config: ModelConfig = GPT_OSS_1
     weights = Weights(
         *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning))
     )
-    state = new_state(config, tuning, quant, 4096, n_programs, "meta")
+    state = new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
     names = mega.megakernel.arg_names
     constants = {
         "CONFIG": config,
@@ -238,21 +244,26 @@ def amd_drained(program: "Program", arrival: int) -> bool:
 
 
 def nvidia_report(kernel) -> dict:
-    """Registers, stack, load widths and barriers, from sm_90 machine code."""
+    """Registers, stack, copies, load widths and barriers, from sm_90 machine code."""
     sass = cuobjdump(kernel, "--dump-sass")
     usage = cuobjdump(kernel, "--dump-resource-usage")
     program = Program.from_sass(sass)
     arrivals = program.find(r"MEMBAR\.ALL\.GPU", r"ERRBAR", r"CGAERRBAR", r"(?:REDG|ATOMG)\.E\.ADD\.STRONG\.GPU")
     polls = [i for i in program.find(r"LDG\.E\.STRONG\.GPU") if program.within(i, 2, r"CCTL\.IVALL")]  # acquiring ones
     spills = program.find(r"\b(?:LDL|STL)")
-    loops = program.innermost_loops()
+    # Those over tiles, batches of them, and keys; not the one over layers, which has barriers in it.
+    loops = [loop for loop in program.loops() if not program.within(loop.start, len(loop) - 1, "MEMBAR")]
+    evict_first = [program.instructions[i] for i in program.find(r"LDG\.E\.EF")]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": len(spills),  # to the stack and back
         "spills_in_a_loop": max(sum(i in loop for i in spills) for loop in loops),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "shared_bytes": kernel.metadata.shared,
+        "bulk_copies": len(program.find(r"UBLKCP")),
         "loads_16_bytes": len(program.find(r"LDG\.E(?:\.\w+)*\.128")),
+        "shared_loads_16_bytes": len(program.find(r"LDS\.128")),
+        "weight_loads": dict(Counter(re.search(r"LDG\.E\.EF\.?(\w*)", code).group(1) for code in evict_first)),
         "arrivals": len(arrivals),
         "acquires": len(program.find(r"CCTL\.IVALL")),
         "polls_in_loops": sum(program.repeats(i, r"MEMBAR") for i in polls),
@@ -323,10 +334,9 @@ class Program:
         """The nearest earlier match, -1 if there is none."""
         return next((k for k in range(i - 1, -1, -1) if re.search(pattern, self.instructions[k])), -1)
 
-    def innermost_loops(self) -> list[range]:
+    def loops(self) -> list[range]:
         """Of instructions that stand together, as machine code has loops."""
-        loops = [range(start, end + 1) for end, start in self._targets.items() if start <= end]
-        return [loop for loop in loops if not any(other != loop and other.start in loop for other in loops)]
+        return [range(start, end + 1) for end, start in self._targets.items() if start <= end]
 
     def repeats(self, i: int, without: str) -> bool:
         """Whether instruction i can run again with none that matches `without` in between."""
