@@ -139,7 +139,7 @@ def load_fragment_vector(x_ptr, scale, K: tl.constexpr, WARPS: tl.constexpr):
         mask = (column // 2 == own) & ((quad * QUAD + own) * GROUP < K)
         words = ()
         for i in tl.static_range(4):
-            words = words + by_lane(tl.load(x_ptr + at + 32 * i, mask=mask, other=0), LANES)
+            words = words + by_lane(tl.load(x_ptr + at + 32 * i, mask=mask, other=0))
         steps = steps + ((words, scales),)
     return steps
 

@@ -12,6 +12,7 @@ laid out so that it holds the elements that they meet.
 import triton
 import triton.language as tl
 
+from common.lanes import by_lane
 from common.ring import load_words
 
 
@@ -77,11 +78,7 @@ def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.con
     for k0 in tl.static_range(0, K, 8 * LANES):
         for half in tl.static_range(2):
             k = k0 + i // 4 * 8 + 4 * half + i % 4
-            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-            even, odd = tl.split(tl.reshape(x, (COPIES, LANES, 2, 2)))
-            a, c = tl.split(even)
-            b, d = tl.split(odd)
-            blocks = blocks + (a, b, c, d)
+            blocks = blocks + by_lane(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32))
     return blocks
 
 
