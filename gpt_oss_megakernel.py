@@ -5,7 +5,7 @@ each other:
 
     embedding | per layer: QKV | attention | O projection | router | gate-up | down | then: LM head | argmax
 
-`megakernel` below is that walk; common/phases.py has its phases, in order. `MegaModel` holds the weights and the state
+`megakernel` below is that walk; common/phases.py lists its phases. `MegaModel` holds the weights and the state
 and launches it; `main` is the command line.
 """
 

@@ -24,10 +24,10 @@ from common import (
     ARRIVALS,
     attend_cache,
     attend_cache_by_head,
+    attention_phase,
     keep_state_if,
     load_cache_block,
     merge_splits,
-    phases,
     start_state,
 )
 from host.cpu_interpreter import simulate
@@ -573,7 +573,7 @@ def test_one_split_counts_nothing_and_waits_for_none():
 @pytest.mark.parametrize("name", ["count_arrival", "wait_for"])
 def test_merging_needs_its_order(name, monkeypatch):
     case = SplitCase(split_t=16, max_splits=5, spin_limit=100)
-    monkeypatch.setattr(phases, name, lambda *args: None)
+    monkeypatch.setattr(attention_phase, name, lambda *args: None)
     races = []
     for seed in range(3):
         with simulate(seed=seed, detect_races=True, deadlock_limit=None) as simulation:
@@ -642,7 +642,7 @@ def test_a_program_that_leaves_its_splits_out_is_reported(split_model, deserter,
     fill(model)
     expected = model.step(5, 40)
     fill(model)
-    arrive = phases.count_arrival
+    arrive = attention_phase.count_arrival
     counted = []
 
     def arrive_unless_it_deserts(*args):
@@ -651,7 +651,7 @@ def test_a_program_that_leaves_its_splits_out_is_reported(split_model, deserter,
         if pid != deserter or counted.count(pid) <= layer * UNITS_OF[deserter]:
             arrive(*args)
 
-    monkeypatch.setattr(phases, "count_arrival", arrive_unless_it_deserts)
+    monkeypatch.setattr(attention_phase, "count_arrival", arrive_unless_it_deserts)
     with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted, match=f"the attention phase of layer {layer}"):
         model.step(5, 40)
     monkeypatch.undo()

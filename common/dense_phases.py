@@ -1,0 +1,248 @@
+"""Embedding, QKV, O projection, LM head and the choice of the token. Arguments: see common/phases.py."""
+
+import triton
+import triton.language as tl
+
+from common.arch import opaque_zero
+from common.argmax import keep_larger, reduce_argmax
+from common.barrier import ABORT
+from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_lane_vector, load_vector
+from common.prefetch import prefetch_l2
+from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
+from common.stream import release, share, take
+
+
+@triton.jit
+def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The residual stream = the token's embedding."""
+    H: tl.constexpr = CONFIG.hidden_size
+    if pid == 0:
+        h = tl.arange(0, BLOCK_H)
+        row = tl.load(w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
+        tl.store(s.x + h, row.to(tl.float32), mask=h < H)
+        for slot in range(CONFIG.experts_per_token):
+            tl.store(s.expert_out + slot * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
+
+
+@triton.jit
+def load_dense_vector(x_ptr, K: tl.constexpr, TUNING: tl.constexpr, zero):
+    """x [K] as blocks, in the order of the tiles of dense matrices."""
+    if TUNING.ring_slots > 0:
+        return load_lane_vector(x_ptr, K, TUNING.dense_lanes, 32 * TUNING.num_warps // TUNING.dense_lanes)
+    else:
+        return load_vector(x_ptr, K, TUNING.dense_k, zero)
+
+
+@triton.jit
+def load_residual(s, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
+    """x plus what the experts left, as blocks."""
+    H: tl.constexpr = CONFIG.hidden_size
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    x = load_dense_vector(s.x, H, TUNING, zero)
+    for slot in tl.static_range(TOP_K):
+        x = add_blocks(x, load_dense_vector(s.expert_out + slot * H, H, TUNING, zero))
+    return x
+
+
+@triton.jit
+def first_dense_rows(w_ptr, row0, end_row, K: tl.constexpr, M: tl.constexpr, TUNING: tl.constexpr):
+    """What a dense phase's multiply_rows begins with, to be loaded before the phase may begin; () but for prefetch."""
+    ARCH: tl.constexpr = TUNING.arch
+    if TUNING.prefetch:
+        return load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, opaque_zero(ARCH))
+    else:
+        return ()
+
+
+@triton.jit
+def multiply_rows(
+    tile,
+    stream,
+    plan,
+    x,
+    w,
+    w_ptr,
+    row0,
+    end_row,
+    pid,
+    n_programs,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+):
+    """(rows row0 .. row0 + TUNING.dense_batch * M of a bfloat16 matrix times x, what follows `tile`, the stream).
+
+    Streamed, the rows are the next units of the stream; with prefetch they are `tile`; else they are loaded.
+    """
+    ARCH: tl.constexpr = TUNING.arch
+    if TUNING.ring_slots > 0:
+        BATCH: tl.constexpr = TUNING.dense_batch
+        COPIES: tl.constexpr = x[0].shape[0]
+        number = tl.arange(0, BATCH)[:, None, None, None]
+        sums = tl.zeros([BATCH, M // COPIES, COPIES, x[0].shape[1]], tl.float32)
+        for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
+            pieces, stream = take(stream, 0, TUNING)
+            mine = gemv_bf16_slot(pieces[0], x, end_row - row0 - n * M, K, M, ARCH)
+            sums = tl.where(number == n, mine[None, :, :, :], sums)
+            stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
+        return tl.reshape(tl.sum(sums, axis=3), (BATCH * M,)), tile, stream
+    else:
+        zero = opaque_zero(ARCH)
+        if TUNING.prefetch:
+            rows = tile
+            tile = load_bf16_rows(w_ptr, row0 + M, end_row, K, M, TUNING.dense_k, zero)
+        else:
+            rows = load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, zero)
+        return gemv_bf16(rows, x), tile, stream
+
+
+@triton.jit
+def row_share(pid, n_programs, ROWS: tl.constexpr, M: tl.constexpr):
+    """(first, end) of the rows of a dense matrix that a program takes, whole tiles of M but for the last of all."""
+    first, end = share(tl.cdiv(ROWS, M), pid, n_programs)
+    return first * M, tl.minimum(end * M, ROWS)
+
+
+@triton.jit
+def qkv_matrix(w, layer, CONFIG: tl.constexpr):
+    return w.qkv + layer * CONFIG.qkv_size * (CONFIG.hidden_size // 2)
+
+
+@triton.jit
+def first_qkv_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """What qkv_phase begins with."""
+    M: tl.constexpr = TUNING.qkv_m
+    first, end = row_share(pid, n_programs, CONFIG.qkv_size, M)
+    return first_dense_rows(qkv_matrix(w, layer, CONFIG), first, end, CONFIG.hidden_size, M, TUNING)
+
+
+@triton.jit
+def prefetch_qkv(w, layer, PLACE: tl.constexpr, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Ask for a piece of this program's share of a layer's QKV weights: number PLACE, counted from the share's end.
+
+    Little at a time: what has been asked for holds up all that comes after it, barriers too.
+    """
+    ARCH: tl.constexpr = TUNING.arch
+    if TUNING.prefetch_small and PLACE == 0:
+        if pid == n_programs - 1:
+            prefetch_l2(w.attn_norm + layer * CONFIG.hidden_size, CONFIG.hidden_size * 4, ARCH)
+            prefetch_l2(w.qkv_bias + layer * CONFIG.qkv_size, CONFIG.qkv_size * 2, ARCH)
+    if TUNING.prefetch_qkv > 0:
+        ROW_BYTES: tl.constexpr = 2 * CONFIG.hidden_size
+        first, end = row_share(pid, n_programs, CONFIG.qkv_size, TUNING.qkv_m)
+        n_bytes = (end - first) * ROW_BYTES * TUNING.prefetch_qkv // 16 & -16
+        at = w.qkv.to(tl.int64) + (layer * CONFIG.qkv_size + end) * ROW_BYTES
+        prefetch_l2(at - (PLACE + 1) * n_bytes, n_bytes, ARCH)
+
+
+@triton.jit
+def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """qkv = W_qkv @ rmsnorm(residual) + b. Returns the stream.
+
+    tile: first_qkv_tile; stream and plan: see multiply_rows.
+    """
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
+    H: tl.constexpr = CONFIG.hidden_size
+    ROWS: tl.constexpr = CONFIG.qkv_size
+    M: tl.constexpr = TUNING.qkv_m
+    STEP: tl.constexpr = TUNING.dense_batch * M
+    x = load_residual(s, CONFIG, TUNING, zero)
+    rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
+    x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
+    first, end = row_share(pid, n_programs, ROWS, M)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        # Before the sum, as behind it the bias would cost its latency once more.
+        bias = tl.load(w.qkv_bias + layer * ROWS + row, mask=row < end, other=0.0).to(tl.float32)
+        y, tile, stream = multiply_rows(
+            tile, stream, plan, x, w, qkv_matrix(w, layer, CONFIG), row0, end, pid, n_programs, H, M, CONFIG, TUNING
+        )
+        tl.store(s.qkv + row, y * rstd + bias, mask=row < end)
+    return stream
+
+
+@triton.jit
+def o_matrix(w, layer, CONFIG: tl.constexpr):
+    return w.o + layer * CONFIG.hidden_size * (CONFIG.q_size // 2)
+
+
+@triton.jit
+def first_o_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """What o_phase begins with."""
+    M: tl.constexpr = TUNING.o_m
+    first, end = row_share(pid, n_programs, CONFIG.hidden_size, M)
+    return first_dense_rows(o_matrix(w, layer, CONFIG), first, end, CONFIG.q_size, M, TUNING)
+
+
+@triton.jit
+def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """x = residual + W_o @ attention + b. Returns the stream.
+
+    tile: first_o_tile; stream and plan: see multiply_rows.
+    """
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
+    H: tl.constexpr = CONFIG.hidden_size
+    K: tl.constexpr = CONFIG.q_size
+    M: tl.constexpr = TUNING.o_m
+    STEP: tl.constexpr = TUNING.dense_batch * M
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    a = load_dense_vector(s.attention, K, TUNING, zero)
+    if pid == n_programs - 1:
+        kv_head = tl.arange(0, triton.next_power_of_2(CONFIG.n_kv_heads))
+        tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < CONFIG.n_kv_heads)  # none is waited for any more
+    first, end = row_share(pid, n_programs, H, M)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        x = tl.load(s.x + row, mask=row < end, other=0.0)
+        for slot in tl.static_range(TOP_K):
+            x += tl.load(s.expert_out + slot * H + row, mask=row < end, other=0.0)
+        x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
+        y, tile, stream = multiply_rows(
+            tile, stream, plan, a, w, o_matrix(w, layer, CONFIG), row0, end, pid, n_programs, K, M, CONFIG, TUNING
+        )
+        tl.store(s.x + row, x + y, mask=row < end)
+    return stream
+
+
+@triton.jit
+def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Each program's largest logit of W_head @ rmsnorm(residual); the logits themselves only when asked for."""
+    ARCH: tl.constexpr = TUNING.arch
+    zero = opaque_zero(ARCH)
+    H: tl.constexpr = CONFIG.hidden_size
+    M: tl.constexpr = TUNING.head_m
+    STEP: tl.constexpr = TUNING.dense_batch * M
+    first, end = row_share(pid, n_programs, CONFIG.vocab_size, M)
+    tile = first_dense_rows(w.lm_head, first, end, H, M, TUNING)
+    x = load_residual(s, CONFIG, TUNING, zero)
+    rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
+    x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
+    best = tl.full([STEP], float("-inf"), tl.float32)
+    best_index = tl.zeros([STEP], tl.int32)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        y, tile, stream = multiply_rows(
+            tile, stream, plan, x, w, w.lm_head, row0, end, pid, n_programs, H, M, CONFIG, TUNING
+        )
+        logits = y * rstd
+        if want_logits:
+            tl.store(s.logits + row, logits, mask=row < end)
+        best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)
+    value, index = reduce_argmax(best, best_index)
+    tl.store(s.head_value + pid, value)
+    tl.store(s.head_index + pid, index)
+
+
+@triton.jit
+def argmax_phase(s, position, pid, n_programs, BLOCK_P: tl.constexpr):
+    """tokens[position + 1] = index of the largest logit, unless a barrier gave up."""
+    if pid == 0:
+        program = tl.arange(0, BLOCK_P)
+        value = tl.load(s.head_value + program, mask=program < n_programs, other=float("-inf"))
+        index = tl.load(s.head_index + program, mask=program < n_programs, other=0x7FFFFFFF)
+        _, token = reduce_argmax(value, index)
+        if tl.load(s.sync + ABORT) == 0:  # otherwise -1 stays there
+            tl.store(s.tokens + position + 1, token)
