@@ -105,7 +105,7 @@ def test_one_thread_copies_both_pieces_and_expects_their_bytes():
     assert "setp.ne.and.u32 more, $6, 0, first;" in ptx  # no second piece: no copy of nothing
     expected = ptx.index("@first mbarrier.arrive.expect_tx.shared.b64 _, [$1], place;")
     assert "add.u32 place, $4, $6;" in ptx[:expected]
-    copies = re.findall(r"@(\w+) cp\.async\.bulk\.\S+ \[(\S+)\], \[(\S+)\], (\S+), \[(\S+)\], policy;", ptx)
+    copies = re.findall(r"@(\w+) cp\.async\.bulk\.\S+\s+\[(\S+)\], \[(\S+)\], (\S+), \[(\S+)\], policy;", ptx)
     assert copies == [("first", "$2", "$3", "$4", "$1"), ("more", "place", "$5", "$6", "$1")]
     assert ptx.index("cp.async.bulk") > expected
     assert ptx.index("add.u32 place, $2, $4;") > ptx.index("@first cp.async.bulk")
