@@ -35,6 +35,7 @@ def stream_phase(w, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.con
 
 @triton.jit
 def plan_of(n_layers, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """A program's shares in a plan, whose limit each launch replaces by that of its own phase."""
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     return plan_until(0, (tl.cast(0, tl.int32),), tl.cast(n_layers, tl.int32), 1, shares)
 

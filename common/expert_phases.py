@@ -123,7 +123,7 @@ def choose_experts(s, plan, CONFIG: tl.constexpr, TUNING: tl.constexpr):
 
 @triton.jit
 def load_expert_in(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """The experts' input as expert_gemv takes it."""
+    """The experts' input as multiply_experts takes it, or as multiply_expert_rows does."""
     if TUNING.fragments:
         H: tl.constexpr = CONFIG.hidden_size
         scale = tl.load(s.expert_in_scale)
@@ -134,7 +134,7 @@ def load_expert_in(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
 
 @triton.jit
 def load_expert_act(s, slot, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """An expert's activations as expert matrices' rows take them."""
+    """An expert's activations, likewise."""
     K: tl.constexpr = CONFIG.intermediate_size
     if TUNING.fragments:
         _, scale = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
@@ -154,7 +154,7 @@ def as_words(ptr):
 def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     """Store activations [tiles, N] of experts slot [tiles, 1], from `first` [tiles, 1] on; nothing beyond the experts.
 
-    With QUANT, where whoever writes quantizes, one tile of whole groups.
+    With QUANT tiles side by side make whole groups; of plain rows there is one tile.
     """
     K: tl.constexpr = CONFIG.intermediate_size
     if TUNING.fragments:

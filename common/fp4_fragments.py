@@ -18,7 +18,7 @@ from common.ring import load_word, load_words
 
 ROWS = tl.constexpr(16)  # of a tile
 QUAD = tl.constexpr(4)  # groups that a warp multiplies at a time
-QUAD_WORDS = tl.constexpr(256)  # of a tile: 16 rows of 128 elements
+QUAD_BYTES = tl.constexpr(1024)  # of a tile: 16 rows of 128 elements
 REST_FACTOR = tl.constexpr(2048.0)
 REST_PLACE = tl.constexpr(32)
 
@@ -82,7 +82,7 @@ CONSTRAINTS = tl.constexpr("=f,=f,f,f," + "r," * 25 + "f")
 @triton.constexpr_function
 def block_bytes(k: int) -> int:
     """Bytes of a tile's blocks."""
-    return -(-k // 128) * 1024
+    return -(-k // (QUAD.value * GROUP.value)) * QUAD_BYTES.value
 
 
 @triton.constexpr_function
@@ -156,11 +156,11 @@ def gemv_fp4_fragments(pieces, x, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl
     odd = tl.zeros([LANES], tl.float32)
     for step in tl.static_range(len(x)):
         quad = step * WARPS + lane // 32
-        at = pieces[0] + quad * 1024 + lane % 32 * 16
+        at = pieces[0] + quad * QUAD_BYTES + lane % 32 * 16
         # In shared memory a quad beyond the tile is whatever follows, which is finite and meets zeros of x.
         inside = quad * (QUAD * GROUP) < K
         a = load_words(at, inside, False, ARCH)
-        b = load_words(at + 512, inside, False, ARCH)
+        b = load_words(at + QUAD_BYTES // 2, inside, False, ARCH)
         if step % 2 == 0:
             scales = load_word(pieces[1] + step // 2 * (4 * LANES) + 4 * lane, inside, ARCH)
         even, odd = _add_quad(even, odd, a, b, x[step][0], scales, x[step][1], step % 2, WARPS, ARCH)

@@ -15,7 +15,7 @@ from common.router import element
 
 
 class Shares(NamedTuple):
-    """What a program has of each matrix. Dense tiles are consecutive; experts' are dealt out, see gate_up_phase."""
+    """What a program has of each matrix. Dense tiles are consecutive; experts' are dealt out, see shares_of."""
 
     qkv_first: tl.tensor
     qkv: tl.tensor  # tiles
@@ -60,7 +60,8 @@ def share(n_items, pid, n_programs):
 @triton.constexpr_function
 def tiles_in_a_run(tuning, quant: bool) -> int:
     """Consecutive tiles of gate-up that one program has: with `quant` those of the 32 outputs that share a scale."""
-    return 64 // tuning.gate_up_m if quant and tuning.fragments else 1
+    rows = 2 * 32  # gate and up
+    return rows // tuning.gate_up_m if quant and tuning.fragments else 1
 
 
 @triton.jit
