@@ -61,8 +61,8 @@ from host.phases import PHASES, barrier_name
 from host.state import State, new_state
 from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
 from host.traffic import bytes_by_phase
-from host.weights import Weights, load_weights, weight_bytes
-from load_hf import open_checkpoint
+from host.weights import Weights, bytes_to_load, load_weights
+from load_model import open_checkpoint
 from tokenizer_util import Tokenizer
 
 shared_memory.install()
@@ -205,7 +205,7 @@ class MegaModel:
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
-        needed = weight_bytes(self.config, self.tuning) if weights is None else 0
+        needed = bytes_to_load(checkpoint, self.device, self.tuning) if weights is None else 0
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         self.weights = weights or load_weights(checkpoint, self.device, self.tuning, show_progress)
         self.trace_position = trace_position
@@ -243,7 +243,10 @@ class MegaModel:
         device: torch.device | str | None = None,
         **options,
     ) -> "MegaModel":
-        """Load a checkpoint folder in the Hugging Face layout, or a hub id. Options and errors: see MegaModel."""
+        """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id.
+
+        Options and errors: see MegaModel.
+        """
         return cls(open_checkpoint(path), quant, max_context, device, **options)
 
     def reset(self) -> None:
@@ -456,7 +459,7 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
     """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids."""
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model, args.layers)
-        return checkpoint, Tokenizer.from_folder(checkpoint.folder)
+        return checkpoint, Tokenizer.of(checkpoint)
     config = PRESETS[args.random_weights]
     config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
     return RandomCheckpoint(config, device=usable_device(None), name=f"random {args.random_weights}"), None

@@ -1,6 +1,7 @@
 """Find a GPT-OSS checkpoint in the published layout, check it, and read its tensors one at a time."""
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ import torch
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from host.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from host.config import ModelConfig, expected_tensors, read_config
+from host.checkpoint import INDEX_NAME, MAX_TOKENIZER_BYTES, TOKENIZER_NAME, WEIGHTS_NAME
+from host.config import CONFIG_NAME, GENERATION_NAME, ModelConfig, expected_tensors, read_config
 from host.errors import InputError
+from host.files import open_regular, read_small
+from host.mapped import name_on_bus_error, release_pages
 
 HUB_REPLY_SECONDS = 10.0
-SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", INDEX_NAME)
+SMALL_FILES = (CONFIG_NAME, GENERATION_NAME, TOKENIZER_NAME, INDEX_NAME)
+MAX_INDEX_BYTES = 64 << 20  # that of gpt-oss-120b has 50 KB
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -44,8 +48,16 @@ class HFCheckpoint:
         """All (name, tensor), shard by shard and in the order of the file within each."""
         for shard, names in self.shards.items():
             with _open_shard(self.folder / shard) as file:
+                path = str((self.folder / shard).resolve())
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    yield name, tensor
+                    release_pages(tensor, path)
+
+    def document(self, name: str) -> bytes | None:
+        """What a file of the folder holds; None if there is none. Raises InputError."""
+        path = self.folder / name
+        return read_small(path, MAX_TOKENIZER_BYTES) if path.exists() else None
 
 
 def open_checkpoint(model: str | Path, n_layers: int | None = None) -> HFCheckpoint:
@@ -129,7 +141,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _missing_files(folder: Path) -> list[str]:
     """The files that a checkpoint folder should have and has not. InputError if its index is damaged."""
-    needed = ["config.json", "tokenizer.json"]
+    needed = [CONFIG_NAME, TOKENIZER_NAME]
     if (folder / INDEX_NAME).is_file():
         needed += dict.fromkeys(_read_index(folder / INDEX_NAME).values())
     elif not (folder / WEIGHTS_NAME).is_file():
@@ -180,9 +192,7 @@ def _weight_map(folder: Path) -> tuple[Path, dict[str, str]]:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> name of the shard, which is a plain file name. Raises InputError."""
     try:
-        raw = json.loads(index.read_bytes(), object_pairs_hook=_unique_keys)
-    except OSError as error:
-        raise InputError(f"{index}: {error.strerror}") from None
+        raw = json.loads(read_small(index, MAX_INDEX_BYTES), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{index}: not valid JSON ({_first_line(error)})") from None
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
@@ -204,6 +214,9 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
 
 def _open_shard(path: Path) -> safe_open:
     """Maps the file; get_tensor then gives views of it. Raises InputError."""
+    if path.exists():
+        os.close(open_regular(path))
+        name_on_bus_error(str(path))
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

@@ -21,7 +21,7 @@ from host.cli import (
     torch_device,
 )
 from host.limits import check_memory, context_length
-from load_hf import open_checkpoint
+from load_model import open_checkpoint
 from reference import Reference
 from tokenizer_util import Tokenizer
 
@@ -41,7 +41,7 @@ def main() -> None:
     args = parse_arguments()
     device = torch_device(args.device)
     checkpoint = open_checkpoint(args.model, args.layers)
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    tokenizer = Tokenizer.of(checkpoint)
     config, kv_dtype = checkpoint.config, torch.bfloat16
     prompt_ids = prompt_ids_from(args, tokenizer, config)
     max_context = context_length(config, args.max_context)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import tokenizers
 
+from host.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME, Checkpoint
 from host.errors import InputError
+from host.files import read_small
 
 REASONING_EFFORTS = ("low", "medium", "high")
 # What one chat prompt is framed with; a vocabulary that lacks one of these cannot chat.
@@ -51,14 +53,25 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Reads FOLDER/tokenizer.json. Raises InputError where it is missing or is no tokenizer."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        path = Path(folder) / TOKENIZER_NAME
+        if not path.exists():
             raise InputError(f"{path}: no such file; a checkpoint folder needs its tokenizer")
+        return cls.from_json(read_small(path, MAX_TOKENIZER_BYTES), str(path))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Tokenizer | None":
+        """A checkpoint's tokenizer, None if it has none. Raises InputError where that is no tokenizer."""
+        data = checkpoint.document(TOKENIZER_NAME)
+        return None if data is None else cls.from_json(data, f"{checkpoint.name}: {TOKENIZER_NAME}")
+
+    @classmethod
+    def from_json(cls, data: bytes, source: str) -> "Tokenizer":
+        """Reads the bytes of a tokenizer.json, which `source` names in errors. InputError where they are none."""
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            return cls(tokenizers.Tokenizer.from_buffer(data))
         except Exception as error:  # the package raises bare Exception
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: not a tokenizer file ({reason})") from error
+            raise InputError(f"{source}: not a tokenizer file ({reason})") from error
 
     @property
     def vocab_size(self) -> int:

@@ -1,7 +1,7 @@
 """Checkpoints of random values, and writing any checkpoint in the published layout.
 
-A checkpoint is anything with `config`, `name`, `tensor(name)` and `tensors()`; the readers of files and the random
-one here have the same interface, so that whatever packs or runs a model does not know where its values come from.
+A checkpoint is anything with the methods of `Checkpoint`; the readers of files and the random one here have the same
+interface, so that whatever packs or runs a model does not know where its values come from.
 """
 
 import hashlib
@@ -14,11 +14,13 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 
-from host.config import ModelConfig, expected_tensors
+from host.config import CONFIG_NAME, ModelConfig, expected_tensors
 from host.errors import InputError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+TOKENIZER_NAME = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 256 << 20  # that of the published models has 28 MB
 
 # Root mean square of the E2M1 values, all 16 codes alike: sqrt((0 + .25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8).
 E2M1_RMS = math.sqrt(68.5 / 8)
@@ -35,10 +37,16 @@ class Checkpoint(Protocol):
     name: str
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of this published name, in its published shape and dtype (bfloat16 or uint8)."""
+        """The tensor of this published name, in its published shape and dtype (bfloat16 or uint8).
+
+        Norms and sinks may come as float32.
+        """
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All (name, tensor), one at a time, in the order that is cheapest to read."""
+
+    def document(self, name: str) -> bytes | None:
+        """What a file beside the weights holds, such as TOKENIZER_NAME; None if there is none. Raises InputError."""
 
 
 class RandomCheckpoint:
@@ -91,6 +99,9 @@ class RandomCheckpoint:
         """All (name, tensor), drawn one at a time."""
         for name in self._expected:
             yield name, self.tensor(name)
+
+    def document(self, name: str) -> None:
+        """Random weights have none."""
 
     def _distribution(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         """Mean and standard deviation of a bfloat16 tensor's values."""
@@ -182,7 +193,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: str | Path, shards: int = 1
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: already holds safetensors files")
-    (folder / "config.json").write_text(json.dumps(config_to_dict(checkpoint.config), indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(config_to_dict(checkpoint.config), indent=2) + "\n")
     names = list(expected_tensors(checkpoint.config))
     if shards == 1:
         _write_shard(checkpoint, names, folder / WEIGHTS_NAME)

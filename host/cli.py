@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from host.config import ModelConfig, check_token
-from host.errors import InputError, MegakernelAborted
+from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted
 from host.limits import DEFAULT_CONTEXT, context_length
 
 DEMO_CHAT = "Recite sonnet 18."
@@ -25,7 +25,6 @@ RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 
 EXIT_FAILURE = 1
-EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 

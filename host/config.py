@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.errors import InputError
+from host.files import read_small
 
+CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
+MAX_JSON_BYTES = 1 << 20  # of either of them
 MXFP4_GROUP = 32  # elements that share one E8M0 scale
 MAX_LAYERS = 1024  # a damaged file may ask for billions, and each layer costs memory before any shape is checked
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -134,13 +137,24 @@ def read_config(folder: Path) -> ModelConfig:
 
     InputError names the file and the key if it is not a GPT-OSS model of a supported size.
     """
-    path = Path(folder) / "config.json"
-    config = config_from_dict(_read_json(path), str(path))
-    generation = Path(folder) / "generation_config.json"
-    if not generation.exists():
-        return config
-    stop_ids = _stop_ids(_read_json(generation), config.vocab_size, str(generation))
-    return ModelConfig(**{**config.__dict__, "stop_ids": tuple(dict.fromkeys(stop_ids + config.stop_ids))})
+    path, generation = Path(folder) / CONFIG_NAME, Path(folder) / GENERATION_NAME
+    return parse_config(
+        read_small(path, MAX_JSON_BYTES),
+        read_small(generation, MAX_JSON_BYTES) if generation.exists() else None,
+        str(path),
+        str(generation),
+    )
+
+
+def parse_config(
+    config: bytes, generation: bytes | None, source: str = CONFIG_NAME, generation_source: str = GENERATION_NAME
+) -> ModelConfig:
+    """The same of what these files hold; the sources name them in errors."""
+    result = config_from_dict(_parse_json(config, source), source)
+    if generation is None:
+        return result
+    stop_ids = _stop_ids(_parse_json(generation, generation_source), result.vocab_size, generation_source)
+    return ModelConfig(**{**result.__dict__, "stop_ids": tuple(dict.fromkeys(stop_ids + result.stop_ids))})
 
 
 def config_from_dict(raw: dict, source: str) -> ModelConfig:
@@ -194,16 +208,13 @@ def config_from_dict(raw: dict, source: str) -> ModelConfig:
     )
 
 
-def _read_json(path: Path) -> dict:
+def _parse_json(data: bytes, source: str) -> dict:
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raw = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+        raise InputError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
+        raise InputError(f"{source}: not a JSON object")
     return raw
 
 

@@ -1,5 +1,7 @@
 """The errors that a user's input or machine can cause."""
 
+EXIT_INPUT_ERROR = 2  # of a script that ends by an InputError
+
 
 class InputError(Exception):
     """Bad input: one clear line that names the file, tensor or flag. Scripts print it and exit with code 2."""

@@ -1,14 +1,16 @@
 """Weights as the kernel reads them: one tensor a kind, all layers stacked, on the device."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.config import ModelConfig
+from host.config import ModelConfig, expected_tensors
 from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
 from host.launch import Tuning
+from host.upload import Uploader
+
+PACKED_BYTES = 16 << 20  # at a time
 
 
 class Weights(NamedTuple):
@@ -70,56 +72,100 @@ def weight_bytes(config: ModelConfig, tuning: Tuning | None = None) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in weight_shapes(config, tuning))
 
 
+# Field of Weights -> the published tensors that it holds, of a model or, stacked, of each layer.
+MODEL_TENSORS = {
+    "embed": ("model.embed_tokens.weight",),
+    "final_norm": ("model.norm.weight",),
+    "lm_head": ("lm_head.weight",),
+}
+LAYER_TENSORS = {
+    "attn_norm": ("input_layernorm.weight",),
+    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "sinks": ("self_attn.sinks",),
+    "o": ("self_attn.o_proj.weight",),
+    "o_bias": ("self_attn.o_proj.bias",),
+    "mlp_norm": ("post_attention_layernorm.weight",),
+    "router": ("mlp.router.weight",),
+    "router_bias": ("mlp.router.bias",),
+    "gate_up": ("mlp.experts.gate_up_proj_blocks",),
+    "gate_up_scales": ("mlp.experts.gate_up_proj_scales",),
+    "gate_up_bias": ("mlp.experts.gate_up_proj_bias",),
+    "down": ("mlp.experts.down_proj_blocks",),
+    "down_scales": ("mlp.experts.down_proj_scales",),
+    "down_bias": ("mlp.experts.down_proj_bias",),
+}
+
+
+def published_names(field: str, n_layers: int) -> list[str]:
+    """The tensors of a field of Weights, in the order in which it holds their values."""
+    if field in MODEL_TENSORS:
+        return list(MODEL_TENSORS[field])
+    return [f"model.layers.{n}.{name}" for n in range(n_layers) for name in LAYER_TENSORS[field]]
+
+
+def weights_in_place(checkpoint, device: torch.device, tuning: Tuning) -> dict[str, torch.Tensor]:
+    """Fields of Weights that a CPU can use where they lie: those that a mapped archive holds in one piece."""
+    run_of = getattr(checkpoint, "run_of", None)  # see load_iris.IrisArchive
+    fields = {}
+    if run_of and device.type == "cpu":
+        for field, (shape, dtype) in weight_shapes(checkpoint.config, tuning)._asdict().items():
+            run = None if _is_packed(field, tuning) else run_of(published_names(field, checkpoint.config.n_layers))
+            if run is not None:
+                fields[field] = run.view(dtype).view(shape)
+    return fields
+
+
+def bytes_to_load(checkpoint, device: torch.device, tuning: Tuning) -> int:
+    """What load_weights will allocate."""
+    in_place = weights_in_place(checkpoint, device, tuning)
+    return weight_bytes(checkpoint.config, tuning) - sum(field.nbytes for field in in_place.values())
+
+
 def load_weights(checkpoint, device: torch.device, tuning: Tuning, show_progress: bool = False) -> Weights:
-    """Copy a checkpoint (`.config`, `.tensors()`) to the device, one tensor at a time, as `tuning` wants it."""
+    """A checkpoint's weights on the device, as `tuning` wants them, copied but for weights_in_place."""
     config = checkpoint.config
-    shapes = weight_shapes(config, tuning)
-    weights = Weights(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes))
-    places = dict(_places(config, weights))
-    total = weight_bytes(config, tuning)
+    fields = weights_in_place(checkpoint, device, tuning)
+    places = {}
+    for field, (shape, dtype) in weight_shapes(config, tuning)._asdict().items():
+        if field not in fields:
+            fields[field] = torch.empty(shape, dtype=dtype, device=device)
+            places |= _places(config, field, fields[field])
+    total = sum(place.nbytes for place in places.values())
+    upload = Uploader(device)
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
-        for name, tensor in checkpoint.tensors():
-            place = places.pop(name)
-            _fill(place, name, tensor, tuning)
-            bar.update(place.numel() * place.element_size())
+        for name, tensor in checkpoint.tensors() if places else ():
+            if name in places:
+                place = places.pop(name)
+                _fill(place, name, tensor, tuning, upload)
+                bar.update(place.nbytes)
     if places:
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
-    return weights
+    upload.finish()
+    return Weights(**fields)
 
 
-def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning) -> None:
+def _is_packed(field: str, tuning: Tuning) -> bool:
+    """Whether the values are put into another order than the published one."""
+    return tuning.fragments and field in ("gate_up", "gate_up_scales", "down", "down_scales")
+
+
+def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning, upload: Uploader) -> None:
     if tuning.fragments and name.endswith(("_blocks", "_scales")):
-        for expert in range(len(tensor)):  # one at a time, as packing takes several times its bytes
-            matrix = tensor[expert].to(place.device)
-            packed = pack_blocks(matrix) if name.endswith("_blocks") else pack_scales(matrix, tuning.num_warps)
-            place[expert].copy_(packed)
+        # A few experts at a time, as packing takes several times their bytes.
+        step = max(1, PACKED_BYTES // tensor[0].nbytes)
+        for some, matrices in zip(place.split(step), tensor.split(step)):
+            matrices = upload(matrices)
+            some.copy_(pack_blocks(matrices) if name.endswith("_blocks") else pack_scales(matrices, tuning.num_warps))
     else:
         target = place.view(tensor.dtype) if place.dtype == torch.int32 else place
-        target.copy_(tensor.reshape(target.shape))
+        upload.into(target.view(tensor.shape), tensor)
 
 
-def _places(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-    """(published name, the part of the stacked tensor that it fills)."""
-    q, kv = config.q_size, config.kv_size
-    yield "model.embed_tokens.weight", weights.embed
-    yield "model.norm.weight", weights.final_norm
-    yield "lm_head.weight", weights.lm_head
-    for n in range(config.n_layers):
-        layer = f"model.layers.{n}"
-        yield f"{layer}.input_layernorm.weight", weights.attn_norm[n]
-        yield f"{layer}.post_attention_layernorm.weight", weights.mlp_norm[n]
-        for proj, rows in (("q", slice(0, q)), ("k", slice(q, q + kv)), ("v", slice(q + kv, q + 2 * kv))):
-            yield f"{layer}.self_attn.{proj}_proj.weight", weights.qkv[n, rows]
-            yield f"{layer}.self_attn.{proj}_proj.bias", weights.qkv_bias[n, rows]
-        yield f"{layer}.self_attn.sinks", weights.sinks[n]
-        yield f"{layer}.self_attn.o_proj.weight", weights.o[n]
-        yield f"{layer}.self_attn.o_proj.bias", weights.o_bias[n]
-        yield f"{layer}.mlp.router.weight", weights.router[n]
-        yield f"{layer}.mlp.router.bias", weights.router_bias[n]
-        experts = f"{layer}.mlp.experts"
-        yield f"{experts}.gate_up_proj_blocks", weights.gate_up[n]
-        yield f"{experts}.gate_up_proj_scales", weights.gate_up_scales[n]
-        yield f"{experts}.gate_up_proj_bias", weights.gate_up_bias[n]
-        yield f"{experts}.down_proj_blocks", weights.down[n]
-        yield f"{experts}.down_proj_scales", weights.down_scales[n]
-        yield f"{experts}.down_proj_bias", weights.down_bias[n]
+def _places(config: ModelConfig, field: str, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Published name -> the part of a field of Weights that it fills."""
+    names = published_names(field, config.n_layers)
+    if field in MODEL_TENSORS:
+        return {names[0]: weights}
+    shapes = expected_tensors(config)
+    return dict(zip(names, weights.flatten(0, 1).split([shapes[name][0][0] for name in names])))

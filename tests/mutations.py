@@ -34,6 +34,9 @@ class MemoryCheckpoint:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._tensors.items()
 
+    def document(self, name: str) -> None:
+        """There are none."""
+
     def with_config(self, **changes) -> "MemoryCheckpoint":
         return MemoryCheckpoint(dataclasses.replace(self.config, **changes), self._tensors, self.name)
 

@@ -1,0 +1,133 @@
+"""Converts a checkpoint to an .iris archive, one file that is enough to run the model, and checks or lists archives."""
+
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from host.checkpoint import Checkpoint, RandomCheckpoint
+from host.cli import ArgumentParser, positive_int, run_main
+from host.config import PRESETS
+from host.errors import InputError
+from host.iris_compare import first_difference
+from host.iris_writer import write_archive
+from load_iris import IrisArchive, open_archive
+from load_model import open_checkpoint
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; InputError where it is wrong."""
+    parser = ArgumentParser(description=__doc__)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="MODEL", help="folder, hub id or archive to convert or compare with")
+    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights of random values, for timing")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--out", metavar="FILE.iris", type=Path, help="the archive to write")
+    task.add_argument(
+        "--verify",
+        metavar="FILE.iris",
+        type=Path,
+        help="compare an archive's checksums, and all it holds with --model if that is given",
+    )
+    task.add_argument("--info", metavar="FILE.iris", type=Path, help="list what is in an archive")
+    parser.add_argument("--layers", metavar="N", type=positive_int, help="convert the first N layers only")
+    parser.add_argument("--force", action="store_true", help="replace an archive that is there already")
+    args = parser.parse_args()
+    if args.out and not (args.model or args.random_weights):
+        raise InputError("--out: what to convert? --model or --random-weights says so")
+    if not args.out and (args.random_weights or args.layers or args.force):
+        raise InputError("--random-weights, --layers and --force go with --out")
+    if args.info and args.model:
+        raise InputError("--info takes no --model")
+    return args
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes args.out. An interrupted run says how to go on."""
+    checkpoint = open_source(args)
+    start = time.perf_counter()
+    try:
+        n_bytes = write_archive(checkpoint, args.out, args.force, show_progress=True, on_terminal=sys.stderr.isatty())
+    except (KeyboardInterrupt, Terminated):
+        print(f"interrupted: {args.out} was not written; the same command starts again", file=sys.stderr)
+        raise
+    seconds = time.perf_counter() - start
+    print(f"{args.out}: {n_bytes / 1e9:.3f} GB in {seconds:.1f} s, {n_bytes / 1e9 / seconds:.2f} GB/s")
+
+
+def open_source(args: argparse.Namespace) -> Checkpoint:
+    """What to convert. Random weights have no stop ids and no tokenizer."""
+    if args.model:
+        return open_checkpoint(args.model, args.layers)
+    config = PRESETS[args.random_weights]
+    config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return RandomCheckpoint(config, device=device, name=f"random {args.random_weights}")
+
+
+def verify(path: Path, model: str | None) -> None:
+    """Compares an archive with its checksums, and with a checkpoint. InputError if anything differs."""
+    archive = open_archive(path)
+    if archive.header.digests is None and model is None:
+        raise InputError(f"{path}: version 1 holds no checksums; --model names a checkpoint to compare with")
+    if archive.header.digests is not None:
+        archive.verify(show_progress=sys.stderr.isatty())
+        print(f"{path}: {len(archive.header.entries)} checksums match")
+    if model is not None:
+        difference = first_difference(archive, open_checkpoint(model), show_progress=sys.stderr.isatty())
+        if difference:
+            raise InputError(f"{path}: {difference} differs from that of {model}")
+        print(f"{path}: the same as {model}")
+
+
+def describe(archive: IrisArchive) -> Iterator[str]:
+    """What is in an archive, line by line; tensors of several layers that are alike are one line."""
+    header, config = archive.header, archive.config
+    yield f"{archive.name}: version {header.version}, {header.file_bytes / 1e9:.3f} GB, values in published order"
+    yield f"checksums: {'none' if header.digests is None else 'SHA-256 of each tensor and of the header'}"
+    yield f"layers {config.n_layers}, hidden {config.hidden_size}, intermediate {config.intermediate_size}"
+    yield f"heads {config.n_heads}, KV heads {config.n_kv_heads}, head_dim {config.head_dim}"
+    yield f"experts {config.n_experts}, {config.experts_per_token} for each token"
+    yield f"vocabulary {config.vocab_size}, stop ids {', '.join(map(str, config.stop_ids)) or 'none'}"
+    yield f"positions {config.max_position_embeddings}"
+    kinds = {}
+    for entry in header.entries.values():
+        layer, _, rest = entry.name.rpartition(".")
+        is_layer = layer[:1] == "L" and layer[1:].isdecimal()
+        kinds.setdefault((f"L*.{rest}" if is_layer else entry.name, entry.dtype, entry.shape), []).append(entry)
+    for (name, dtype, shape), entries in kinds.items():
+        size = sum(entry.n_bytes for entry in entries)
+        kind = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+        yield f"  {name:24} {len(entries):4} x {kind:32} {size / 1e6:12.3f} MB"
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: ends like Ctrl-C, leaving nothing behind."""
+
+
+def _terminate(signal_number: int, _frame: object) -> None:
+    raise Terminated(128 + signal_number)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    args = parse_arguments()
+    if args.out:
+        convert(args)
+    elif args.verify:
+        verify(args.verify, args.model)
+    else:
+        print("\n".join(describe(open_archive(args.info))))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

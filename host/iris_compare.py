@@ -1,0 +1,33 @@
+"""Compare two checkpoints, tensor by tensor."""
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from host.checkpoint import TOKENIZER_NAME, Checkpoint
+
+CHUNK = 1 << 24  # elements compared at a time
+
+
+def first_difference(ours: Checkpoint, theirs: Checkpoint, show_progress: bool = False) -> str | None:
+    """What first differs between two checkpoints, "tensor NAME" for example; None if nothing does.
+
+    Values are compared bit by bit, in the wider of two dtypes.
+    """
+    if ours.config != theirs.config:
+        return "the configuration"
+    if ours.document(TOKENIZER_NAME) != theirs.document(TOKENIZER_NAME):
+        return "the tokenizer"
+    with tqdm(unit="tensors", desc="comparing", disable=not show_progress) as bar:
+        for name, tensor in theirs.tensors():
+            if not _same(ours.tensor(name), tensor):
+                return f"tensor {name}"
+            bar.update()
+    return None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.shape == b.shape and all(
+        torch.equal(x.to(dtype).view(torch.uint8), y.to(dtype).view(torch.uint8))
+        for x, y in zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK))
+    )

@@ -1,0 +1,90 @@
+"""Write any checkpoint as an .iris archive, one tensor at a time."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from host.checkpoint import TOKENIZER_NAME, Checkpoint, config_to_dict
+from host.config import CONFIG_NAME, GENERATION_NAME
+from host.iris_format import Entry, archive_name, archive_tensors, encode_header, place_entries
+from host.output_file import replacing, write_all
+from host.weights import LAYER_TENSORS, MODEL_TENSORS, published_names
+
+CHUNK = 16 << 20  # bytes that are written and hashed at a time
+QUIET_SECONDS = 10  # between two lines of progress where there is no terminal
+
+
+def write_archive(
+    checkpoint: Checkpoint, path: Path, force: bool = False, show_progress: bool = False, on_terminal: bool = True
+) -> int:
+    """Write an archive of version 2, returns its bytes. The host holds one tensor at a time, or a mapped file's pages.
+
+    InputError, and nothing at `path`, if it is there already (but with `force`), there is no space, or the checkpoint
+    is damaged.
+    """
+    documents = _documents(checkpoint)
+    entries = _plan(checkpoint, documents)
+    by_name = {entry.name: entry for entry in entries}
+    n_bytes = max(entry.end for entry in entries)
+    digests = {}
+    with (
+        replacing(path, n_bytes, force) as descriptor,
+        ThreadPoolExecutor(1) as hashing,
+        tqdm(
+            total=n_bytes,
+            unit="B",
+            unit_scale=True,
+            desc=path.name,
+            disable=not show_progress,
+            mininterval=0.1 if on_terminal else QUIET_SECONDS,
+        ) as bar,
+    ):
+
+        def write(entry: Entry, data: memoryview) -> None:
+            digest = hashlib.sha256()
+            for at in range(0, len(data), CHUNK):
+                chunk = data[at : at + CHUNK]
+                hashed = hashing.submit(digest.update, chunk)
+                write_all(descriptor, chunk, entry.offset + at)
+                hashed.result()
+                bar.update(len(chunk))
+            digests[entry.name] = digest.digest()
+
+        for name, data in documents.items():
+            write(by_name[name], memoryview(data))
+        for name, tensor in checkpoint.tensors():
+            entry = by_name[archive_name(name)]
+            write(entry, _bytes_of(tensor, entry))
+            del tensor  # before the next one comes
+        write_all(descriptor, memoryview(encode_header(entries, digests)), 0)
+        bar.set_postfix_str("syncing")
+    return n_bytes
+
+
+def _documents(checkpoint: Checkpoint) -> dict[str, bytes]:
+    documents = {CONFIG_NAME: json.dumps(config_to_dict(checkpoint.config), indent=2).encode() + b"\n"}
+    for name in (GENERATION_NAME, TOKENIZER_NAME):
+        data = checkpoint.document(name)
+        if data:
+            documents[name] = data
+    return documents
+
+
+def _plan(checkpoint: Checkpoint, documents: dict[str, bytes]) -> list[Entry]:
+    """Documents first, then the tensors of one kind behind each other, as a kernel on a CPU reads them in place."""
+    config = checkpoint.config
+    tensors = archive_tensors(config)
+    fields = (*MODEL_TENSORS, *LAYER_TENSORS)
+    names = [archive_name(name) for field in fields for name in published_names(field, config.n_layers)]
+    kinds = [(name, torch.uint8, (len(data),)) for name, data in documents.items()]
+    return place_entries(kinds + [(name, *tensors[name]) for name in names])
+
+
+def _bytes_of(tensor: torch.Tensor, entry: Entry) -> memoryview:
+    assert tuple(tensor.shape) == entry.shape, entry.name
+    tensor = tensor.cpu().to(entry.dtype).contiguous()
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,52 @@
+"""Copies from host memory to a GPU that go on while the next bytes are read."""
+
+import torch
+
+# Four buffers of 32 MB: reading from the page cache into one takes about as long as the copies of the others.
+BUFFERS, BUFFER_BYTES = 4, 32 << 20
+
+
+class Uploader:
+    """Copies host tensors, mapped files among them, to a device through pinned buffers. A CPU needs none."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._next = 0
+        if device.type == "cuda":
+            for _ in range(BUFFERS):
+                buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
+                self._buffers.append((buffer, torch.cuda.Event()))
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; it may still be on its way, in the order of the current stream."""
+        if tensor.device.type == self._device.type:
+            return tensor
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        self.into(copy, tensor)
+        return copy
+
+    def into(self, target: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Copy to a contiguous tensor of the same shape on the device, converting the dtype there if it is another."""
+        if tensor.device.type == self._device.type:
+            target.copy_(tensor)
+        elif target.dtype != tensor.dtype:
+            target.copy_(self(tensor))
+        else:
+            source = tensor.contiguous().view(-1).view(torch.uint8)
+            for at in zip(source.split(BUFFER_BYTES), target.view(-1).view(torch.uint8).split(BUFFER_BYTES)):
+                self._copy_piece(*at)
+
+    def finish(self) -> None:
+        """Wait until the buffers are free."""
+        for _, copied in self._buffers:
+            copied.synchronize()
+
+    def _copy_piece(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        buffer, copied = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        copied.synchronize()
+        pinned = buffer[: len(source)]
+        pinned.copy_(source)
+        target.copy_(pinned, non_blocking=True)
+        copied.record()

@@ -1,0 +1,209 @@
+"""Open an .iris archive, the whole model in one file, and read its tensors as views of the mapped file."""
+
+import hashlib
+import mmap
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from host.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
+from host.config import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    MAX_JSON_BYTES,
+    PRESETS,
+    ModelConfig,
+    expected_tensors,
+    parse_config,
+    read_config,
+)
+from host.errors import InputError
+from host.files import open_regular, read_small
+from host.iris_format import DOCUMENTS, Entry, Header, archive_name, archive_tensors, read_header
+from host.mapped import name_on_bus_error, release_pages
+
+HASH_CHUNK = 8 << 20
+HASH_THREADS = 8
+MOST_BYTES = {CONFIG_NAME: MAX_JSON_BYTES, GENERATION_NAME: MAX_JSON_BYTES, TOKENIZER_NAME: MAX_TOKENIZER_BYTES}
+
+
+class IrisArchive:
+    """A checkpoint in one file whose table was checked against its configuration; blobs are not read yet.
+
+    Tensors are views of the mapped file, so host memory holds only the pages in use. Norms and sinks are float32.
+    """
+
+    def __init__(self, path: Path, descriptor: int):
+        """Takes the descriptor over. Raises InputError: see open_archive."""
+        self.name = str(path)
+        self._path = path
+        self._file = open(descriptor, "rb", buffering=0)
+        self.header: Header = read_header(self._read, os.fstat(descriptor).st_size, self.name)
+        self.config: ModelConfig = self._read_config()
+        _check_tensors(self.header, self.config, self.name)
+        self._entries = self._entries_of(self.config)
+        name_on_bus_error(self.name)
+        self._bytes = _map(self._file, self.header.file_bytes, self.name)
+
+    def cut(self, n_layers: int) -> None:
+        """Use the first layers only. InputError if there are fewer."""
+        self.config = self.config.cut(n_layers)
+        self._entries = self._entries_of(self.config)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of this published name. Raises KeyError if the model has no such tensor."""
+        entry = self._entries[name]
+        return self._bytes[entry.offset : entry.end].view(entry.dtype).view(entry.shape)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All (published name, tensor), in the order of the file."""
+        for name in sorted(self._entries, key=lambda name: self._entries[name].offset):
+            tensor = self.tensor(name)
+            yield name, tensor
+            release_pages(tensor, str(self._path.resolve()))
+
+    def run_of(self, names: Sequence[str]) -> torch.Tensor | None:
+        """The bytes of these tensors, uint8, if they follow each other in the file without gaps; else None."""
+        entries = [self._entries[name] for name in names]
+        if any(entry.end != following.offset for entry, following in pairwise(entries)):
+            return None
+        return self._bytes[entries[0].offset : entries[-1].end]
+
+    def document(self, name: str) -> bytes | None:
+        """What the archive, or a folder around one of version 1, holds under such a name. Raises InputError."""
+        most = MOST_BYTES[name]
+        if self.header.version == 1:
+            path = self._path.parent / name
+            return read_small(path, most) if path.exists() else None
+        entry = self.header.entries.get(name)
+        if entry is None:
+            return None
+        if entry.n_bytes > most:
+            raise InputError(f"{self.name}: {name} has {entry.n_bytes} bytes, at most {most} are expected")
+        data = self._read(entry.offset, entry.n_bytes)
+        if hashlib.sha256(data).digest() != self.header.digests[name]:
+            raise InputError(f"{self.name}: {name}: the checksum does not match: the file is damaged")
+        return data
+
+    def verify(self, show_progress: bool = False) -> None:
+        """Read all of the file and compare checksums. InputError names what does not match, or has no checksum."""
+        if self.header.digests is None:
+            raise InputError(f"{self.name}: version 1 holds no checksums")
+        entries = sorted(self.header.entries.values(), key=lambda entry: entry.offset)
+        total = sum(entry.n_bytes for entry in entries)
+        with (
+            ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1)) as pool,
+            tqdm(total=total, unit="B", unit_scale=True, desc="checksums", disable=not show_progress) as bar,
+        ):
+            try:
+                for entry, digest in zip(entries, pool.map(self._digest, entries)):
+                    if digest != self.header.digests[entry.name]:
+                        raise InputError(
+                            f"{self.name}: tensor {entry.name}: the checksum does not match: the file is damaged"
+                        )
+                    bar.update(entry.n_bytes)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _digest(self, entry: Entry) -> bytes:
+        digest = hashlib.sha256()
+        for offset in range(entry.offset, entry.end, HASH_CHUNK):
+            digest.update(self._read(offset, min(HASH_CHUNK, entry.end - offset)))
+        return digest.digest()
+
+    def _entries_of(self, config: ModelConfig) -> dict[str, Entry]:
+        """By published name."""
+        return {name: self.header.entries[archive_name(name)] for name in expected_tensors(config)}
+
+    def _read(self, offset: int, n_bytes: int) -> bytes:
+        """Without the mapping, as a file that was cut short then gives fewer bytes rather than a signal."""
+        parts, descriptor = [], self._file.fileno()
+        try:
+            while n_bytes and (part := os.pread(descriptor, n_bytes, offset)):
+                parts.append(part)
+                offset, n_bytes = offset + len(part), n_bytes - len(part)
+        except OSError as error:
+            raise InputError(f"{self.name}: {error.strerror}") from None
+        return b"".join(parts)
+
+    def _read_config(self) -> ModelConfig:
+        if self.header.version == 1:
+            return self._config_of_version_1()
+        config = self.document(CONFIG_NAME)
+        if config is None:
+            raise InputError(f"{self.name}: holds no {CONFIG_NAME}")
+        return parse_config(
+            config,
+            self.document(GENERATION_NAME),
+            f"{self.name}: {CONFIG_NAME}",
+            f"{self.name}: {GENERATION_NAME}",
+        )
+
+    def _config_of_version_1(self) -> ModelConfig:
+        """That of the folder around the file, or that of the published model whose sizes the tensors have."""
+        layers = {int(match[1]) for name in self.header.entries if (match := re.match(r"L(\d{1,4})\.", name))}
+        n_layers = len(layers)
+        if (self._path.parent / CONFIG_NAME).exists():
+            config = read_config(self._path.parent)
+            return config.cut(n_layers) if 1 <= n_layers < config.n_layers else config
+        stored = {name: (entry.dtype, entry.shape) for name, entry in self.header.entries.items()}
+        for preset in PRESETS.values():
+            if 1 <= n_layers <= preset.n_layers and stored == archive_tensors(preset.cut(n_layers)):
+                return preset.cut(n_layers)
+        raise InputError(
+            f"{self.name}: version 1 holds no configuration, and the sizes are not those of gpt-oss-120b or 20b: "
+            f"put the model's {CONFIG_NAME} beside it"
+        )
+
+
+def open_archive(path: str | Path, n_layers: int | None = None, verify: bool = False) -> IrisArchive:
+    """Check an archive by its header and configuration; with n_layers only the first layers are used.
+
+    With `verify` every blob is compared with its checksum. InputError, naming the file and tensor, if it is no archive,
+    damaged, of an unknown version or order, or does not hold exactly the tensors of its configuration.
+    """
+    archive = IrisArchive(Path(path), open_regular(path))
+    if n_layers is not None:
+        archive.cut(n_layers)
+    if verify:
+        archive.verify()
+    return archive
+
+
+def _map(file, n_bytes: int, name: str) -> torch.Tensor:
+    """The file's bytes, which must not be written to."""
+    try:
+        mapping = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot be mapped ({error})") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _check_tensors(header: Header, config: ModelConfig, source: str) -> None:
+    expected = archive_tensors(config)
+    for name, entry in header.entries.items():
+        if name in DOCUMENTS and header.version > 1:
+            wanted = (torch.uint8, (entry.n_bytes,))
+        elif name in expected:
+            wanted = expected[name]
+        else:
+            raise InputError(f"{source}: unknown tensor {name!r}: not part of the model that {CONFIG_NAME} describes")
+        if (entry.dtype, entry.shape) != wanted:
+            raise InputError(f"{source}: tensor {name} is {_kind(entry.dtype, entry.shape)}, expected {_kind(*wanted)}")
+    for name in expected:
+        if name not in header.entries:
+            raise InputError(f"{source}: tensor {name} is missing")
+
+
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

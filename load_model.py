@@ -1,0 +1,33 @@
+"""Open a model wherever it is: an .iris archive, a checkpoint folder, or a repository of the hub."""
+
+import os
+import stat
+from pathlib import Path
+
+from host.checkpoint import Checkpoint
+from host.config import CONFIG_NAME
+from host.errors import InputError
+from load_hf import open_checkpoint as open_folder
+from load_iris import open_archive
+
+SUFFIX = ".iris"
+
+
+def open_checkpoint(model: str | Path, n_layers: int | None = None) -> Checkpoint:
+    """Check a model, given as an archive, a folder or a hub id, and return it as a Checkpoint; no weight is read.
+
+    With n_layers only the first layers are used. Raises InputError.
+    """
+    return open_archive(model, n_layers) if is_archive(model) else open_folder(model, n_layers)
+
+
+def is_archive(model: str | Path) -> bool:
+    """Whether a path names a file of any kind, or by its ending should. InputError if it cannot be looked at."""
+    path = Path(model)
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return path.suffix == SUFFIX
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model}: {getattr(error, 'strerror', None) or error}") from None
+    return not is_folder or (path.suffix == SUFFIX and not (path / CONFIG_NAME).exists())
