@@ -20,9 +20,9 @@ from pathlib import Path
 
 from gpt_oss_megakernel import MegaModel, open_model, usable_device
 from host.bandwidth import Bandwidth, measure_read_bandwidth
-from host.cli import DEFAULT_MODEL, ArgumentParser, positive_int, run_main
+from host.cli import ArgumentParser, add_model_arguments, positive_int, run_main
 from host.conditions import conditions
-from host.config import PRESETS, ModelConfig
+from host.config import ModelConfig
 from host.errors import InputError
 from host.limits import available_bytes, required_bytes
 from host.random_cache import fill_cache
@@ -99,10 +99,7 @@ class Report:
 def parse_arguments() -> argparse.Namespace:
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description="Time per output token at several contexts, and the fraction of the floor.")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped one")
-    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device")
-    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
+    add_model_arguments(parser)
     path = parser.add_mutually_exclusive_group()
     path.add_argument("--quant", action="store_true", help="measure the quantized path instead of the default one")
     path.add_argument("--both", action="store_true", help="measure both, the weights loaded once")

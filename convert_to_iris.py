@@ -53,9 +53,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> None:
     """Writes args.out. An interrupted run says how to go on."""
-    checkpoint = open_source(args)
-    start = time.perf_counter()
     try:
+        checkpoint = open_source(args)
+        start = time.perf_counter()
         n_bytes = write_archive(checkpoint, args.out, args.force, show_progress=True, on_terminal=sys.stderr.isatty())
     except (KeyboardInterrupt, Terminated):
         print(f"interrupted: {args.out} was not written; the same command starts again", file=sys.stderr)

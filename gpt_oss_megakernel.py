@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,8 +43,8 @@ from common.stream import fill, open_stream, plan_until, shares_of
 from host import cpu_interpreter, shared_memory
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
-    DEFAULT_MODEL,
     ArgumentParser,
+    add_model_arguments,
     add_prompt_arguments,
     device_name,
     logits_writer,
@@ -53,7 +54,7 @@ from host.cli import (
     stream_generation,
     torch_device,
 )
-from host.config import PRESETS, ModelConfig, check_token
+from host.config import PRESETS, ModelConfig, check_token, checkpoint_bytes
 from host.errors import InputError, MegakernelAborted
 from host.launch import LEAST_SLOTS, Tuning, check_program_count, next_power_of_2, program_count, tuning_for
 from host.limits import check_memory, context_length
@@ -207,7 +208,9 @@ class MegaModel:
         self.grid = (self.num_programs,)
         needed = bytes_to_load(checkpoint, self.device, self.tuning) if weights is None else 0
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
+        start = time.perf_counter()
         self.weights = weights or load_weights(checkpoint, self.device, self.tuning, show_progress)
+        self.load_seconds = time.perf_counter() - start
         self.trace_position = trace_position
         self.state = self._new_state(kv_dtype)
         self._compile()
@@ -436,13 +439,11 @@ class MegaModel:
 def parse_arguments() -> argparse.Namespace:
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description="GPT-OSS decoded by one persistent kernel launch per token.")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped one")
-    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device, for timing")
+    add_model_arguments(parser)
     add_prompt_arguments(parser)
     parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
-    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
     parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
+    parser.add_argument("--load-rate", action="store_true", help="say how long loading took, and at what rate")
     parser.add_argument(
         "--trace", metavar="FILE.json", type=Path, help="time the phases of one token, as a Chrome trace and a table"
     )
@@ -458,8 +459,10 @@ def parse_arguments() -> argparse.Namespace:
 def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
     """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids."""
     if not args.random_weights:
-        checkpoint = open_checkpoint(args.model, args.layers)
+        checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
         return checkpoint, Tokenizer.of(checkpoint)
+    if args.verify:
+        raise InputError("--verify: random weights have no checksums")
     config = PRESETS[args.random_weights]
     config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
     return RandomCheckpoint(config, device=usable_device(None), name=f"random {args.random_weights}"), None
@@ -480,6 +483,8 @@ def main() -> None:
                 show_progress=sys.stderr.isatty(),
                 trace_position=None if traced is None else len(prompt_ids) - 1 + traced - 1,
             )
+            if args.load_rate:
+                print(load_rate(model), file=sys.stderr)
             generation = stream_generation(
                 model.generate(prompt_ids, args.max_new_tokens, on_logits),
                 prompt_ids,
@@ -497,6 +502,12 @@ def main() -> None:
             title = f"token {traced} at position {model.trace_position}: {generation.device}, {generation.path}"
             write_trace(chrome_trace(launch, title))
             print(f"{title}\n{table_text(table_rows(launch))}", file=sys.stderr)
+
+
+def load_rate(model: MegaModel) -> str:
+    """One line: bytes of the weights as published, and what loading them took, packing for the device included."""
+    gigabytes = checkpoint_bytes(model.config) / 1e9
+    return f"weights: {gigabytes:.3f} GB in {model.load_seconds:.2f} s, {gigabytes / model.load_seconds:.2f} GB/s"
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:

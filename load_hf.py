@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from host.mapped import name_on_bus_error, release_pages
 HUB_REPLY_SECONDS = 10.0
 SMALL_FILES = (CONFIG_NAME, GENERATION_NAME, TOKENIZER_NAME, INDEX_NAME)
 MAX_INDEX_BYTES = 64 << 20  # that of gpt-oss-120b has 50 KB
+MAX_HEADER_BYTES = 16 << 20  # of a shard; all of gpt-oss-120b's have 100 KB
+MAX_REF_BYTES = 4096  # of a commit's 40
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -40,14 +43,14 @@ class HFCheckpoint:
         """The tensor of this published name. Raises KeyError if the model has no such tensor."""
         for shard, names in self.shards.items():
             if name in names:
-                with _open_shard(self.folder / shard) as file:
+                with self._open(shard, (name,)) as file:
                     return file.get_tensor(name)
         raise KeyError(name)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All (name, tensor), shard by shard and in the order of the file within each."""
         for shard, names in self.shards.items():
-            with _open_shard(self.folder / shard) as file:
+            with self._open(shard, names) as file:
                 path = str((self.folder / shard).resolve())
                 for name in names:
                     tensor = file.get_tensor(name)
@@ -58,6 +61,15 @@ class HFCheckpoint:
         """What a file of the folder holds; None if there is none. Raises InputError."""
         path = self.folder / name
         return read_small(path, MAX_TOKENIZER_BYTES) if path.exists() else None
+
+    def _open(self, shard: str, names: tuple[str, ...]) -> safe_open:
+        """InputError if these tensors are not what open_checkpoint saw: another file may have taken the place."""
+        file = _open_shard(self.folder / shard)
+        stored, expected = _kinds(file), expected_tensors(self.config)
+        for name in names:
+            if stored.get(name) != expected[name]:
+                raise InputError(f"{self.folder / shard}: tensor {name} is another than when the checkpoint was opened")
+        return file
 
 
 def open_checkpoint(model: str | Path, n_layers: int | None = None) -> HFCheckpoint:
@@ -114,8 +126,8 @@ def _cached_snapshot(repo: Path) -> Path | None:
     main = repo / "refs" / "main"
     try:
         snapshots = sorted((repo / "snapshots").iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-        commit = main.read_bytes().strip().decode("ascii", "replace") if main.is_file() else ""
-    except OSError:
+        commit = read_small(main, MAX_REF_BYTES).strip().decode("ascii", "replace") if main.is_file() else ""
+    except (OSError, InputError):
         return None
     snapshots.sort(key=lambda folder: folder.name != commit)
     complete = list(filter(_is_complete, snapshots))
@@ -207,15 +219,15 @@ def _read_index(index: Path) -> dict[str, str]:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"{next(key for key, n in counts.items() if n > 1)!r} is there twice")
     return result
 
 
 def _open_shard(path: Path) -> safe_open:
     """Maps the file; get_tensor then gives views of it. Raises InputError."""
-    if path.exists():
-        os.close(open_regular(path))
+    if os.path.exists(path):  # Path.exists lets a name that is too long through as an OSError
+        _check_header(path)
         name_on_bus_error(str(path))
     try:
         return safe_open(path, framework="pt")
@@ -228,8 +240,24 @@ def _open_shard(path: Path) -> safe_open:
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> (shape, dtype) of each tensor of a shard, in the order of the file. Raises InputError."""
     with _open_shard(path) as file:
-        slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return _kinds(file)
+
+
+def _kinds(file: safe_open) -> dict[str, tuple[tuple[int, ...], str]]:
+    slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+def _check_header(path: Path) -> None:
+    """InputError for what safetensors takes: a header that fills memory, and the last of several tensors of a name."""
+    with open(open_regular(path), "rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes, at most {MAX_HEADER_BYTES} are expected")
+            json.loads(file.read(length), object_pairs_hook=_unique_keys)
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from None
 
 
 def _check_shard(

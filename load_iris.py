@@ -164,7 +164,9 @@ class IrisArchive:
         )
 
 
-def open_archive(path: str | Path, n_layers: int | None = None, verify: bool = False) -> IrisArchive:
+def open_archive(
+    path: str | Path, n_layers: int | None = None, verify: bool = False, show_progress: bool = False
+) -> IrisArchive:
     """Check an archive by its header and configuration; with n_layers only the first layers are used.
 
     With `verify` every blob is compared with its checksum. InputError, naming the file and tensor, if it is no archive,
@@ -174,7 +176,7 @@ def open_archive(path: str | Path, n_layers: int | None = None, verify: bool = F
     if n_layers is not None:
         archive.cut(n_layers)
     if verify:
-        archive.verify()
+        archive.verify(show_progress)
     return archive
 
 

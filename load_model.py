@@ -13,12 +13,19 @@ from load_iris import open_archive
 SUFFIX = ".iris"
 
 
-def open_checkpoint(model: str | Path, n_layers: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, n_layers: int | None = None, verify: bool = False, show_progress: bool = False
+) -> Checkpoint:
     """Check a model, given as an archive, a folder or a hub id, and return it as a Checkpoint; no weight is read.
 
-    With n_layers only the first layers are used. Raises InputError.
+    With n_layers only the first layers are used. `verify` reads all of an archive first, which must match its
+    checksums; nothing else has any. Raises InputError.
     """
-    return open_archive(model, n_layers) if is_archive(model) else open_folder(model, n_layers)
+    if is_archive(model):
+        return open_archive(model, n_layers, verify, show_progress)
+    if verify:
+        raise InputError(f"--verify: {model} holds no checksums, as an .iris archive does")
+    return open_folder(model, n_layers)
 
 
 def is_archive(model: str | Path) -> bool:

@@ -9,12 +9,11 @@ if __name__ == "__main__":
 import torch
 
 from host.cli import (
-    DEFAULT_MODEL,
     ArgumentParser,
+    add_model_arguments,
     add_prompt_arguments,
     device_name,
     logits_writer,
-    positive_int,
     prompt_ids_from,
     run_main,
     stream_generation,
@@ -29,10 +28,9 @@ from tokenizer_util import Tokenizer
 def parse_arguments():
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped one")
+    add_model_arguments(parser, random_weights=False)
     add_prompt_arguments(parser)
     parser.add_argument("--quant", action="store_true", help="round the experts' inputs to MXFP8")
-    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
     parser.add_argument("--device", help="torch device of the arithmetic; default: the GPU if there is one")
     return parser.parse_args()
 
@@ -40,7 +38,7 @@ def parse_arguments():
 def main() -> None:
     args = parse_arguments()
     device = torch_device(args.device)
-    checkpoint = open_checkpoint(args.model, args.layers)
+    checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
     tokenizer = Tokenizer.of(checkpoint)
     config, kv_dtype = checkpoint.config, torch.bfloat16
     prompt_ids = prompt_ids_from(args, tokenizer, config)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from host.cli import (
-    DEFAULT_MODEL,
     ArgumentParser,
+    add_model_arguments,
     add_prompt_arguments,
     device_name,
     logits_writer,
@@ -29,7 +29,6 @@ from host.cli import (
     run_main,
     stream_generation,
 )
-from host.config import PRESETS
 from host.phases import PHASE_NAMES, phases_of_token
 from host.timing import DeviceMarks, WallMarks
 from kernels import PhasedModel
@@ -65,12 +64,9 @@ class Times:
 def parse_arguments() -> argparse.Namespace:
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description="GPT-OSS decoded by a launch for each phase: the megakernel's tokens, slower.")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id; default: the shipped one")
-    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device, for timing")
+    add_model_arguments(parser)
     add_prompt_arguments(parser)
     parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
-    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
     parser.add_argument(
         "--num-programs", metavar="N", type=positive_int, help="of each launch; default: as the megakernel"
     )

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from host.config import ModelConfig, check_token
+from host.config import PRESETS, ModelConfig, check_token
 from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted
 from host.limits import DEFAULT_CONTEXT, context_length
 
@@ -105,6 +105,20 @@ def torch_device(device: torch.device | str | None) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What a person calls it: the GPU's product name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, random_weights: bool = True) -> None:
+    """--model, --random-weights, --layers, --verify."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=".iris archive, checkpoint folder or hub id; default: the shipped one",
+    )
+    if random_weights:
+        source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device")
+    parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
+    parser.add_argument("--verify", action="store_true", help="compare an archive with its checksums first")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

@@ -126,6 +126,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], st
     return tensors
 
 
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Bytes of all tensors of a checkpoint in the published layout."""
+    width = {"BF16": 2, "U8": 1}
+    return sum(math.prod(shape) * width[dtype] for shape, dtype in expected_tensors(config).values())
+
+
 def check_token(token_id: int, config: ModelConfig) -> None:
     """InputError unless the id is in the vocabulary. TypeError if it is no integer."""
     if not 0 <= operator.index(token_id) < config.vocab_size:

@@ -35,7 +35,7 @@ def write_archive(
         replacing(path, n_bytes, force) as descriptor,
         ThreadPoolExecutor(1) as hashing,
         tqdm(
-            total=n_bytes,
+            total=sum(entry.n_bytes for entry in entries),
             unit="B",
             unit_scale=True,
             desc=path.name,

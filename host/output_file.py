@@ -30,13 +30,13 @@ def replacing(path: Path, n_bytes: int, force: bool) -> Iterator[int]:
             os.fsync(descriptor)
             _check_target(path, force)
             part.replace(path)
-            _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
         finally:
             os.close(descriptor)
+        _sync_folder(path.parent)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -78,11 +78,13 @@ def _lock(part: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """As far as it lets itself be opened and its file system can; the file is in its place anyway."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

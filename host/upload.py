@@ -37,11 +37,6 @@ class Uploader:
             for at in zip(source.split(BUFFER_BYTES), target.view(-1).view(torch.uint8).split(BUFFER_BYTES)):
                 self._copy_piece(*at)
 
-    def finish(self) -> None:
-        """Wait until the buffers are free."""
-        for _, copied in self._buffers:
-            copied.synchronize()
-
     def _copy_piece(self, source: torch.Tensor, target: torch.Tensor) -> None:
         buffer, copied = self._buffers[self._next]
         self._next = (self._next + 1) % len(self._buffers)

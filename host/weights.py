@@ -10,7 +10,7 @@ from host.fragments import block_words, pack_blocks, pack_scales, scale_words, t
 from host.launch import Tuning
 from host.upload import Uploader
 
-PACKED_BYTES = 16 << 20  # at a time
+PACKED_BYTES = 32 << 20  # at a time
 
 
 class Weights(NamedTuple):
@@ -141,7 +141,8 @@ def load_weights(checkpoint, device: torch.device, tuning: Tuning, show_progress
                 bar.update(place.nbytes)
     if places:
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
-    upload.finish()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return Weights(**fields)
 
 
