@@ -63,7 +63,7 @@ from host.state import State, new_state
 from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
 from host.traffic import bytes_by_phase
 from host.weights import Weights, bytes_to_load, load_weights
-from load_model import open_checkpoint
+from load_model import open_checkpoint, open_tokenizer
 from tokenizer_util import Tokenizer
 
 shared_memory.install()
@@ -460,7 +460,7 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
     """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids."""
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
-        return checkpoint, Tokenizer.of(checkpoint)
+        return checkpoint, open_tokenizer(checkpoint)
     if args.verify:
         raise InputError("--verify: random weights have no checksums")
     config = PRESETS[args.random_weights]

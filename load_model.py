@@ -1,4 +1,4 @@
-"""Open a model wherever it is: an .iris archive, a checkpoint folder, or a repository of the hub."""
+"""Open a model, and its tokenizer, wherever it is: an .iris archive, a checkpoint folder, or a repository of the hub."""
 
 import os
 import stat
@@ -7,8 +7,10 @@ from pathlib import Path
 from host.checkpoint import Checkpoint
 from host.config import CONFIG_NAME
 from host.errors import InputError
+from load_hf import HFCheckpoint
 from load_hf import open_checkpoint as open_folder
 from load_iris import open_archive
+from tokenizer_util import Tokenizer
 
 SUFFIX = ".iris"
 
@@ -26,6 +28,13 @@ def open_checkpoint(
     if verify:
         raise InputError(f"--verify: {model} holds no checksums, as an .iris archive does")
     return open_folder(model, n_layers)
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """A model's tokenizer. An archive may have none, a folder not. Raises InputError."""
+    if isinstance(checkpoint, HFCheckpoint):
+        return Tokenizer.from_folder(checkpoint.folder)
+    return Tokenizer.of(checkpoint)
 
 
 def is_archive(model: str | Path) -> bool:

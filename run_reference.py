@@ -20,9 +20,8 @@ from host.cli import (
     torch_device,
 )
 from host.limits import check_memory, context_length
-from load_model import open_checkpoint
+from load_model import open_checkpoint, open_tokenizer
 from reference import Reference
-from tokenizer_util import Tokenizer
 
 
 def parse_arguments():
@@ -39,7 +38,7 @@ def main() -> None:
     args = parse_arguments()
     device = torch_device(args.device)
     checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
-    tokenizer = Tokenizer.of(checkpoint)
+    tokenizer = open_tokenizer(checkpoint)
     config, kv_dtype = checkpoint.config, torch.bfloat16
     prompt_ids = prompt_ids_from(args, tokenizer, config)
     max_context = context_length(config, args.max_context)

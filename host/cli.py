@@ -175,7 +175,7 @@ def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]
 
 def _needed(tokenizer, flag: str):
     if tokenizer is None:
-        raise InputError(f"{flag}: random weights have no tokenizer; use --prompt-ids")
+        raise InputError(f"{flag}: this model has no tokenizer; use --prompt-ids")
     return tokenizer
 
 

@@ -18,8 +18,8 @@ def first_difference(ours: Checkpoint, theirs: Checkpoint, show_progress: bool =
     if ours.document(TOKENIZER_NAME) != theirs.document(TOKENIZER_NAME):
         return "the tokenizer"
     with tqdm(unit="tensors", desc="comparing", disable=not show_progress) as bar:
-        for name, tensor in theirs.tensors():
-            if not _same(ours.tensor(name), tensor):
+        for name, tensor in ours.tensors():
+            if not _same(tensor, theirs.tensor(name)):
                 return f"tensor {name}"
             bar.update()
     return None

@@ -183,8 +183,10 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, source: str)
         parts = [header[at + DIGEST_BYTES * i : at + DIGEST_BYTES * (i + 1)] for i in range(count)]
         digests = dict(zip(entries, parts))
         order, zero, expected_bytes = TRAILER.unpack_from(header, at + DIGEST_BYTES * count)
-        if order != PUBLISHED_ORDER or zero != 0:
+        if order != PUBLISHED_ORDER:
             raise InputError(f"{source}: stores its weights in order {order}, which is not known here")
+        if zero != 0:
+            raise InputError(f"{source}: has {zero} where version 2 has 0")
     if file_bytes != expected_bytes:
         raise InputError(f"{source}: has {file_bytes} bytes, its header says {expected_bytes}")
     _check_places(entries.values(), size, file_bytes, source)

@@ -207,7 +207,7 @@ def test_random_weights_need_no_file_and_never_stop(run, run_json, small_preset,
 
 @pytest.mark.parametrize("flag", ["--prompt", "--chat"])
 def test_random_weights_have_no_tokenizer(run, small_preset, flag):
-    assert_rejected(run("--random-weights", "20b", flag, "a", model=None), f"{flag}: random weights have no tokenizer")
+    assert_rejected(run("--random-weights", "20b", flag, "a", model=None), f"{flag}: this model has no tokenizer")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""Archives on a GPU: the copies through pinned buffers, packing included, and what the kernel makes of them."""
+
+import pytest
+import torch
+
+import host.upload
+from gpt_oss_megakernel import MegaModel
+from host.checkpoint import RandomCheckpoint
+from host.cli import DEFAULT_MODEL
+from host.config import GPT_OSS_120B
+from host.iris_writer import write_archive
+from host.launch import tuning_for
+from host.upload import Uploader
+from host.weights import Weights, load_weights
+from load_iris import open_archive
+from load_model import open_checkpoint
+
+CUDA = torch.device("cuda")
+WIDE = GPT_OSS_120B.cut(1)
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_uploads_are_what_was_read(n, dtype, monkeypatch):
+    monkeypatch.setattr(host.upload, "BUFFER_BYTES", 16)  # most tensors take turns on the buffers
+    upload = Uploader(CUDA)
+    tensors = [torch.randn(3, n).mul(50).to(dtype) for _ in range(4)]
+    copies = [upload(tensor) for tensor in tensors]
+    wide = [torch.empty(3, n, device=CUDA) for _ in tensors]
+    for target, tensor in zip(wide, tensors):
+        upload.into(target, tensor)
+    torch.cuda.synchronize()
+    for tensor, copy, target in zip(tensors, copies, wide):
+        assert copy.dtype == dtype
+        assert torch.equal(copy.cpu(), tensor)
+        assert torch.equal(target.cpu(), tensor.float())
+
+
+def test_uploads_of_strided_tensors():
+    matrix = torch.arange(12.0).view(3, 4).t()
+    assert torch.equal(Uploader(CUDA)(matrix).cpu(), matrix)
+
+
+@pytest.mark.parametrize("quant", [False, True], ids=["default", "quant"])
+def test_the_shipped_model_says_the_same_from_an_archive(quant, tmp_path):
+    write_archive(open_checkpoint(DEFAULT_MODEL), tmp_path / "m.iris")
+    prompt = [1, 2, 3, 500]
+    expected = list(MegaModel.from_pretrained(DEFAULT_MODEL, quant, max_context=64).generate(prompt, 40))
+    assert list(MegaModel.from_pretrained(tmp_path / "m.iris", quant, max_context=64).generate(prompt, 40)) == expected
+
+
+def test_full_width_weights_are_those_of_the_checkpoint(tmp_path):
+    checkpoint = RandomCheckpoint(WIDE, device=CUDA)
+    write_archive(checkpoint, tmp_path / "m.iris")
+    tuning = tuning_for(CUDA, WIDE)
+    expected = load_weights(checkpoint, CUDA, tuning)
+    archive = open_archive(tmp_path / "m.iris", verify=True)
+    for field, ours, theirs in zip(Weights._fields, load_weights(archive, CUDA, tuning), expected):
+        assert torch.equal(ours, theirs), field
