@@ -26,6 +26,7 @@ from host.config import ModelConfig
 from host.errors import InputError
 from host.limits import available_bytes, required_bytes
 from host.random_cache import fill_cache
+from host.report import check_matplotlib, check_output_file, markdown_table
 from host.timing import DeviceMarks, Spread, WallMarks, checksum, spread
 from host.traffic import bytes_per_token
 
@@ -132,24 +133,6 @@ def context_list(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(positive_int(word.strip()) for word in text.split(",")))
 
 
-def check_output_file(flag: str, path: Path | None) -> None:
-    """InputError if the file could not be written: known before the measurement, not after."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"{flag} {path}: there is no such folder")
-    if path is not None and path.exists() and not path.is_file():
-        raise InputError(f"{flag} {path}: is there already, and not a regular file")
-
-
-def check_matplotlib(path: Path | None) -> None:
-    """InputError if a plot is wanted and cannot be drawn."""
-    if path is None:
-        return
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise InputError(f"--plot {path}: matplotlib is not installed") from None
-
-
 def plan_for(args: argparse.Namespace, config: ModelConfig, on_gpu: bool, free_bytes: int) -> Plan:
     """What the command line asks for, or what suits the device; InputError where the model has too few positions."""
     limit = config.max_position_embeddings
@@ -249,10 +232,6 @@ def table_row(row: Measurement) -> tuple[str, ...]:
         "-" if row.fraction_of_floor is None else f"{row.fraction_of_floor:.1%}",
         row.checksum,
     )
-
-
-def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
 
 
 def json_text(report: Report) -> str:

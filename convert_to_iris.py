@@ -7,9 +7,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
 
 import argparse
+import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,13 +40,17 @@ def parse_arguments() -> argparse.Namespace:
         help="compare an archive's checksums, and all it holds with --model if that is given",
     )
     task.add_argument("--info", metavar="FILE.iris", type=Path, help="list what is in an archive")
-    parser.add_argument("--layers", metavar="N", type=positive_int, help="convert the first N layers only")
+    parser.add_argument(
+        "--layers", metavar="N", type=positive_int, help="convert, or compare with, the first N layers of --model only"
+    )
     parser.add_argument("--force", action="store_true", help="replace an archive that is there already")
     args = parser.parse_args()
     if args.out and not (args.model or args.random_weights):
         raise InputError("--out: what to convert? --model or --random-weights says so")
-    if not args.out and (args.random_weights or args.layers or args.force):
-        raise InputError("--random-weights, --layers and --force go with --out")
+    if not args.out and (args.random_weights or args.force):
+        raise InputError("--random-weights and --force go with --out")
+    if args.layers and not (args.out or args.model):
+        raise InputError("--layers: of which --model?")
     if args.info and args.model:
         raise InputError("--info takes no --model")
     return args
@@ -56,7 +61,15 @@ def convert(args: argparse.Namespace) -> None:
     try:
         checkpoint = open_source(args)
         start = time.perf_counter()
-        n_bytes = write_archive(checkpoint, args.out, args.force, show_progress=True, on_terminal=sys.stderr.isatty())
+        with signals_noted() as check:
+            n_bytes = write_archive(
+                checkpoint,
+                args.out,
+                args.force,
+                show_progress=True,
+                on_terminal=sys.stderr.isatty(),
+                check=check,
+            )
     except (KeyboardInterrupt, Terminated):
         print(f"interrupted: {args.out} was not written; the same command starts again", file=sys.stderr)
         raise
@@ -74,8 +87,8 @@ def open_source(args: argparse.Namespace) -> Checkpoint:
     return RandomCheckpoint(config, device=device, name=f"random {args.random_weights}")
 
 
-def verify(path: Path, model: str | None) -> None:
-    """Compares an archive with its checksums, and with a checkpoint. InputError if anything differs."""
+def verify(path: Path, model: str | None, n_layers: int | None) -> None:
+    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs."""
     archive = open_archive(path)
     if archive.header.digests is None and model is None:
         raise InputError(f"{path}: version 1 holds no checksums; --model names a checkpoint to compare with")
@@ -83,7 +96,7 @@ def verify(path: Path, model: str | None) -> None:
         archive.verify(show_progress=sys.stderr.isatty())
         print(f"{path}: {len(archive.header.entries)} checksums match")
     if model is not None:
-        difference = first_difference(archive, open_checkpoint(model), show_progress=sys.stderr.isatty())
+        difference = first_difference(archive, open_checkpoint(model, n_layers), show_progress=sys.stderr.isatty())
         if difference:
             raise InputError(f"{path}: {difference} differs from that of {model}")
         print(f"{path}: the same as {model}")
@@ -111,20 +124,41 @@ def describe(archive: IrisArchive) -> Iterator[str]:
 
 
 class Terminated(SystemExit):
-    """SIGTERM came: ends like Ctrl-C, leaving nothing behind."""
+    """A signal came: ends like Ctrl-C, leaving nothing behind."""
 
 
-def _terminate(signal_number: int, _frame: object) -> None:
+def terminate(signal_number: int, _frame: object = None) -> None:
     raise Terminated(128 + signal_number)
 
 
+@contextlib.contextmanager
+def signals_noted() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM interrupt nothing, but a call of the function that this gives raises Terminated after them.
+
+    An exception out of a signal's handler reaches whatever runs then; torch may take it for one of a tensor's.
+    """
+    came, handlers = [], {}
+
+    def check() -> None:
+        if came:
+            terminate(came[0])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield check
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     args = parse_arguments()
     if args.out:
         convert(args)
     elif args.verify:
-        verify(args.verify, args.model)
+        verify(args.verify, args.model, args.layers)
     else:
         print("\n".join(describe(open_archive(args.info))))
 

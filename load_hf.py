@@ -283,4 +283,6 @@ def _check_shard(
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Without what a terminal would obey: safetensors quotes names as they are."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -1,4 +1,4 @@
-"""Open a model, and its tokenizer, wherever it is: an .iris archive, a checkpoint folder, or a repository of the hub."""
+"""Open a model, and its tokenizer: an .iris archive, a checkpoint folder, or a repository of the hub."""
 
 import os
 import stat

@@ -69,7 +69,9 @@ class Tokenizer:
         """Reads the bytes of a tokenizer.json, which `source` names in errors. InputError where they are none."""
         try:
             return cls(tokenizers.Tokenizer.from_buffer(data))
-        except Exception as error:  # the package raises bare Exception
+        except BaseException as error:  # the package raises bare Exception and, where it panics, a BaseException
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{source}: not a tokenizer file ({reason})") from error
 

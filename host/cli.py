@@ -42,8 +42,15 @@ def run_main(main: Callable[[], None]) -> int:
     0; 2 after an InputError; 1 if the kernel gave up or stdout could not be written; 130 after Ctrl-C; 141 if stdout
     was closed. Errors are one line on stderr. A script may let Ctrl-C end the process outright until it comes here.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupted = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
     try:
@@ -65,10 +72,17 @@ def run_main(main: Callable[[], None]) -> int:
         _abandon_stdout()
         _print_error(f"{error.filename or 'stdout'}: {error.strerror}")
         return EXIT_FAILURE
+    except Exception:  # a library may have made another one of KeyboardInterrupt
+        if interrupted:
+            return EXIT_INTERRUPTED
+        raise
 
 
 def _print_error(message: str) -> None:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    """One line. A file's own words may hold what would move the terminal's cursor."""
+    line = " ".join(message.splitlines())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {shown}", file=sys.stderr)
 
 
 def _abandon_stdout() -> None:

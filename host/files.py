@@ -11,8 +11,8 @@ def open_regular(path: str | Path) -> int:
     """A file descriptor for reading. InputError unless it is a regular file; a pipe does not make it wait."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     kind = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(kind):
         os.close(descriptor)
@@ -28,6 +28,6 @@ def read_small(path: str | Path, most: int) -> bytes:
         if size > most:
             raise InputError(f"{path}: has {size} bytes, at most {most} are expected")
         try:
-            return file.read(most)
+            return file.read(size)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None

@@ -190,6 +190,8 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, source: str)
     if file_bytes != expected_bytes:
         raise InputError(f"{source}: has {file_bytes} bytes, its header says {expected_bytes}")
     _check_places(entries.values(), size, file_bytes, source)
+    if version > 1 and encode_header(list(entries.values()), digests) != header:
+        raise InputError(f"{source}: holds bytes, in its header or at its end, that belong to no tensor")
     return Header(version, file_bytes, entries, digests)
 
 

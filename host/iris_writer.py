@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +20,16 @@ QUIET_SECONDS = 10  # between two lines of progress where there is no terminal
 
 
 def write_archive(
-    checkpoint: Checkpoint, path: Path, force: bool = False, show_progress: bool = False, on_terminal: bool = True
+    checkpoint: Checkpoint,
+    path: Path,
+    force: bool = False,
+    show_progress: bool = False,
+    on_terminal: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Write an archive of version 2, returns its bytes. The host holds one tensor at a time, or a mapped file's pages.
 
+    `check` is called again and again: what it raises ends the writing, with nothing left at `path`.
     InputError, and nothing at `path`, if it is there already (but with `force`), there is no space, or the checkpoint
     is damaged.
     """
@@ -47,6 +54,7 @@ def write_archive(
         def write(entry: Entry, data: memoryview) -> None:
             digest = hashlib.sha256()
             for at in range(0, len(data), CHUNK):
+                check()
                 chunk = data[at : at + CHUNK]
                 hashed = hashing.submit(digest.update, chunk)
                 write_all(descriptor, chunk, entry.offset + at)
@@ -60,6 +68,7 @@ def write_archive(
             entry = by_name[archive_name(name)]
             write(entry, _bytes_of(tensor, entry))
             del tensor  # before the next one comes
+        check()
         write_all(descriptor, memoryview(encode_header(entries, digests)), 0)
         bar.set_postfix_str("syncing")
     return n_bytes

@@ -4,11 +4,13 @@ import ctypes
 import mmap
 import os
 import signal
+import threading
 
 import torch
 
 from host.errors import EXIT_INPUT_ERROR
 
+_first = threading.Lock()
 _names: dict[str, None] = {}  # of the files in use, in order
 
 
@@ -24,8 +26,9 @@ def name_on_bus_error(path: str) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _handler(_signal: int) -> None:
+    _first.acquire()  # for ever: threads that read together come here together, and one line is enough
     files = ", ".join(_names)
-    os.write(2, f"error: {files}: could not be read on: was it cut short while in use?\n".encode())
+    os.write(2, os.fsencode(f"error: {files}: could not be read on: was it cut short while in use?\n"))
     os._exit(EXIT_INPUT_ERROR)
 
 

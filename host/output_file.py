@@ -25,7 +25,7 @@ def replacing(path: Path, n_bytes: int, force: bool) -> Iterator[int]:
         try:
             free = shutil.disk_usage(path.parent).free
             if n_bytes > free:
-                raise InputError(f"{path}: {n_bytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+                raise InputError(f"{path}: {n_bytes / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free")
             yield descriptor
             os.fsync(descriptor)
             _check_target(path, force)

@@ -1,0 +1,421 @@
+"""Damages an .iris archive in random ways; each must be refused in one printable line, or still be a whole model.
+
+    python -m tools.fuzz_iris --cases 100000 --seed 1
+Run from the repository's root. A case is a small archive of version 2 or 1 after one to three mutations. Most cases
+are sealed again, so that what lies behind the checksums is reached as well. A case that raises anything but an
+InputError, takes longer than 2 s or more than 64 MB is printed, and the exit code is 1; it depends on nothing but the
+seed and its number, so that `--first NUMBER --cases 1` shows it again. One that ends the process leaves its file.
+"""
+
+import argparse
+import collections
+import hashlib
+import math
+import random
+import re
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from host.checkpoint import TOKENIZER_NAME, RandomCheckpoint
+from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
+from host.config import GENERATION_NAME, ModelConfig, expected_tensors
+from host.errors import InputError
+from host.iris_format import (
+    BLOB_ALIGNMENT,
+    DIGEST_BYTES,
+    DOCUMENTS,
+    ENTRY,
+    MAGIC,
+    PREFIX,
+    TRAILER,
+    header_bytes,
+    seal,
+)
+from host.iris_writer import write_archive
+from load_iris import open_archive
+
+CONFIG = ModelConfig(
+    n_layers=2,
+    n_experts=2,
+    experts_per_token=1,
+    hidden_size=32,
+    intermediate_size=32,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=16,
+    vocab_size=24,
+    layer_is_sliding=(True, False),
+    stop_ids=(7,),
+)
+OTHER_DOCUMENTS = {GENERATION_NAME: b'{"eos_token_id": [7, 9]}', TOKENIZER_NAME: b'{"version": "1.0", "model": {}}'}
+MOST_SECONDS = 2.0
+MOST_BYTES = 64 << 20
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
+SEALED_SHARE = 0.75
+SHOWN_KINDS = 40
+QUIET_SECONDS = 10  # between two lines of progress where there is no terminal
+
+NAME_BYTES = ENTRY["name"].itemsize
+NUMBERS = struct.Struct("<QQII8Q")  # what follows the name: offset, bytes, dtype, dimensions, shape
+NUMBER_PLACES = [(0, 8), (8, 8), (16, 4), (20, 4), *((24 + 8 * i, 8) for i in range(8))]  # (offset, bytes) in these
+NAMES = (
+    b"",
+    b"embed",
+    b"L0.w_q",
+    b"L1.w_q",
+    b"L2.w_q",
+    b"L00.w_q",
+    b"\xff",
+    b"a\nb",
+    b"x" * 128,
+    b"config.json",
+    b"embed\0x",
+)
+JSON_VALUES = (
+    "null",
+    "-1",
+    "0",
+    "1",
+    "64",
+    "1e999",
+    "4294967296",
+    "9" * 4500,
+    '"x"',
+    '"\\ud800"',
+    "[]",
+    "{}",
+    "[" * 2000,
+)
+
+
+class _Checkpoint(RandomCheckpoint):
+    """Of random values, with documents."""
+
+    def document(self, name: str) -> bytes | None:
+        return OTHER_DOCUMENTS.get(name)
+
+
+class TooSlow(BaseException):
+    """A case's time is over; not an Exception, so that nothing on the way takes it for its own."""
+
+
+@dataclass
+class Archive:
+    """A whole archive that cases start from."""
+
+    version: int
+    data: bytes
+    n_rows: int
+
+    @property
+    def header_bytes(self) -> int:
+        return header_bytes(self.version, self.n_rows)
+
+    def row_at(self, index: int) -> int:
+        return PREFIX.size + index * ENTRY.itemsize
+
+
+def archives(folder: Path) -> dict[int, Archive]:
+    """Version -> archive. The folder keeps the configuration, for version 1."""
+    path = folder / "whole.iris"
+    write_archive(_Checkpoint(CONFIG), path)
+    second = path.read_bytes()
+    _, _, n_rows = PREFIX.unpack_from(second)
+    archive = Archive(2, second, n_rows)
+    for name in DOCUMENTS:
+        (folder / name).write_bytes(open_archive(path).document(name))
+    first_row, end = archive.row_at(len(DOCUMENTS)), archive.row_at(n_rows)  # the documents are the first rows
+    table = second[first_row:end]
+    header = PREFIX.pack(MAGIC, 1, n_rows - len(DOCUMENTS)) + table
+    first = header.ljust(archive.header_bytes, b"\0") + second[archive.header_bytes :]
+    return {1: Archive(1, first, n_rows - len(DOCUMENTS)), 2: archive}
+
+
+# Mutations: each changes the bytes of a file in place.
+
+Mutation = Callable[[random.Random, Archive, bytearray], None]
+
+
+def flip_bits(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    for _ in range(rng.randint(1, 8)):
+        data[_place(rng, archive, data)] ^= 1 << rng.randrange(8)
+
+
+def write_random_bytes(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    at, new = _place(rng, archive, data), rng.randbytes(rng.randint(1, 64))
+    data[at : at + len(new)] = new
+
+
+def splice(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """A part of the header goes to another place, over what is there or, half the time, in front of it."""
+    at, to, n = _place(rng, archive, data), _place(rng, archive, data), rng.randint(1, 600)
+    data[to : to + rng.choice((0, n))] = data[at : at + n]
+
+
+def remove_bytes(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    at = _place(rng, archive, data)
+    del data[at : at + rng.randint(1, 300)]
+
+
+def swap_rows(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    first, second = _row(rng, archive), _row(rng, archive)
+    start, end = rng.choice(((0, ENTRY.itemsize), (0, NAME_BYTES), (NAME_BYTES, NAME_BYTES + 8)))  # all, name, offset
+    a, b = slice(first + start, first + end), slice(second + start, second + end)
+    data[a], data[b] = data[b], data[a]
+
+
+def copy_row(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    first, second = _row(rng, archive), _row(rng, archive)
+    data[second : second + ENTRY.itemsize] = data[first : first + ENTRY.itemsize]
+
+
+def set_field(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """An extreme number, or one near the former, in a field of the prefix, the trailer or a row."""
+    trailer = archive.row_at(archive.n_rows) + DIGEST_BYTES * archive.n_rows
+    elsewhere = [(8, 4), (12, 4)] + ([(trailer, 4), (trailer + 4, 4), (trailer + 8, 8)] if archive.version > 1 else [])
+    row = _row(rng, archive)
+    of_row = [(row + NAME_BYTES + at, size) for at, size in NUMBER_PLACES]
+    at, size = rng.choice(elsewhere if rng.random() < 0.2 else of_row)
+    former = int.from_bytes(data[at : at + size], "little")
+    extremes = (0, 1, 2, 3, 8, 9, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 256, 2**64 - 1)
+    near = tuple(former + by for by in (-4096, -256, -1, 1, 256, 4096)) + (len(data), former * 2, former // 2)
+    data[at : at + size] = (rng.choice(extremes + near) % 2 ** (8 * size)).to_bytes(size, "little")
+
+
+def set_sizes(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """Another dtype, shape and place of a row, which agree with each other."""
+    row = _row(rng, archive)
+    shape = [rng.choice((0, 1, 2, 16, 24, 32, 64)) for _ in range(rng.randint(1, 4))]
+    dtype, item_bytes = rng.choice(((0, 2), (1, 4), (2, 1), (3, 4)))
+    n_bytes = item_bytes * math.prod(shape)
+    offset = rng.randrange(len(data) // BLOB_ALIGNMENT) * BLOB_ALIGNMENT
+    if rng.random() < 0.5:
+        offset, _ = _place_of(data, row)
+    NUMBERS.pack_into(data, row + NAME_BYTES, offset, n_bytes, dtype, len(shape), *shape, *[0] * (8 - len(shape)))
+
+
+def transpose(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    shape = _row(rng, archive) + ENTRY.fields["shape"][1]
+    data[shape : shape + 16] = data[shape + 8 : shape + 16] + data[shape : shape + 8]
+
+
+def rename(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    row = _row(rng, archive)
+    data[row : row + NAME_BYTES] = rng.choice(NAMES).ljust(NAME_BYTES, b"\0")
+
+
+def resize(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """Truncated or extended; the header follows half the time."""
+    if rng.random() < 0.7:
+        del data[rng.choice((rng.randrange(len(data)), len(data) - 1, archive.header_bytes, _row(rng, archive))) :]
+    else:
+        data += bytes(rng.choice((1, 255, 256, 4096)))
+    if rng.random() < 0.5:
+        _set_file_bytes(archive, data)
+
+
+def damage_document(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """Some bytes of a document, or of a tensor in a version 1 that has none."""
+    offset, n_bytes = _place_of(data, _document_row(rng, archive))
+    for _ in range(rng.randint(1, 4)):
+        at = offset + rng.randrange(n_bytes or 1)
+        if at < len(data):
+            data[at] = rng.choice((rng.randrange(256), *b'{}[]",:0 '))
+
+
+def replace_document(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """A document with one value replaced by another, at the end of the file, where there is room for it."""
+    if archive.version == 1:
+        return
+    row = _document_row(rng, archive)
+    offset, n_bytes = _place_of(data, row)
+    text = bytes(data[offset : offset + n_bytes]).decode("utf-8", "replace")
+    values = [match.span(1) for match in re.finditer(r'[:\[,]\s*("[^"]*"|[\d.e+-]+|true|false|null)', text)]
+    if values:
+        start, end = rng.choice(values)
+        text = text[:start] + rng.choice(JSON_VALUES) + text[end:]
+    new = text.encode()
+    data += bytes(-len(data) % BLOB_ALIGNMENT)
+    NUMBERS.pack_into(data, row + NAME_BYTES, len(data), len(new), 2, 1, len(new), *[0] * 7)
+    data += new
+    _set_file_bytes(archive, data)
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    flip_bits,
+    write_random_bytes,
+    splice,
+    remove_bytes,
+    swap_rows,
+    copy_row,
+    set_field,
+    set_field,
+    set_field,
+    set_sizes,
+    transpose,
+    rename,
+    resize,
+    damage_document,
+    replace_document,
+)
+
+
+def _place(rng: random.Random, archive: Archive, data: bytearray) -> int:
+    """Somewhere in the header; more often in the numbers of a row, and seldom in padding."""
+    if rng.random() < 0.5:
+        return _row(rng, archive) + rng.randrange(NAME_BYTES, ENTRY.itemsize)
+    used = archive.row_at(archive.n_rows) + (archive.n_rows * DIGEST_BYTES + TRAILER.size) * (archive.version > 1)
+    return rng.randrange(used if rng.random() < 0.9 else archive.header_bytes)
+
+
+def _row(rng: random.Random, archive: Archive) -> int:
+    """Where a row of the table begins."""
+    return archive.row_at(rng.randrange(archive.n_rows))
+
+
+def _document_row(rng: random.Random, archive: Archive) -> int:
+    return archive.row_at(rng.randrange(len(DOCUMENTS)))
+
+
+def _place_of(data: bytearray, row: int) -> tuple[int, int]:
+    """(offset, bytes) that a row tells of."""
+    return NUMBERS.unpack_from(data, row + NAME_BYTES)[:2]
+
+
+def _set_file_bytes(archive: Archive, data: bytearray) -> None:
+    if archive.version > 1 and len(data) >= archive.header_bytes:
+        struct.pack_into("<Q", data, archive.row_at(archive.n_rows) + DIGEST_BYTES * archive.n_rows + 8, len(data))
+
+
+def mutated(rng: random.Random, archive: Archive) -> bytes:
+    """An archive after one to three mutations, most often with the checksums of what it then holds."""
+    data = bytearray(archive.data)
+    for mutation in rng.choices(MUTATIONS, k=rng.choice((1, 1, 2, 3))):
+        mutation(rng, archive, data)
+        if len(data) < archive.header_bytes:
+            break
+    return sealed(bytes(data)) if rng.random() < SEALED_SHARE else bytes(data)
+
+
+def sealed(data: bytes) -> bytes:
+    """A file with the right checksums, of its rows' bytes and of its header, if it has the form of version 2."""
+    if len(data) < PREFIX.size:
+        return data
+    _, version, n_rows = PREFIX.unpack_from(data)
+    n_bytes = header_bytes(version, n_rows)
+    if version != 2 or n_bytes > len(data):
+        return data
+    places = [_place_of(data, PREFIX.size + i * ENTRY.itemsize) for i in range(n_rows)]
+    digests = b"".join(hashlib.sha256(data[at : at + n]).digest() for at, n in places)
+    start = PREFIX.size + n_rows * ENTRY.itemsize
+    return seal(data[:start] + digests + data[start + len(digests) : n_bytes]) + data[n_bytes:]
+
+
+# What becomes of them
+
+
+def problem_or_message(path: Path, verify: bool) -> tuple[str | None, str | None]:
+    """(what should not have happened, the error's message), both None for a whole model."""
+    former = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    message = problem = None
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        read_all(path, verify)
+    except InputError as error:
+        message = str(error)
+        if not message.isprintable() or not message.startswith(f"{path}: "):
+            problem = f"message {message!r}"
+    except TooSlow:
+        problem = f"not done after {MOST_SECONDS} s"
+    except Exception as error:  # noqa: BLE001 - this is what is looked for
+        problem = f"{type(error).__name__}: {error}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if time.perf_counter() - start > MOST_SECONDS:
+        problem = problem or f"took {time.perf_counter() - start:.1f} s"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - former) * RSS_UNIT
+    if grown > MOST_BYTES:
+        problem = problem or f"took {grown / 1e6:.0f} MB"
+    return problem, message
+
+
+def read_all(path: Path, verify: bool) -> None:
+    """Opens an archive and reads all of it. AssertionError unless it holds what its configuration describes."""
+    archive = open_archive(path, verify=verify)
+    entries = sorted(archive.header.entries.values(), key=lambda entry: (entry.offset, entry.end))
+    end = header_bytes(archive.header.version, len(entries))
+    for entry in entries:
+        assert entry.offset >= end and entry.offset % BLOB_ALIGNMENT == 0, f"{entry.name} is at {entry.offset}"
+        end = entry.end
+    assert end <= path.stat().st_size, f"{entries[-1].name} ends at {end}"
+    for name, (shape, dtype) in expected_tensors(archive.config).items():
+        tensor = archive.tensor(name)
+        kinds = (torch.uint8,) if dtype == "U8" else (torch.bfloat16, torch.float32)
+        assert tuple(tensor.shape) == shape and tensor.dtype in kinds, f"{name} is {tensor.dtype} {list(tensor.shape)}"
+        tensor.view(-1).view(torch.uint8).max()
+    for name in DOCUMENTS:
+        archive.document(name)
+
+
+def kind_of(message: str) -> str:
+    """A message without what differs from case to case."""
+    message = re.sub(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^]]*\]""", "*", message)
+    return re.sub(r"tensor \S+", "tensor *", re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", message))
+
+
+def too_slow(*_: object) -> None:
+    raise TooSlow
+
+
+def cases(seed: int, numbers: range, whole: dict[int, Archive], path: Path) -> Iterator[tuple[int, bool]]:
+    """Writes the file of each case: (its number, whether checksums are to be compared)."""
+    for number in numbers:
+        rng = random.Random(f"{seed} {number}")
+        data = mutated(rng, whole[rng.choice((1, 2, 2, 2))])
+        path.write_bytes(data)
+        yield number, rng.random() < 0.5
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", metavar="N", type=positive_int, default=100_000, help="default: %(default)s")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--first", metavar="NUMBER", type=int, default=0, help="the first case; default: %(default)s")
+    args = parser.parse_args()
+    signal.signal(signal.SIGALRM, too_slow)
+    accepted, problems, kinds = 0, 0, collections.Counter()
+    numbers = range(args.first, args.first + args.cases)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "case.iris"
+        whole = archives(Path(folder))
+        mininterval = 0.1 if sys.stderr.isatty() else QUIET_SECONDS
+        bar = tqdm(cases(args.seed, numbers, whole, path), total=args.cases, unit=" cases", mininterval=mininterval)
+        for number, verify in bar:
+            problem, message = problem_or_message(path, verify)
+            if problem:
+                problems += 1
+                bar.write(f"seed {args.seed} case {number}: {problem}")
+            elif message is None:
+                accepted += 1
+            else:
+                kinds[kind_of(message.removeprefix(f"{path}: "))] += 1
+    for kind, count in kinds.most_common(SHOWN_KINDS):
+        print(f"{count:8} {kind}")
+    print(f"{accepted} accepted, {kinds.total()} rejected with {len(kinds)} kinds of message, {problems} problems")
+    if problems:
+        raise SystemExit(EXIT_FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,282 @@
+"""Damages a shard of a checkpoint in random ways; each must be refused in one line, or hold what its header says.
+
+    python -m tools.fuzz_safetensors --cases 100000 --seed 1
+Run from the repository's root. A case is a small shard after one to three mutations of its header, its header's length
+or its bytes. A case that raises anything but an InputError, takes longer than 2 s, or gives a tensor other values than
+those its header points to, read here without safetensors, is printed, and the exit code is 1. A case depends on nothing
+but the seed and its number, so that `--first NUMBER --cases 1` shows it again.
+"""
+
+import argparse
+import collections
+import json
+import random
+import re
+import signal
+import struct
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from host.checkpoint import WEIGHTS_NAME, RandomCheckpoint, write_checkpoint
+from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
+from host.config import ModelConfig, expected_tensors
+from host.errors import InputError
+from load_hf import open_checkpoint
+from tools.fuzz_iris import JSON_VALUES, MOST_SECONDS, QUIET_SECONDS, SHOWN_KINDS, TooSlow, kind_of, too_slow
+
+CONFIG = ModelConfig(
+    n_layers=1,
+    n_experts=2,
+    experts_per_token=1,
+    hidden_size=32,
+    intermediate_size=32,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=16,
+    vocab_size=24,
+    layer_is_sliding=(True,),
+    stop_ids=(),
+)
+LENGTH = struct.Struct("<Q")
+DTYPES = ("BF16", "U8", "F16", "F32", "I8", "F8_E4M3", "F4", "BOOL", "C64", "Q7", "bf16", "")
+NAMES = ("", "__metadata__", "x", "lm_head.weight", "model.layers.1.self_attn.sinks", "a\nb", "\ud800", "\0", "\u202e")
+NUMBERS = (-1, 0, 1, 2, 8, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 1.5, 1e400)
+
+
+@dataclass
+class Shard:
+    """The parts of a file: 8 bytes of length, the header, the tensors' bytes."""
+
+    header: bytes
+    data: bytes
+    length: int | None = None  # if it is not the header's
+
+    @classmethod
+    def of(cls, file: bytes) -> "Shard":
+        end = LENGTH.size + LENGTH.unpack_from(file)[0]
+        return cls(file[LENGTH.size : end], file[end:])
+
+    def encode(self) -> bytes:
+        return LENGTH.pack(len(self.header) if self.length is None else self.length) + self.header + self.data
+
+
+# Mutations: each changes a shard in place. The first three work on any header, the others leave one that is no JSON.
+
+Mutation = Callable[[random.Random, Shard], None]
+
+
+def edit_bytes(rng: random.Random, shard: Shard) -> None:
+    """Some bytes replaced by others, of another number perhaps."""
+    header = bytearray(shard.header)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(header) + 1)
+        new = rng.choice((rng.randbytes(rng.randint(0, 4)), bytes(rng.choices(b'{}[]",:0123456789 \\', k=2))))
+        header[at : at + rng.randint(0, 4)] = new
+    shard.header = bytes(header)
+
+
+def replace_value(rng: random.Random, shard: Shard) -> None:
+    """One value replaced by another, that may be of another kind."""
+    text = shard.header.decode("utf-8", "replace")
+    values = [match.span(1) for match in re.finditer(r'[:\[,]\s*("[^"]*"|[\d.e+-]+|\[[\d, ]*\]|\{[^{}]*\})', text)]
+    if values:
+        start, end = rng.choice(values)
+        new = rng.choice((*JSON_VALUES, json.dumps(rng.choice(NUMBERS)), json.dumps(rng.choice(DTYPES))))
+        shard.header = (text[:start] + new + text[end:]).encode()
+
+
+def change_length(rng: random.Random, shard: Shard) -> None:
+    """Of the header, as it is told, or of the file."""
+    n = len(shard.header)
+    if rng.random() < 0.5:
+        shard.length = rng.choice((0, 1, n - 1, n + 1, rng.randrange(n + 1), n + len(shard.data), *NUMBERS[1:11]))
+    elif rng.random() < 0.5:
+        shard.data = shard.data[: rng.choice((0, len(shard.data) - 1, rng.randrange(len(shard.data) + 1)))]
+    else:
+        shard.data += bytes(rng.choice((1, 2, 8, 4096)))
+
+
+def change_entry(rng: random.Random, shard: Shard) -> None:
+    """A field of a tensor."""
+
+    def change(names: list[str], entries: dict) -> None:
+        entry = entries[rng.choice(names)]
+        key = rng.choice(("dtype", "shape", "data_offsets", "other"))
+        if key == "dtype":
+            entry[key] = rng.choice(DTYPES)
+        elif key == "other" or not isinstance(entry.get(key), list):
+            entry[key] = rng.choice((None, 0, [], "x"))
+        elif rng.random() < 0.3:
+            entry[key] = rng.choice((entry[key][::-1], entry[key][:-1], [*entry[key], 1], [1, *entry[key]], []))
+        else:
+            at = rng.randrange(len(entry[key]) or 1)
+            near = [entry[key][at] + by for by in (-16, -2, -1, 1, 2, 16)] if entry[key] else []
+            entry[key][at : at + 1] = [rng.choice((*NUMBERS, *near))]
+
+    _change_json(shard, change)
+
+
+def change_places(rng: random.Random, shard: Shard) -> None:
+    """Tensors that take the places of others, overlap, or leave a gap."""
+
+    def change(names: list[str], entries: dict) -> None:
+        a, b = (entries[rng.choice(names)] for _ in range(2))
+        how = rng.randrange(4)
+        if how == 0:
+            a["data_offsets"], b["data_offsets"] = b["data_offsets"], a["data_offsets"]
+        elif how == 1:
+            a["data_offsets"] = list(b["data_offsets"])
+        else:
+            by = rng.choice((-64, -2, 2, 64))
+            for entry in [entries[name] for name in names] if how == 2 else [a]:
+                entry["data_offsets"] = [at + by for at in entry["data_offsets"]]
+
+    _change_json(shard, change)
+
+
+def change_names(rng: random.Random, shard: Shard) -> None:
+    """Tensors missing, renamed, in another order, or there twice."""
+
+    def change(names: list[str], entries: dict) -> None:
+        name, how = rng.choice(names), rng.randrange(4)
+        entry = entries.pop(name)
+        if how == 1:
+            entries[rng.choice(NAMES)] = entry
+        elif how == 2:
+            entries[name] = entry
+        elif how == 3:
+            entries[rng.choice(NAMES)] = dict(entry, shape=[0], data_offsets=[0, 0])
+
+    _change_json(shard, change)
+
+
+def repeat_entry(rng: random.Random, shard: Shard) -> None:
+    """A tensor that is there twice, with another kind or place the first or the last time."""
+
+    def change(names: list[str], entries: dict) -> None:
+        name = rng.choice(names)
+        other = rng.choice((entries[name], dict(entries[name], dtype="F16"), entries[rng.choice(names)]))
+        double = f"{json.dumps(name)}: {json.dumps(other)}"
+        text = json.dumps(entries)[1:-1]
+        entries.clear()
+        entries[None] = "{" + ", ".join(rng.choice(((double, text), (text, double)))) + "}"
+
+    _change_json(shard, change)
+
+
+def swap_bytes(rng: random.Random, shard: Shard) -> None:
+    """Values are any: nobody can tell."""
+    at = rng.randrange(len(shard.data) or 1)
+    shard.data = shard.data[:at] + rng.randbytes(8) + shard.data[at + 8 :]
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    edit_bytes,
+    replace_value,
+    change_length,
+    change_entry,
+    change_entry,
+    change_places,
+    change_names,
+    repeat_entry,
+    swap_bytes,
+)
+
+
+def _change_json(shard: Shard, change: Callable[[list[str], dict], None]) -> None:
+    """`change` is given names of tensors and all of the header; as {None: text} it may leave one that is no dict."""
+    try:
+        entries = json.loads(shard.header)
+        names = [name for name, entry in entries.items() if {"dtype", "shape", "data_offsets"} <= entry.keys()]
+        if not names:
+            return
+        change(names, entries)
+        shard.header = (entries[None] if None in entries else json.dumps(entries)).encode()
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return  # an earlier mutation has left no such header
+
+
+def mutated(rng: random.Random, file: bytes) -> bytes:
+    """A shard after one to three mutations."""
+    shard = Shard.of(file)
+    for mutation in rng.choices(MUTATIONS, k=rng.choice((1, 1, 2, 3))):
+        mutation(rng, shard)
+    return shard.encode()
+
+
+# What becomes of them
+
+
+def problem_or_message(folder: Path) -> tuple[str | None, str | None]:
+    """(what should not have happened, the error's message), both None for a checkpoint that can be read."""
+    message = problem = None
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        read_all(folder)
+    except InputError as error:
+        message = str(error)
+        if not message.isprintable() or not message.startswith(f"{folder / WEIGHTS_NAME}: "):
+            problem = f"message {message!r}"
+    except TooSlow:
+        problem = f"not done after {MOST_SECONDS} s"
+    except Exception as error:  # noqa: BLE001 - this is what is looked for
+        problem = f"{type(error).__name__}: {error}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return problem, message
+
+
+def read_all(folder: Path) -> None:
+    """Opens a checkpoint and reads all of it. AssertionError unless it gives what the header says, and all of that."""
+    tensors = dict(open_checkpoint(folder).tensors())
+    shard = Shard.of((folder / WEIGHTS_NAME).read_bytes())
+    pairs = json.loads(shard.header, object_pairs_hook=lambda pairs: pairs)
+    stored = [(name, dict(entry)) for name, entry in pairs if name != "__metadata__"]
+    assert sorted(name for name, _ in stored) == sorted(tensors) == sorted(expected_tensors(CONFIG))
+    end = 0
+    for name, entry in sorted(stored, key=lambda item: item[1]["data_offsets"]):
+        (shape, dtype), (start, stop) = expected_tensors(CONFIG)[name], entry["data_offsets"]
+        assert (tuple(entry["shape"]), entry["dtype"], start) == (shape, dtype, end), f"{name} is {entry}"
+        raw, end = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes(), stop
+        assert raw == shard.data[start:stop], f"{name} has other values"
+    assert end == len(shard.data)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", metavar="N", type=positive_int, default=100_000, help="default: %(default)s")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--first", metavar="NUMBER", type=int, default=0, help="the first case; default: %(default)s")
+    args = parser.parse_args()
+    signal.signal(signal.SIGALRM, too_slow)
+    accepted, problems, kinds = 0, 0, collections.Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_checkpoint(RandomCheckpoint(CONFIG), name)
+        whole = (folder / WEIGHTS_NAME).read_bytes()
+        numbers = range(args.first, args.first + args.cases)
+        bar = tqdm(numbers, unit=" cases", mininterval=0.1 if sys.stderr.isatty() else QUIET_SECONDS)
+        for number in bar:
+            (folder / WEIGHTS_NAME).write_bytes(mutated(random.Random(f"{args.seed} {number}"), whole))
+            problem, message = problem_or_message(folder)
+            if problem:
+                problems += 1
+                bar.write(f"seed {args.seed} case {number}: {problem}")
+            elif message is None:
+                accepted += 1
+            else:
+                kinds[kind_of(message.removeprefix(f"{folder / WEIGHTS_NAME}: "))] += 1
+    for kind, count in kinds.most_common(SHOWN_KINDS):
+        print(f"{count:8} {kind}")
+    print(f"{accepted} accepted, {kinds.total()} rejected with {len(kinds)} kinds of message, {problems} problems")
+    if problems:
+        raise SystemExit(EXIT_FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
