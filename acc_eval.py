@@ -1,0 +1,631 @@
+"""Compares two configurations of the model on the same tokens: agreement, divergence and perplexity.
+
+Both sides are fed the same text, token by token, whatever they would have said themselves; at each position their
+logits are compared. The metrics are defined in host/accuracy.py. With --fail-under it is a gate: exit code 1 if a
+metric misses its threshold. A logit that is not finite is a failure always.
+"""
+
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt_oss_megakernel import MegaModel, open_model, usable_device  # before Triton and NumPy: it sets what they read
+
+# isort: split
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from host.accuracy import (
+    CONFIDENCE,
+    METRIC_OF,
+    METRICS,
+    Bin,
+    Interval,
+    Positions,
+    compare,
+    confidence_bins,
+    failures,
+    finite_rows,
+    join,
+    mean_interval,
+    nll_differences,
+    summarize,
+)
+from host.checkpoint import Checkpoint
+from host.cli import (
+    DEFAULT_MODEL,
+    EXIT_FAILURE,
+    ArgumentParser,
+    add_model_arguments,
+    positive_int,
+    prompt_ids_from,
+    run_main,
+    token_id_list,
+)
+from host.conditions import conditions
+from host.config import ModelConfig, check_token
+from host.errors import InputError
+from host.files import read_small
+from host.limits import check_memory
+from host.report import check_matplotlib, check_output_file, markdown_table
+from host.weights import Weights
+from load_model import open_checkpoint, open_tokenizer
+from reference import Reference
+from tokenizer_util import Tokenizer
+
+SIDE_NAMES = ("reference", "reference-quant", "default", "quant")
+SHIPPED_TEXTS = 154  # sonnets
+LONGEST_ANSWER = 400  # tokens of the shipped model
+SOURCES = ("shipped", "greedy", "random")
+MIN_WINDOWS = 4  # for an interval that says something
+DEFAULT_WINDOW, DEFAULT_WINDOWS = 256, 5
+CPU_WINDOWS = 8
+CPU_CHUNK, GPU_CHUNK = 32, 256  # positions at a time; a large model's reference reads its experts once a chunk
+MAX_TEXT_BYTES = 64 << 20
+SEED = 0  # of random tokens
+LEAST_KL = 1e-12  # that the plot shows
+
+
+@dataclass(frozen=True)
+class Side:
+    """What computes logits, as the command line names it."""
+
+    name: str
+    kernel: bool  # else reference.py, in float32, its KV cache too
+    quant: bool  # experts' inputs rounded to MXFP8
+
+    @classmethod
+    def parse(cls, text: str) -> "Side":
+        """An argparse type. InputError that lists what there is."""
+        if text not in SIDE_NAMES:
+            raise InputError(f"{text!r} is not one of the sides {', '.join(SIDE_NAMES)}")
+        return cls(text, kernel=not text.startswith("reference"), quant=text.endswith("quant"))
+
+
+@dataclass(frozen=True)
+class OpenSide:
+    """A model with a KV cache."""
+
+    reset: Callable[[], None]  # forgets the sequence
+    logits: Callable[[Sequence[int], int], Tensor]  # of tokens from a position on: float32 [tokens, vocab]
+    weights: Weights | None = None  # of the kernel, for another kernel side with the same checkpoint
+
+
+def open_side(
+    side: Side, checkpoint: Checkpoint, max_context: int, device: torch.device, weights: Weights | None = None
+) -> OpenSide:
+    """Loads what a side needs but the weights that it shares. InputError if that does not fit the device."""
+    if side.kernel:
+        model = MegaModel(checkpoint, side.quant, max_context, show_progress=sys.stderr.isatty(), weights=weights)
+        return OpenSide(model.reset, functools.partial(kernel_logits, model), model.weights)
+    config, dtype = checkpoint.config, torch.float32
+    # Of what is converted, the LM head in float32 is the largest.
+    check_memory(config, max_context, dtype, device, weights=4 * config.vocab_size * config.hidden_size)
+    reference = Reference(checkpoint, side.quant, dtype, max_context, device)
+    return OpenSide(reference.reset, reference.forward)
+
+
+def kernel_logits(model: MegaModel, token_ids: Sequence[int], position: int) -> Tensor:
+    """One launch a token."""
+    return torch.stack([model.logits(token_id, position + i) for i, token_id in enumerate(token_ids)])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A text. Its first n_context tokens are fed, but how they are predicted does not count."""
+
+    token_ids: list[int]
+    n_context: int = 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a stream: all but the last token are fed, from position 0 on; the first n_skipped do not count."""
+
+    token_ids: list[int]
+    n_skipped: int = 0
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.token_ids) - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to feed, and how."""
+
+    source: str  # of the streams, as the report and errors name it
+    window: int | None  # positions; None: each stream whole
+    max_windows: int | None
+    n_tokens: int  # of greedy or random streams
+    chunk: int  # positions at a time
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What comparing in one window gave."""
+
+    positions: Positions  # those that count
+    n_fed: int
+    ref_not_finite: int  # positions with a logit that is not, of all that were fed
+    test_not_finite: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run found."""
+
+    model: str
+    test_model: str
+    ref: str
+    test: str
+    source: str  # of the streams
+    conditions: dict  # host.conditions.conditions
+    windows: tuple[WindowResult, ...]
+    thresholds: dict[str, float]
+
+    @property
+    def title(self) -> str:
+        other = "" if self.test_model == self.model else f" of {self.test_model}"
+        return f"{self.test}{other} against {self.ref}: {self.model}"
+
+    @property
+    def positions_fed(self) -> int:
+        return sum(window.n_fed for window in self.windows)
+
+    @property
+    def positions(self) -> Positions:
+        return join(window.positions for window in self.windows)
+
+    @property
+    def values(self) -> dict[str, float]:
+        return summarize([window.positions for window in self.windows])
+
+    @property
+    def nll_difference(self) -> Interval:
+        return mean_interval(nll_differences(window.positions for window in self.windows))
+
+    @property
+    def bins(self) -> tuple[Bin, ...]:
+        return confidence_bins(self.positions)
+
+    @property
+    def failures(self) -> list[str]:
+        """A line each; none means that the verdict is green."""
+        counts = [
+            (f"ref {self.ref}", sum(window.ref_not_finite for window in self.windows)),
+            (f"test {self.test}", sum(window.test_not_finite for window in self.windows)),
+        ]
+        of_all = f"of {self.positions_fed} positions"
+        lines = [f"{name}: logits that are not finite at {n} {of_all}" for name, n in counts if n]
+        return lines + failures(self.values, self.thresholds)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; InputError where it is wrong."""
+    parser = ArgumentParser(description="Compares the logits of two configurations on the same tokens.")
+    add_model_arguments(parser)
+    parser.add_argument("--test-model", metavar="MODEL", help="of the test side; default: the same as the reference's")
+    for flag, default in (("--ref", "reference"), ("--test", "default")):
+        known = f"one of {', '.join(SIDE_NAMES)}; default: %(default)s"
+        parser.add_argument(flag, metavar="SIDE", type=Side.parse, default=default, help=known)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", type=Path, help="a text in UTF-8; special tokens in it are tokens")
+    source.add_argument(
+        "--streams",
+        choices=SOURCES,
+        help=f"shipped: the {SHIPPED_TEXTS} sonnets that the shipped model recites, as answers in a chat, which alone "
+        "count; greedy: what the reference side says to a prompt; random: token ids; default: shipped, or random for "
+        "random weights",
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="of --streams greedy, to continue; default: the demo's chat")
+    prompt.add_argument("--prompt-ids", metavar="IDS", type=token_id_list, help="the prompt as token ids: 12,34,56")
+    parser.set_defaults(chat=None, max_context=None)  # as prompt_ids_from expects
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=positive_int,
+        help=f"of --streams greedy (stop ids end nothing) or random; default: {DEFAULT_WINDOWS} windows",
+    )
+    parser.add_argument(
+        "--window",
+        metavar="N",
+        type=positive_int,
+        help="positions a window; a stream is cut into windows, each fed to an empty cache, and what is left over is "
+        f"dropped; default: {DEFAULT_WINDOW}, of the shipped texts each a whole one",
+    )
+    parser.add_argument(
+        "--max-windows",
+        metavar="N",
+        type=positive_int,
+        help=f"the first N windows only, {MIN_WINDOWS} or more; default: all, CPU {CPU_WINDOWS}",
+    )
+    parser.add_argument(
+        "--fail-under",
+        metavar="KEY=VALUE,...",
+        type=threshold_list,
+        default={},
+        help="exit with 1 unless each metric is at least its value ("
+        f"{', '.join(metric.key for metric in METRICS if metric.least)}), or at most ("
+        f"{', '.join(metric.key for metric in METRICS if not metric.least)})",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything found as JSON")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw divergence and agreement; needs matplotlib")
+    args = parser.parse_args()
+    args.streams = args.streams or ("text" if args.text else "random" if args.random_weights else "shipped")
+    if args.streams != "greedy" and (args.prompt is not None or args.prompt_ids is not None):
+        raise InputError("--prompt and --prompt-ids go with --streams greedy")
+    if args.tokens and args.streams not in ("greedy", "random"):
+        raise InputError("--tokens goes with --streams greedy or random")
+    return args
+
+
+def threshold_list(text: str) -> dict[str, float]:
+    """An argparse type: KEY=VALUE separated by commas, each key that of a metric, once."""
+    thresholds = {}
+    for word in text.split(","):
+        key, _, number = (part.strip() for part in word.partition("="))
+        if key not in METRIC_OF:
+            raise argparse.ArgumentTypeError(f"{key!r} is not one of {', '.join(METRIC_OF)}")
+        if key in thresholds:
+            raise argparse.ArgumentTypeError(f"{key} is there twice")
+        thresholds[key] = _number(number)
+        if not math.isfinite(thresholds[key]):
+            raise argparse.ArgumentTypeError(f"{word.strip()!r} is not of the form KEY=VALUE, such as {key}=0.5")
+    return thresholds
+
+
+def _number(text: str) -> float:
+    """NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def plan_for(args: argparse.Namespace, on_cpu: bool) -> Plan:
+    """What the command line asks for, or what suits the device; InputError where it asks for too few windows."""
+    window = args.window or (None if args.streams == "shipped" else DEFAULT_WINDOW)
+    least = MIN_WINDOWS * (window or 0)
+    if args.tokens and args.tokens < least:
+        raise InputError(f"--tokens {args.tokens}: {MIN_WINDOWS} windows of {window} positions take {least}")
+    if args.max_windows and args.max_windows < MIN_WINDOWS:
+        raise InputError(f"--max-windows {args.max_windows}: {MIN_WINDOWS} or more are needed")
+    return Plan(
+        source=f"--text {args.text}" if args.text else f"--streams {args.streams}",
+        window=window,
+        max_windows=args.max_windows or (CPU_WINDOWS if on_cpu else None),
+        n_tokens=args.tokens or DEFAULT_WINDOWS * (window or 0),
+        chunk=CPU_CHUNK if on_cpu else GPU_CHUNK,
+    )
+
+
+def fixed_streams(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig, n_tokens: int, device: torch.device
+) -> Iterable[Stream]:
+    """Those that no side has to say first."""
+    if args.streams == "random":
+        return [random_stream(n_tokens, config)]
+    if tokenizer is None:
+        flag = "--text" if args.text else "--streams shipped"
+        raise InputError(f"{flag}: this model has no tokenizer; use --streams greedy or random")
+    if args.text:
+        return [text_stream(args.text, tokenizer)]
+    return shipped_streams(tokenizer, device, sys.stderr.isatty())
+
+
+def text_stream(path: Path, tokenizer: Tokenizer) -> Stream:
+    """A whole file. InputError if it cannot be read, or is not UTF-8."""
+    try:
+        text = read_small(path, MAX_TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
+    return Stream(tokenizer.encode(text))
+
+
+def shipped_streams(tokenizer: Tokenizer, device: torch.device, show_progress: bool = False) -> Iterator[Stream]:
+    """The shipped texts as `tokenizer` has them, each the answer in a harmony chat, the question being context.
+
+    The shipped model is the file that they are in: it has them by heart, and recites them by reference.py, or faster
+    on a GPU by the kernel. They are the same on any machine: the smallest lead of a right token is 4.
+    """
+    shipped = open_checkpoint(DEFAULT_MODEL)
+    own = open_tokenizer(shipped)
+    model = (Reference if device.type == "cpu" else MegaModel)(shipped, max_context=1024)
+    numbers = range(1, SHIPPED_TEXTS + 1)
+    for number in tqdm(numbers, unit=" texts", desc="reciting", leave=False, disable=not show_progress):
+        question = f"Recite sonnet {number}."
+        with one_thread():
+            answer = own.decode(model.generate(own.encode_chat(question), LONGEST_ANSWER))
+        prompt_ids = tokenizer.encode_chat(question)
+        yield Stream(prompt_ids + tokenizer.encode(answer), len(prompt_ids))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The shipped model's matrices are too small for several: 4 against 40 ms a token."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_stream(n_tokens: int, config: ModelConfig) -> Stream:
+    """A token to begin with, and n_tokens more, all alike likely."""
+    generator = torch.Generator().manual_seed(SEED)
+    return Stream(torch.randint(config.vocab_size, (1 + n_tokens,), generator=generator).tolist())
+
+
+def greedy_stream(
+    ref: OpenSide, prompt_ids: list[int], n_tokens: int, chunk: int, show_progress: bool = False
+) -> Stream:
+    """A prompt, which is context, and the n_tokens of largest logit that follow it; stop ids end nothing."""
+    token_ids, fed = list(prompt_ids), 0
+    ref.reset()
+    for _ in tqdm(range(n_tokens), unit=" tokens", desc="decoding", leave=False, disable=not show_progress):
+        for start in range(fed, len(token_ids), chunk):
+            last = ref.logits(token_ids[start : start + chunk], start)[-1]
+        fed = len(token_ids)
+        token_ids.append(int(last.argmax()))  # the first one on a tie
+    return Stream(token_ids, len(prompt_ids))
+
+
+def cut(stream: Stream, length: int | None) -> Iterator[Window]:
+    """Windows of `length` positions, one after another, each position with the token that comes next.
+
+    What is left over is dropped, and so are windows in which less than half counts, as means over few positions would
+    weigh as much as others. None: the whole stream is one window.
+    """
+    last = len(stream.token_ids) - 1
+    length = length or max(1, last)
+    for start in range(0, last - length + 1, length):
+        n_skipped = max(0, stream.n_context - 1 - start)
+        if 2 * n_skipped <= length:
+            yield Window(stream.token_ids[start : start + length + 1], n_skipped)
+
+
+def cut_all(streams: Iterable[Stream], plan: Plan, config: ModelConfig) -> list[Window]:
+    """The first windows of all streams; InputError if there are fewer than MIN_WINDOWS, or a token is no id."""
+    windows, n_tokens = [], 0
+    for stream in streams:
+        for token_id in stream.token_ids:
+            check_token(token_id, config)
+        windows += cut(stream, plan.window)
+        n_tokens += len(stream.token_ids)
+        if plan.max_windows and len(windows) >= plan.max_windows:
+            return windows[: plan.max_windows]
+    if len(windows) < MIN_WINDOWS:
+        size = "" if plan.window is None else f" of {plan.window} positions"
+        have = f"{plan.source}: {n_tokens} tokens make {len(windows)} windows{size}, {MIN_WINDOWS} are needed"
+        raise InputError(f"{have}; give a smaller --window or more tokens")
+    return windows
+
+
+@torch.no_grad()
+def evaluate(
+    ref: OpenSide, test: OpenSide, windows: Sequence[Window], chunk: int, show_progress: bool = False
+) -> tuple[WindowResult, ...]:
+    """Feeds both sides window after window and keeps what `compare` says; logits of `chunk` positions at a time."""
+    total = sum(window.n_positions for window in windows)
+    results = []
+    with tqdm(total=total, unit=" positions", desc="comparing", disable=not show_progress) as bar:
+        for window in windows:
+            ref.reset()
+            test.reset()
+            parts, not_finite = [], torch.zeros(2, dtype=torch.int64)
+            for start in range(0, window.n_positions, chunk):
+                token_ids = window.token_ids[start : min(start + chunk, window.n_positions)]
+                r, t = ref.logits(token_ids, start), test.logits(token_ids, start)
+                next_ids = torch.tensor(window.token_ids[start + 1 :][: len(token_ids)], device=r.device)
+                not_finite += torch.stack([(~finite_rows(logits)).sum() for logits in (r, t)]).cpu()
+                counts = slice(max(0, window.n_skipped - start), None)
+                parts.append(compare(r[counts], t[counts], next_ids[counts]))
+                bar.update(len(token_ids))
+            results.append(WindowResult(join(parts), window.n_positions, *not_finite.tolist()))
+    return tuple(results)
+
+
+def markdown(report: Report) -> str:
+    """All that is known, as text for a README."""
+    n_positions = [len(window.positions.kl) for window in report.windows]
+    found, values, interval = report.conditions, report.values, report.nll_difference
+    intervals = {"nll_difference": interval, "ppl_ratio": interval.exp()}
+    rows = [
+        (metric.key, value_text(metric.key, values[metric.key], intervals.get(metric.key)), metric.meaning)
+        for metric in METRICS
+    ]
+    compared = f"{report.positions_fed} tokens fed, {sum(n_positions)} positions compared"
+    compared += f", {min(n_positions)} to {max(n_positions)} a window"
+    return "\n".join(
+        [
+            report.title,
+            "",
+            f"- {found['device']}; torch {found['torch']}, triton {found['triton']}",
+            f"- {report.source}: {len(n_positions)} windows, each from an empty cache; {compared}",
+            f"- in parentheses {CONFIDENCE:.0%} intervals, paired by window, Student's t",
+            *verdict_lines(report),
+            "",
+            *markdown_table(("metric", "value", "meaning"), rows),
+        ]
+    )
+
+
+def value_text(key: str, value: float, interval: Interval | None) -> str:
+    digits = 8 if key.startswith("ppl") else 6  # a ratio is near 1
+    if interval is None:
+        return f"{value:.{digits}g}"
+    return f"{value:.{digits}g} ({interval.low:.{digits}g} to {interval.high:.{digits}g})"
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """None if nothing was asked and all logits are finite."""
+    asked = ", ".join(f"{key}={value:.9g}" for key, value in report.thresholds.items())
+    if report.failures:
+        return [f"- verdict: red: {'; '.join(report.failures)}"]
+    return [f"- verdict: green: {asked}"] if asked else []
+
+
+def json_text(report: Report) -> str:
+    """The report without single positions. What is not finite is null."""
+    per_window = [
+        {
+            "positions": len(window.positions.kl),
+            "ref_not_finite": window.ref_not_finite,
+            "test_not_finite": window.test_not_finite,
+        }
+        | summarize([window.positions])
+        for window in report.windows
+    ]
+    record = {
+        "model": report.model,
+        "test_model": report.test_model,
+        "ref": report.ref,
+        "test": report.test,
+        "source": report.source,
+        "conditions": report.conditions,
+        "positions_fed": report.positions_fed,
+        "positions": sum(row["positions"] for row in per_window),
+        "metrics": report.values,
+        "confidence": CONFIDENCE,
+        "nll_difference": dataclasses.asdict(report.nll_difference),
+        "ppl_ratio": dataclasses.asdict(report.nll_difference.exp()),
+        "bins": [dataclasses.asdict(row) for row in report.bins],
+        "windows": per_window,
+        "thresholds": report.thresholds,
+        "failures": report.failures,
+    }
+    return json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    """With None for each number that is not."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_plot(path: Path, report: Report) -> None:
+    """KL over the position, its spread over windows as bands; agreement by the reference's probability."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    ranks = kl_by_position([window.positions.kl for window in report.windows])
+    x = range(ranks.shape[1])
+    left.fill_between(x, ranks[0], ranks[-1], alpha=0.15, color="C0", linewidth=0, label="all windows")
+    left.fill_between(x, ranks[1], ranks[-2], alpha=0.3, color="C0", linewidth=0, label="half of the windows")
+    left.plot(x, ranks[2], color="C0", linewidth=1, label="median")
+    left.axhline(max(report.values["kl"], LEAST_KL), color="C3", linestyle="--", linewidth=1, label="mean of all")
+    left.set_yscale("log")
+    left.set_xlabel("compared position in the window")
+    left.set_ylabel(f"KL(ref || test), nats; {LEAST_KL:g} if less")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8)
+
+    bins = report.bins
+    names = [f"{row.low:g} to\n{row.high:g}" for row in bins]
+    bars = right.bar(names, [row.top1 if row.n else 0 for row in bins], color="C0")
+    right.bar_label(bars, [f"{row.top1:.4g}\nn = {row.n}" if row.n else "none" for row in bins], fontsize=8)
+    right.set_ylim(0, 1.15)
+    right.set_xlabel("the reference's probability of its first choice")
+    right.set_ylabel("top-1 agreement")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.suptitle(report.title)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def kl_by_position(windows: Sequence[Tensor]) -> Tensor:
+    """Least, quartiles and largest over windows at each of their positions: [5, longest], at least LEAST_KL."""
+    rows = torch.full((len(windows), max(map(len, windows))), math.nan, dtype=torch.float64)
+    for row, kl in zip(rows, windows):
+        row[: len(kl)] = kl.clamp(min=LEAST_KL)
+    return rows.nanquantile(torch.linspace(0, 1, 5, dtype=torch.float64), dim=0)
+
+
+def open_test_model(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint of the test side: the reference's unless another is named, which must have its vocabulary."""
+    if args.test_model is None:
+        return checkpoint
+    other = open_checkpoint(args.test_model, args.layers, args.verify, show_progress=sys.stderr.isatty())
+    if other.config.vocab_size != checkpoint.config.vocab_size:
+        sizes = f"{other.config.vocab_size} tokens, that of the reference {checkpoint.config.vocab_size}"
+        raise InputError(f"--test-model {args.test_model}: the vocabulary has {sizes}")
+    return other
+
+
+def display_name(checkpoint: Checkpoint) -> str:
+    return f"{Path(checkpoint.name).name}, {checkpoint.config.n_layers} layers"
+
+
+def check_context(windows: Sequence[Window], generated: int, *configs: ModelConfig) -> int:
+    """Positions that both sides need; InputError where a model has fewer."""
+    longest = max(window.n_positions for window in windows)
+    limit = min(config.max_position_embeddings for config in configs)
+    if max(generated, longest) > limit:
+        flag = f"--tokens: {generated}" if generated > limit else f"--window: {longest}"
+        raise InputError(f"{flag} positions are needed, the model takes 1 to {limit}")
+    return max(generated, longest)
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_output_file("--json", args.json)
+    check_output_file("--plot", args.plot)
+    check_matplotlib(args.plot)
+    device, on_terminal = usable_device(None), sys.stderr.isatty()
+    plan = plan_for(args, device.type == "cpu")
+    checkpoint, tokenizer = open_model(args)
+    test_checkpoint = open_test_model(args, checkpoint)
+
+    config = checkpoint.config
+    prompt_ids = prompt_ids_from(args, tokenizer, config) if args.streams == "greedy" else []
+    if prompt_ids:  # an outline, so that wrong sizes are known before the work
+        streams = [Stream(prompt_ids + prompt_ids[-1:] * plan.n_tokens, len(prompt_ids))]
+    else:
+        streams = fixed_streams(args, tokenizer, config, plan.n_tokens, device)
+    windows = cut_all(streams, plan, config)
+    generated = len(prompt_ids) + plan.n_tokens if prompt_ids else 0
+    max_context = check_context(windows, generated, config, test_checkpoint.config)
+
+    ref = open_side(args.ref, checkpoint, max_context, device)
+    shared = ref.weights if test_checkpoint is checkpoint else None
+    test = open_side(args.test, test_checkpoint, max_context, device, shared)
+    if prompt_ids:
+        windows = cut_all([greedy_stream(ref, prompt_ids, plan.n_tokens, plan.chunk, on_terminal)], plan, config)
+    results = evaluate(ref, test, windows, plan.chunk, on_terminal)
+
+    names = display_name(checkpoint), display_name(test_checkpoint)
+    report = Report(*names, args.ref.name, args.test.name, plan.source, conditions(device), results, args.fail_under)
+    print(markdown(report))
+    if args.json:
+        args.json.write_text(json_text(report))
+    if args.plot:
+        write_plot(args.plot, report)
+    for line in report.failures:
+        print(f"acc_eval: {line}", file=sys.stderr)
+    if report.failures:
+        sys.stdout.flush()
+        sys.exit(EXIT_FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,246 @@
+"""How far one model's logits are from another's on the same tokens: metrics, their means, intervals and thresholds.
+
+Logits are r (reference) and t (test), [vocab]; p = softmax(r), q = softmax(t), in float64 throughout. Of equal logits
+the one with the lowest index comes first, as in the kernel's argmax. The additive constant that a softmax does not see
+is part of a logit here: cosine and rms are of logits as they are.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CONFIDENT = 0.9
+BIN_EDGES = (0.0, 0.25, 0.5, 0.75, CONFIDENT, 0.99, 1.0)
+CONFIDENCE = 0.95  # of the intervals
+BLOCK_ROWS = 16  # compared at a time: float64 values of a large vocabulary take 26 MB
+
+
+def top_ids(logits: Tensor, k: int) -> Tensor:
+    """The k largest logits' indices, largest first: [n, vocab] -> int64 [n, min(k, vocab)]."""
+    return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """|A and B| / k of two sets of k indices [n, k] in each row: float64 [n]."""
+    return (a[:, :, None] == b[:, None, :]).any(-1).double().mean(-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum p (log p - log q), in nats: float64 [n] of logarithms [n, vocab].
+
+    It cannot be negative: what rounding leaves below 0 counts as 0.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+
+
+def cosine(r: Tensor, t: Tensor) -> Tensor:
+    """r.t / (|r| |t|) of float64 [n, vocab]: float64 [n]. Two vectors of zeros are alike, one and another are not.
+
+    As 1 - |r/|r| - t/|t||^2 / 2, which is exactly 1 for equal vectors, and accurate near it.
+    """
+    r_norm, t_norm = (x.norm(dim=-1, keepdim=True) for x in (r, t))
+    r_unit, t_unit = r / r_norm.where(r_norm > 0, 1), t / t_norm.where(t_norm > 0, 1)
+    value = 1 - (r_unit - t_unit).square().sum(-1) / 2
+    return value.where(((r_norm > 0) == (t_norm > 0))[:, 0], 0)
+
+
+def rank(logits: Tensor, ids: Tensor) -> Tensor:
+    """The place, 1 being the first, of one index in each row's order: [n, vocab] and int64 [n] -> int64 [n]."""
+    own = logits.gather(-1, ids[:, None])
+    before = torch.arange(logits.shape[-1], device=logits.device) < ids[:, None]
+    return 1 + ((logits > own) | ((logits == own) & before)).sum(-1)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Whether all of a row is finite: [n, vocab] -> bool [n]."""
+    return logits.isfinite().all(-1)
+
+
+class Positions(NamedTuple):
+    """A value for each position: float64 [n], on the CPU. All are NaN where a logit of either side is not finite."""
+
+    top1: Tensor  # 1 if both sides' first choice is the same, else 0
+    top5: Tensor  # share of the reference's first 5 that are among the test's first 5; of all if there are fewer
+    top10: Tensor
+    kl: Tensor  # KL(p || q), nats
+    cosine: Tensor  # of the logits
+    mean_square: Tensor  # mean over the vocabulary of (t - r)^2
+    rank: Tensor  # of the reference's first choice among the test's logits; 1 is the first
+    ref_probability: Tensor  # max p: of the reference's first choice
+    ref_nll: Tensor  # -log p[next token], nats
+    test_nll: Tensor  # -log q[next token]
+
+
+def compare(ref: Tensor, test: Tensor, next_ids: Tensor) -> Positions:
+    """Logits of both sides, float [n, vocab], and the tokens that come next in the text, int64 [n]."""
+    blocks = (x.split(BLOCK_ROWS) for x in (ref, test, next_ids))
+    return join(_compare_block(*block) for block in zip(*blocks))
+
+
+def _compare_block(ref: Tensor, test: Tensor, next_ids: Tensor) -> Positions:
+    finite = finite_rows(ref) & finite_rows(test)
+    ref_top, test_top = top_ids(ref, 10), top_ids(test, 10)
+    choice = ref_top[:, 0]
+    r, t = ref.double(), test.double()
+    log_p, log_q = r.log_softmax(-1), t.log_softmax(-1)
+    values = Positions(
+        top1=choice == test_top[:, 0],
+        top5=overlap(ref_top[:, :5], test_top[:, :5]),
+        top10=overlap(ref_top, test_top),
+        kl=kl_divergence(log_p, log_q),
+        cosine=cosine(r, t),
+        mean_square=(t - r).square().mean(-1),
+        rank=rank(t, choice),
+        ref_probability=log_p.amax(-1).exp(),
+        ref_nll=-log_p.gather(-1, next_ids[:, None])[:, 0],
+        test_nll=-log_q.gather(-1, next_ids[:, None])[:, 0],
+    )
+    return Positions(*(value.double().where(finite, math.nan).cpu() for value in values))
+
+
+def join(parts: Iterable[Positions]) -> Positions:
+    """One after another; at least one."""
+    return Positions(*map(torch.cat, zip(*parts)))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table, and what a threshold for it means. The meaning stands in a Markdown table: no bars."""
+
+    key: str
+    meaning: str
+    least: bool  # a threshold is the least that will do; else the most
+
+
+METRICS = (
+    Metric("top1", "share of positions where both sides' first choice is the same", True),
+    Metric("top1_confident", f"the same, where the reference's probability is above {CONFIDENT}", True),
+    Metric("top5", "share of the reference's first 5 among the test's first 5", True),
+    Metric("top10", "the same of 10", True),
+    Metric("kl", "mean KL divergence of the test side from the reference, nats", False),
+    Metric("cosine", "mean cosine of the logits", True),
+    Metric("rms", "root mean square difference of the logits", False),
+    Metric("rank", "mean rank of the reference's first choice at the test side; 1 is best", False),
+    Metric("ppl_ref", "perplexity of the reference", False),
+    Metric("ppl_test", "perplexity of the test side", False),
+    Metric("nll_difference", "test - ref, nats per token: mean of the windows", False),
+    Metric("ppl_ratio", "test / ref: exp of that", False),
+)
+METRIC_OF = {metric.key: metric for metric in METRICS}
+
+
+def nll_differences(windows: Iterable[Positions]) -> list[float]:
+    """For each window the mean over its positions of test_nll - ref_nll, nats per token."""
+    return [(window.test_nll - window.ref_nll).mean().item() for window in windows]
+
+
+def summarize(windows: Sequence[Positions]) -> dict[str, float]:
+    """The METRICS of one window or more, by key; NaN where a logit was not finite, or no position is meant.
+
+    Means are over all positions alike, rms = sqrt(mean mean_square), ppl = exp(mean nll). The last two are means over
+    windows alike, however many positions each has: nll_difference = mean of nll_differences, ppl_ratio = its exp.
+    """
+    p = join(windows)
+    confident = p.top1[~(p.ref_probability <= CONFIDENT)]  # NaN stays in
+    difference = math.fsum(nll_differences(windows)) / len(windows)
+    means = {key: getattr(p, key).mean().item() for key in ("top1", "top5", "top10", "kl", "cosine", "rank")}
+    values = means | {
+        "top1_confident": confident.mean().item(),
+        "rms": p.mean_square.mean().sqrt().item(),
+        "ppl_ref": p.ref_nll.mean().exp().item(),
+        "ppl_test": p.test_nll.mean().exp().item(),
+        "nll_difference": difference,
+        "ppl_ratio": _exp(difference),
+    }
+    return {metric.key: values[metric.key] for metric in METRICS}
+
+
+def _exp(x: float) -> float:
+    """Infinite where math.exp raises."""
+    return torch.tensor(x, dtype=torch.float64).exp().item()
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Positions at which low < max p <= high. The means are NaN without a position."""
+
+    low: float
+    high: float
+    n: int
+    top1: float
+    kl: float
+
+
+def confidence_bins(p: Positions) -> tuple[Bin, ...]:
+    """Agreement by the reference's probability, between BIN_EDGES. Positions that are NaN are in no bin."""
+
+    def bin_of(low: float, high: float) -> Bin:
+        inside = (p.ref_probability > low) & (p.ref_probability <= high)
+        return Bin(low, high, int(inside.sum()), p.top1[inside].mean().item(), p.kl[inside].mean().item())
+
+    return tuple(bin_of(low, high) for low, high in itertools.pairwise(BIN_EDGES))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and where it lies with probability CONFIDENCE, if the samples are independent and normal."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def exp(self) -> "Interval":
+        """Of a mean of logarithms: of the ratio."""
+        return Interval(_exp(self.mean), _exp(self.low), _exp(self.high), self.n)
+
+
+def mean_interval(samples: Sequence[float]) -> Interval:
+    """Student's: mean +- t s / sqrt(n), s^2 = sum (x - mean)^2 / (n - 1), t of n - 1 degrees of freedom; n >= 2."""
+    n = len(samples)
+    mean = math.fsum(samples) / n
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in samples) / (n - 1))
+    half = t_quantile(CONFIDENCE, n - 1) * deviation / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def t_quantile(probability: float, df: int) -> float:
+    """The t for which Student's distribution of df degrees of freedom has that probability between -t and t.
+
+    Bisected on the angle atan(t / sqrt(df)), in which the probability rises from 0 to 1 between 0 and pi / 2.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_probability(middle, df) < probability else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+def _t_probability(theta: float, df: int) -> float:
+    """A(t | df) for t = sqrt(df) tan(theta); Abramowitz and Stegun, Handbook, 26.7.3 (odd df) and 26.7.4 (even)."""
+    cos = math.cos(theta)
+    odd = df % 2
+    term = cos if odd else 1.0
+    total = 0.0
+    for i in range(1 + odd, df, 2):
+        total += term
+        term *= cos * cos * i / (i + 1)
+    total *= math.sin(theta)
+    return 2 / math.pi * (theta + total) if odd else total
+
+
+def failures(values: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
+    """A line for each threshold, by metric key, that does not hold; none holds for NaN."""
+    lines = []
+    for key, threshold in thresholds.items():
+        value, least = values[key], METRIC_OF[key].least
+        if math.isnan(value):
+            lines.append(f"{key} is undefined, and {threshold:.9g} was asked for")
+        elif value < threshold if least else value > threshold:
+            lines.append(f"{key} {value:.9g} is {'below' if least else 'above'} {threshold:.9g}")
+    return lines
