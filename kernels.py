@@ -26,10 +26,10 @@ def embedding_kernel(w, s, position, n_programs, CONFIG: tl.constexpr, TUNING: t
 
 
 @triton.jit
-def stream_phase(w, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE):
+def stream_phase(w, s, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE):
     """(a stream of one phase's n_units, the first at `place` of the layer; the plan that ends with them)."""
     plan = Plan(n_units, plan.experts, plan.n_layers, plan.shares)
-    stream = open_stream(layer, place, TUNING)
+    stream = open_stream(s, pid, layer, place, TUNING)
     return fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window), plan
 
 
@@ -45,7 +45,7 @@ def qkv_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constex
     layer = tl.cast(layer, tl.int64)
     pid = tl.program_id(0)
     plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
-    stream, plan = stream_phase(w, plan, layer, 0, plan.shares.qkv, pid, n_programs, CONFIG, TUNING, True)
+    stream, plan = stream_phase(w, s, plan, layer, 0, plan.shares.qkv, pid, n_programs, CONFIG, TUNING, True)
     tile = phases.first_qkv_tile(w, layer, pid, n_programs, CONFIG, TUNING)
     phases.qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
 
@@ -65,7 +65,7 @@ def o_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
     pid = tl.program_id(0)
     plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
     shares = plan.shares
-    stream, plan = stream_phase(w, plan, layer, shares.qkv, shares.o, pid, n_programs, CONFIG, TUNING, True)
+    stream, plan = stream_phase(w, s, plan, layer, shares.qkv, shares.o, pid, n_programs, CONFIG, TUNING, True)
     tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
     phases.o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
 
@@ -82,7 +82,9 @@ def gate_up_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.con
     pid = tl.program_id(0)
     plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
     shares = plan.shares
-    stream = open_stream(layer, shares.qkv + shares.o, TUNING)  # which the phase fills when it has chosen experts
+    stream = open_stream(
+        s, pid, layer, shares.qkv + shares.o, TUNING
+    )  # which the phase fills when it has chosen experts
     plan = Plan(shares.gate_up, plan.experts, plan.n_layers, shares)
     phases.gate_up_phase(w, s, layer, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
 
@@ -95,7 +97,7 @@ def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.conste
     plan, weights = phases.choose_experts(s, plan, CONFIG, TUNING)
     shares = plan.shares
     place = shares.qkv + shares.o + shares.gate_up
-    stream, plan = stream_phase(w, plan, layer, place, shares.down, pid, n_programs, CONFIG, TUNING, False)
+    stream, plan = stream_phase(w, s, plan, layer, place, shares.down, pid, n_programs, CONFIG, TUNING, False)
     phases.down_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
 
 
@@ -103,7 +105,7 @@ def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.conste
 def head_kernel(w, s, want_logits, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     pid = tl.program_id(0)
     plan = plan_of(0, pid, n_programs, CONFIG, TUNING, QUANT)
-    stream, plan = stream_phase(w, plan, 0, 0, plan.shares.head, pid, n_programs, CONFIG, TUNING, True)
+    stream, plan = stream_phase(w, s, plan, 0, 0, plan.shares.head, pid, n_programs, CONFIG, TUNING, True)
     phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
 
 

@@ -10,6 +10,7 @@ from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_lan
 from common.prefetch import prefetch_l2
 from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 from common.stream import release, share, take
+from common.sums import collect_dense, leave_dense
 
 
 @triton.jit
@@ -78,15 +79,12 @@ def multiply_rows(
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.ring_slots > 0:
         BATCH: tl.constexpr = TUNING.dense_batch
-        COPIES: tl.constexpr = x[0].shape[0]
-        number = tl.arange(0, BATCH)[:, None, None, None]
-        sums = tl.zeros([BATCH, M // COPIES, COPIES, x[0].shape[1]], tl.float32)
         for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
             pieces, stream = take(stream, 0, TUNING)
             mine = gemv_bf16_slot(pieces[0], x, end_row - row0 - n * M, K, M, ARCH)
-            sums = tl.where(number == n, mine[None, :, :, :], sums)
             stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
-        return tl.reshape(tl.sum(sums, axis=3), (BATCH * M,)), tile, stream
+            leave_dense(stream.sums, n, mine, BATCH, ARCH)
+        return collect_dense(stream.sums, BATCH * M, x[0].shape[1] // 32, ARCH), tile, stream
     else:
         zero = opaque_zero(ARCH)
         if TUNING.prefetch:

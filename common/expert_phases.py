@@ -12,7 +12,6 @@ from common.fp4_fragments import (
     fragment_unit,
     gemv_fp4_fragments,
     load_fragment_vector,
-    sum_fragments,
 )
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
@@ -20,6 +19,7 @@ from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
 from common.rmsnorm import largest_magnitude, multiply_blocks, rms_rstd
 from common.router import element, elements, pick, top_k_softmax
 from common.stream import Plan, fill, gate_up_item, release, take, tiles_in_a_run
+from common.sums import collect_fragments, leave_fragments
 from common.swiglu import swiglu
 
 
@@ -151,41 +151,38 @@ def as_words(ptr):
 
 
 @triton.jit
-def write_expert_act(s, slot, act, first, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    """Store activations [tiles, N] of experts slot [tiles, 1], from `first` [tiles, 1] on; nothing beyond the experts.
+def write_expert_act(s, slot, act, i, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """Store activations i of the experts chosen at places `slot`, float32 [n]; nothing beyond the experts.
 
-    With QUANT tiles side by side make whole groups; of plain rows there is one tile.
+    With QUANT they come in whole groups; of plain rows all are of one expert, from i[0] on.
     """
     K: tl.constexpr = CONFIG.intermediate_size
     if TUNING.fragments:
-        i = first + tl.arange(0, act.shape[1])[None, :]
         if QUANT:
-            act = tl.reshape(round_to_mxfp8(tl.reshape(act, (act.shape[0] * act.shape[1],))), act.shape)
+            act = round_to_mxfp8(act)
         unit, _ = fragment_unit(tl.full([], CONFIG.swiglu_bound, tl.float32))
         PARTS: tl.constexpr = (K + 127) // 128 * 256
         store_parts(s.expert_act + slot * PARTS, i, (i < K) & (slot < CONFIG.experts_per_token), act, unit)
     else:
-        scale_ptr = s.expert_act_scale + slot * (K // GROUP)
-        write_activations(s.expert_act + slot * K, scale_ptr, tl.reshape(act, (act.shape[1],)), first, K, QUANT)
+        place, first = tl.max(slot, axis=0), tl.min(i, axis=0)
+        scale_ptr = s.expert_act_scale + place * (K // GROUP)
+        write_activations(s.expert_act + place * K, scale_ptr, act, first, K, QUANT)
 
 
 @triton.jit
 def multiply_experts(stream, plan, w, vector, n, pid, n_programs, K: tl.constexpr, CONFIG: tl.constexpr, TUNING):
-    """(rows [TUNING.expert_batch, 16] of the stream's next n units, experts' tiles, times a vector; the stream)."""
+    """(even, odd, the stream): see collect_fragments, of the stream's next n units, experts' tiles, times a vector."""
     ARCH: tl.constexpr = TUNING.arch
     BATCH: tl.constexpr = TUNING.expert_batch
     WARPS: tl.constexpr = TUNING.num_warps
     BLOCKS: tl.constexpr = block_bytes(K)
-    number = tl.arange(0, BATCH)[:, None]
-    even = tl.zeros([BATCH, 32 * WARPS], tl.float32)
-    odd = tl.zeros([BATCH, 32 * WARPS], tl.float32)
     for i in range(n):
         pieces, stream = take(stream, BLOCKS, TUNING)
-        my_even, my_odd = gemv_fp4_fragments(pieces, vector, K, WARPS, ARCH)
-        even = tl.where(number == i, my_even[None, :], even)
-        odd = tl.where(number == i, my_odd[None, :], odd)
+        even, odd = gemv_fp4_fragments(pieces, vector, K, WARPS, ARCH)
         stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
-    return sum_fragments(even, odd, WARPS), stream
+        leave_fragments(stream.sums, i, even, odd, BATCH, WARPS, ARCH)
+    even, odd = collect_fragments(stream.sums, BATCH, WARPS, ARCH)
+    return even, odd, stream
 
 
 @triton.jit
@@ -201,13 +198,13 @@ def multiply_expert_rows(
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
 ):
-    """Rows row0 .. row0 + M of a plain MXFP4 matrix [ROWS, K] times a vector, [1, M]."""
+    """(even, odd) rows of row0 .. row0 + M of a plain MXFP4 matrix [ROWS, K] times a vector, float32 [M / 2] each."""
     if QUANT:
         SCALED: tl.constexpr = TUNING.dot_scaled
         y = gemv_fp4_fp8(blocks_ptr, scales_ptr, vector[0], vector[1], row0, ROWS, K, M, BLOCK_K, SCALED)
     else:
         y = gemv_fp4(blocks_ptr, scales_ptr, vector[0], row0, ROWS, K, M, BLOCK_K)
-    return y[None, :]
+    return tl.split(tl.reshape(y, (M // 2, 2)))
 
 
 @triton.jit
@@ -232,38 +229,38 @@ def gate_up_phase(
     stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False, TUNING.window)
     vector = load_expert_in(s, CONFIG, TUNING)
     RUN: tl.constexpr = tiles_in_a_run(TUNING, QUANT)
-    number = tl.arange(0, BATCH)[:, None]
+    PAIRS: tl.constexpr = M // 2
+    number = tl.arange(0, BATCH * PAIRS) // PAIRS
     mine = tl.cdiv(ITEMS - pid, n_programs)
     if TUNING.fragments:
         mine = shares.gate_up
     for turn in range(tl.cdiv(mine, BATCH)):
-        first = gate_up_item(turn * BATCH, pid, n_programs, RUN)
         item = gate_up_item(turn * BATCH + number, pid, n_programs, RUN)
         slot = item // N_TILES
-        row0 = item % N_TILES * M
-        bias = load_expert_bias(w.gate_up_bias, layer, experts, slot, row0, ROWS, M, CONFIG)
+        i = item % N_TILES * PAIRS + tl.arange(0, BATCH * PAIRS) % PAIRS
+        gate_bias = load_expert_bias(w.gate_up_bias, layer, experts, slot, 2 * i, ROWS, CONFIG)
+        up_bias = load_expert_bias(w.gate_up_bias, layer, experts, slot, 2 * i + 1, ROWS, CONFIG)
         if TUNING.fragments:
             n = tl.minimum(mine - turn * BATCH, BATCH)
-            y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
+            gate, up, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
         else:
+            first = gate_up_item(turn * BATCH, pid, n_programs, RUN)
             matrix = layer * CONFIG.n_experts + element(experts, first // N_TILES)
             blocks, scales = w.gate_up + matrix * (ROWS * (K // 8)), w.gate_up_scales + matrix * (ROWS * (K // GROUP))
-            y = multiply_expert_rows(
+            gate, up = multiply_expert_rows(
                 blocks, scales, vector, first % N_TILES * M, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT
             )
-        gate, up = tl.split(tl.reshape(y + bias, (BATCH, M // 2, 2)))
-        act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
-        write_expert_act(s, slot, act, row0 // 2, CONFIG, TUNING, QUANT)
+        act = swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
+        write_expert_act(s, slot, act, i, CONFIG, TUNING, QUANT)
     return plan, expert_weights, stream
 
 
 @triton.jit
-def load_expert_bias(bias_ptr, layer, experts, slot, row0, ROWS: tl.constexpr, M: tl.constexpr, CONFIG: tl.constexpr):
-    """float32 [tiles, M], of rows from row0 [tiles, 1] on, of the experts chosen at places slot [tiles, 1]."""
-    expert = element(experts, slot)
-    row = row0 + tl.arange(0, M)[None, :]
+def load_expert_bias(bias_ptr, layer, experts, slot, row, ROWS: tl.constexpr, CONFIG: tl.constexpr):
+    """float32, of rows of the experts chosen at places `slot`; 0 where there is no such row or place."""
     mask = (row < ROWS) & (slot < CONFIG.experts_per_token)
-    return tl.load(bias_ptr + (layer * CONFIG.n_experts + expert) * ROWS + row, mask=mask, other=0.0).to(tl.float32)
+    at = bias_ptr + (layer * CONFIG.n_experts + element(experts, slot)) * ROWS + row
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -289,21 +286,28 @@ def down_phase(
     M: tl.constexpr = TUNING.down_m
     BATCH: tl.constexpr = TUNING.expert_batch
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
+    PAIRS: tl.constexpr = M // 2
+    number, pair = tl.arange(0, BATCH * PAIRS) // PAIRS, tl.arange(0, BATCH * PAIRS) % PAIRS
     shares = plan.shares
     experts = plan.experts
     for slot in range(pid % shares.lanes, CONFIG.experts_per_token, shares.lanes):
         vector = load_expert_act(s, slot, CONFIG, TUNING)
         expert_weight = pick(expert_weights, slot)
         for first in range(shares.member, N_TILES, shares.members * BATCH):
-            tile = first + shares.members * tl.arange(0, BATCH)[:, None]
-            bias = load_expert_bias(w.down_bias, layer, experts, slot + 0 * tile, tile * M, ROWS, M, CONFIG)
+            row = (first + shares.members * number) * M + 2 * pair
+            slots = slot + 0 * row
+            even_bias = load_expert_bias(w.down_bias, layer, experts, slots, row, ROWS, CONFIG)
+            odd_bias = load_expert_bias(w.down_bias, layer, experts, slots, row + 1, ROWS, CONFIG)
             if TUNING.fragments:
                 n = tl.minimum(tl.cdiv(N_TILES - first, shares.members), BATCH)
-                y, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
+                even, odd, stream = multiply_experts(stream, plan, w, vector, n, pid, n_programs, K, CONFIG, TUNING)
             else:
                 matrix = layer * CONFIG.n_experts + element(experts, slot)
                 blocks, scales = w.down + matrix * (ROWS * (K // 8)), w.down_scales + matrix * (ROWS * (K // GROUP))
-                y = multiply_expert_rows(blocks, scales, vector, first * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT)
-            row = tile * M + tl.arange(0, M)[None, :]
-            tl.store(s.expert_out + slot * ROWS + row, expert_weight * (y + bias), mask=row < ROWS)
+                even, odd = multiply_expert_rows(
+                    blocks, scales, vector, first * M, ROWS, K, M, TUNING.down_k, TUNING, QUANT
+                )
+            out = s.expert_out + slot * ROWS + row
+            tl.store(out, expert_weight * (even + even_bias), mask=row < ROWS)
+            tl.store(out + 1, expert_weight * (odd + odd_bias), mask=row + 1 < ROWS)
     return stream

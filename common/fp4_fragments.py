@@ -17,6 +17,7 @@ from common.quant import GROUP, e8m0_to_float32
 from common.ring import load_word, load_words
 
 ROWS = tl.constexpr(16)  # of a tile
+PAIRS = tl.constexpr(8)  # of them, an even row and an odd one, that a thread has
 QUAD = tl.constexpr(4)  # groups that a warp multiplies at a time
 QUAD_BYTES = tl.constexpr(1024)  # of a tile: 16 rows of 128 elements
 REST_FACTOR = tl.constexpr(2048.0)
@@ -146,7 +147,7 @@ def load_fragment_vector(x_ptr, scale, K: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def gemv_fp4_fragments(pieces, x, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl.constexpr):
-    """What each thread has of a tile times a vector, for sum_fragments: float32 [LANES] of even rows, and of odd ones.
+    """What each thread has of a tile times a vector: float32 [LANES] of even rows, and of odd ones.
 
     pieces: the addresses of the tile's blocks and of its scales in a slot of the ring; x: see load_fragment_vector.
     """
@@ -165,15 +166,6 @@ def gemv_fp4_fragments(pieces, x, K: tl.constexpr, WARPS: tl.constexpr, ARCH: tl
             scales = load_word(pieces[1] + step // 2 * (4 * LANES) + 4 * lane, inside, ARCH)
         even, odd = _add_quad(even, odd, a, b, x[step][0], scales, x[step][1], step % 2, WARPS, ARCH)
     return even, odd
-
-
-@triton.jit
-def sum_fragments(even, odd, WARPS: tl.constexpr):
-    """Rows of tiles, float32 [tiles, 16], of what gemv_fp4_fragments left of each, [tiles, LANES] of even and odd."""
-    TILES: tl.constexpr = even.shape[0]
-    sums = tl.sum(tl.reshape(tl.join(even, odd), (TILES, WARPS, 8, 4, 2)), axis=3)
-    sums = tl.reshape(tl.sum(sums, axis=1), (TILES, ROWS))
-    return sums + sums * 0.0  # infinity, as a scale of NaN gives, becomes NaN
 
 
 @triton.jit

@@ -14,9 +14,12 @@ import triton.language as tl
 BARRIER_BYTES = tl.constexpr(128)  # one mbarrier a slot
 
 
-def _open_asm(slots: int, slot_bytes: int) -> str:
-    """PTX that gives the ring's address and makes its barriers ready, one thread's arrival a phase."""
-    ring_bytes = BARRIER_BYTES.value + slots * slot_bytes
+def _open_asm(slots: int, slot_bytes: int, more_bytes: int = 0) -> str:
+    """PTX that gives the ring's address and makes its barriers ready, one thread's arrival a phase.
+
+    more_bytes are kept free behind the slots.
+    """
+    ring_bytes = BARRIER_BYTES.value + slots * slot_bytes + more_bytes
     lines = [
         f"// shared memory behind Triton's own: {ring_bytes} bytes",
         ".reg .pred first; .reg .u32 thread;",
@@ -72,16 +75,22 @@ arrived:
 
 
 @triton.jit
-def open_ring(SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr):
-    """What the other functions take as `slots`: all of them empty."""
+def open_ring(SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, MORE_BYTES: tl.constexpr, ARCH: tl.constexpr):
+    """What the other functions take as `slots`: all of them empty. On NVIDIA MORE_BYTES behind them are free."""
     if ARCH == "cuda":
-        ASM: tl.constexpr = OPEN(SLOTS, SLOT_BYTES)
+        ASM: tl.constexpr = OPEN(SLOTS, SLOT_BYTES, MORE_BYTES)
         slots = tl.inline_asm_elementwise(ASM, "=&r", [], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
         return slots
     else:
         empty = tl.zeros([triton.next_power_of_2(SLOTS)], tl.int64)
         return empty, empty
+
+
+@triton.jit
+def behind_slots(slots, SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr):
+    """Where the free bytes are, on NVIDIA."""
+    return slots + BARRIER_BYTES + SLOTS * SLOT_BYTES
 
 
 @triton.jit

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from common.fp4_fragments import block_bytes, scale_bytes
-from common.ring import fill_slot, open_ring, wait_for_slot
+from common.ring import behind_slots, fill_slot, open_ring, wait_for_slot
 from common.router import element
+from common.sums import sum_words
 
 
 class Shares(NamedTuple):
@@ -36,6 +37,7 @@ class Stream(NamedTuple):
     """Where a program is in the order of its units."""
 
     slots: tl.tensor  # see common/ring.py
+    sums: tl.tensor  # address of the program's memory for common/sums.py
     asked: tl.tensor  # units asked for
     taken: tl.tensor  # units taken
     layer: tl.tensor  # of the next unit to ask for
@@ -116,13 +118,18 @@ def plan_until(layer, experts, n_layers, want_head, shares):
 
 
 @triton.jit
-def open_stream(layer, place, TUNING: tl.constexpr):
+def open_stream(s, pid, layer, place, TUNING: tl.constexpr):
     """A stream whose first unit is the one at `place` of a layer; () where weights are not streamed."""
     ARCH: tl.constexpr = TUNING.arch
+    WORDS: tl.constexpr = sum_words(TUNING)
     if TUNING.ring_slots > 0:
-        slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, ARCH)
+        slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, 4 * WORDS, ARCH)
+        if ARCH == "cuda":
+            sums = behind_slots(slots, TUNING.ring_slots, TUNING.slot_bytes)
+        else:
+            sums = s.sums.to(tl.int64) + 4 * WORDS * pid
         zero = tl.cast(0, tl.int32)
-        return Stream(slots, zero, zero, tl.cast(layer, tl.int32), tl.cast(place, tl.int32))
+        return Stream(slots, sums, zero, zero, tl.cast(layer, tl.int32), tl.cast(place, tl.int32))
     else:
         return ()
 
@@ -132,7 +139,7 @@ def take(stream, PLACE: tl.constexpr, TUNING: tl.constexpr):
     """(addresses of the next unit's two pieces, the stream), when its bytes have arrived; the first piece has PLACE."""
     ARCH: tl.constexpr = TUNING.arch
     pieces = wait_for_slot(stream.slots, stream.taken, PLACE, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
-    return pieces, Stream(stream.slots, stream.asked, stream.taken + 1, stream.layer, stream.place)
+    return pieces, Stream(stream.slots, stream.sums, stream.asked, stream.taken + 1, stream.layer, stream.place)
 
 
 @triton.jit
@@ -187,7 +194,7 @@ def ask(
         if (layer < plan.n_layers) & (place == each):
             layer += 1
             place = tl.cast(0, tl.int32)
-    return Stream(slots, asked, stream.taken, layer, place)
+    return Stream(slots, stream.sums, asked, stream.taken, layer, place)
 
 
 @triton.jit
