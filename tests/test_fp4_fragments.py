@@ -20,8 +20,8 @@ from common.fp4_fragments import (
     gemv_fp4_fragments,
     load_fragment_vector,
     scale_bytes,
-    sum_fragments,
 )
+from common.sums import collect_fragments, leave_fragments
 from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count, vector_parts
 from reference import dequantize_mxfp4, quantize_mxfp8
 
@@ -53,6 +53,7 @@ def gemv_kernel(
     scales_ptr,
     x_ptr,
     scale_ptr,
+    sums_ptr,
     n_tiles,
     K: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
@@ -66,16 +67,12 @@ def gemv_kernel(
     for tile in range(n_tiles):
         blocks, scales = blocks_ptr + tile * BLOCK_WORDS, scales_ptr + tile * SCALE_WORDS
         even, odd = gemv_fp4_fragments((blocks.to(tl.int64), scales.to(tl.int64)), x, K, WARPS, "cpu")
-        y = sum_fragments(even[None, :], odd[None, :], WARPS)
-        tl.store(out_ptr + (vector * n_tiles + tile) * 16 + tl.arange(0, 16), tl.reshape(y, (16,)))
-
-
-@triton.jit
-def sum_kernel(out_ptr, even_ptr, odd_ptr, TILES: tl.constexpr, WARPS: tl.constexpr):
-    tile = tl.arange(0, TILES)[:, None]
-    at = tile * (32 * WARPS) + tl.arange(0, 32 * WARPS)[None, :]
-    rows = sum_fragments(tl.load(even_ptr + at), tl.load(odd_ptr + at), WARPS)
-    tl.store(out_ptr + tile * 16 + tl.arange(0, 16)[None, :], rows)
+        sums = (sums_ptr + vector * (16 * WARPS)).to(tl.int64)
+        leave_fragments(sums, 0, even, odd, 1, WARPS, "cpu")
+        even, odd = collect_fragments(sums, 1, WARPS, "cpu")
+        pair = out_ptr + (vector * n_tiles + tile) * 16 + 2 * tl.arange(0, 8)
+        tl.store(pair, even)
+        tl.store(pair + 1, odd)
 
 
 @triton.jit
@@ -151,6 +148,7 @@ def gemv_all(matrix: Matrix, x: torch.Tensor, warps: int) -> torch.Tensor:
         *packed(matrix, warps),
         parts,
         scale,
+        torch.full((n_vectors, 16 * warps), torch.nan),
         n_tiles,
         K=k,
         BLOCK_WORDS=block_words(k),
@@ -293,19 +291,6 @@ def test_zeros(warps):
     assert gemv(matrix, -torch.zeros(416), warps).tolist() == [0.0] * 7
     nothing = Matrix(torch.zeros_like(matrix.blocks), matrix.scales)
     assert gemv(nothing, x, warps).tolist() == [0.0] * 7
-
-
-@pytest.mark.parametrize("warps", WARPS)
-def test_sums_of_several_tiles(warps):
-    """Rows 2 r and 2 r + 1 of a tile are what lanes 4 r .. 4 r + 3 of all warps have, and infinity is NaN."""
-    shape = (4, warps, 8, 4)
-    even, odd = (torch.randint(-99, 100, shape, generator=torch.Generator().manual_seed(i)).float() for i in (0, 1))
-    expected = torch.stack((even, odd), dim=-1).sum((1, 3)).view(4, 16)
-    even[2, warps - 1, 5, 3], odd[3, 0, 0, 0] = torch.inf, torch.nan
-    expected[2, 10] = expected[3, 1] = torch.nan
-    out = torch.zeros(4, 16)
-    sum_kernel[(1,)](out, even, odd, TILES=4, WARPS=warps)
-    assert torch.equal(out.nan_to_num(1e6), expected.nan_to_num(1e6))
 
 
 @pytest.mark.parametrize("warps", WARPS)

@@ -16,7 +16,7 @@ SIZES = [(2, 8192), (3, 33024), (8, 25600), (16, 128)]
 @triton.jit
 def ring_kernel(out_ptr, first_ptr, second_ptr, n_units, AHEAD: tl.constexpr, SLOTS: tl.constexpr):
     """out [units, 2]: the addresses of each unit's pieces, which are 16 bytes further for each unit."""
-    slots = open_ring(SLOTS, 256, "cpu")
+    slots = open_ring(SLOTS, 256, 0, "cpu")
     for n in range(AHEAD):
         slots = fill_slot(slots, n, first_ptr + 4 * n, 16, second_ptr + 4 * n, 16, SLOTS, 256, "cpu")
     for n in range(n_units):

@@ -64,6 +64,7 @@ def load_experts(experts_ptr, layer, CONFIG: tl.constexpr):
 def locate_kernel(
     out_ptr,
     w,
+    s,
     experts_ptr,
     pid_ptr,
     first_ptr,
@@ -121,6 +122,7 @@ def decode_kernel(
     log_ptr,
     n_events,
     w,
+    s,
     experts_ptr,
     n_layers,
     want_head,
@@ -138,7 +140,7 @@ def decode_kernel(
     no_experts = (tl.cast(0, tl.int32),)
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     plan = plan_until(0, no_experts, n_layers, want_head, shares)
-    stream = fill(open_stream(0, 0, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
+    stream = fill(open_stream(s, pid, 0, 0, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
     event = note(log_ptr, 0, stream, nothing)
     for layer in range(n_layers):
         plan = plan_until(layer, no_experts, n_layers, want_head, shares)
