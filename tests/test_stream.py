@@ -18,6 +18,7 @@ from common.router import elements
 from common.stream import Plan, Shares, fill, locate, open_stream, plan_until, release, shares_of, take
 from host.config import GPT_OSS_120B, ModelConfig
 from host.launch import SM_90, Tuning, fit_ring
+from host.state import new_state
 from host.weights import Weights, weight_shapes
 
 CONFIGS = {
@@ -277,6 +278,7 @@ def located(name: str, n_programs: int, quant: bool, layer: int, pids=None, dens
     locate_kernel[(len(pids),)](
         out,
         model.bases,
+        new_state(config, model.tuning, model.quant, 16, model.n_programs, "cpu"),
         expert_table(config, config.n_layers),
         torch.tensor(pids, dtype=torch.int32),
         first,
@@ -446,6 +448,7 @@ def decode(model: Schedule, n_layers: int, want_head: bool) -> list[list[Event]]
         log,
         n_events,
         model.bases,
+        new_state(config, model.tuning, model.quant, 16, model.n_programs, "cpu"),
         expert_table(config, n_layers),
         n_layers,
         int(want_head),
