@@ -24,11 +24,14 @@ def leave_dense(sums, number, acc, BATCH: tl.constexpr, ARCH: tl.constexpr):
     PART: tl.constexpr = acc.shape[0]
     COPIES: tl.constexpr = acc.shape[1]
     WARPS: tl.constexpr = acc.shape[2] // 32
-    parts = tl.sum(tl.reshape(acc, (PART, COPIES, WARPS, 32)), axis=3)
-    row = tl.arange(0, PART)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
-    warp = tl.arange(0, WARPS)[None, None, :]
     ROWS: tl.constexpr = PART * COPIES
-    store_word(sums + 4 * ((warp * BATCH + number) * ROWS + row), parts, ARCH)
+    parts = tl.sum(tl.reshape(acc, (PART, COPIES, WARPS, 32)), axis=3, keep_dims=True)
+    row = tl.arange(0, PART)[:, None, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None, None]
+    warp = tl.arange(0, WARPS)[None, None, :, None]
+    # By all lanes of a warp: in this shape Triton has the sums, in a smaller one it would exchange them first.
+    lane = tl.arange(0, 32)[None, None, None, :]
+    at = sums + 4 * ((warp * BATCH + number) * ROWS + row + 0 * lane)
+    store_word(at, parts + tl.zeros([PART, COPIES, WARPS, 32], tl.float32), ARCH)
 
 
 @triton.jit
