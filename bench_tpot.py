@@ -20,7 +20,15 @@ from pathlib import Path
 
 from gpt_oss_megakernel import MegaModel, open_model, usable_device
 from host.bandwidth import Bandwidth, measure_read_bandwidth
-from host.cli import ArgumentParser, add_model_arguments, positive_int, run_main
+from host.cli import (
+    ArgumentParser,
+    add_fp8_arguments,
+    add_model_arguments,
+    dense_formats,
+    path_name,
+    positive_int,
+    run_main,
+)
 from host.conditions import conditions
 from host.config import ModelConfig
 from host.errors import InputError
@@ -101,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description="Time per output token at several contexts, and the fraction of the floor.")
     add_model_arguments(parser)
+    add_fp8_arguments(parser)
     path = parser.add_mutually_exclusive_group()
     path.add_argument("--quant", action="store_true", help="measure the quantized path instead of the default one")
     path.add_argument("--both", action="store_true", help="measure both, the weights loaded once")
@@ -168,7 +177,7 @@ def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | N
     device = spread(device_ms) if device_ms else None
     floor_ms = n_bytes / bandwidth.bytes_per_second * 1e3 if bandwidth else None
     return Measurement(
-        path="quant" if model.quant else "default",
+        path=path_name(model.quant, model.config.dense),
         context=context,
         first_position=start,
         device_ms=device,
@@ -279,7 +288,9 @@ def main() -> None:
     check_matplotlib(args.plot)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
-    plan = plan_for(args, checkpoint.config, device.type != "cpu", available_bytes(device))
+    dense = dense_formats(args)
+    config = dataclasses.replace(checkpoint.config, dense=dense)
+    plan = plan_for(args, config, device.type != "cpu", available_bytes(device))
     name = checkpoint.name if args.random_weights else Path(checkpoint.name).name
     name = f"{name}, {checkpoint.config.n_layers} layers"
 
@@ -288,14 +299,19 @@ def main() -> None:
     progress(f"loading {name}")
     paths = (False, True) if args.both else (args.quant,)
     model = MegaModel(
-        checkpoint, paths[0], plan.max_context, num_programs=args.num_programs, show_progress=sys.stderr.isatty()
+        checkpoint,
+        paths[0],
+        plan.max_context,
+        num_programs=args.num_programs,
+        show_progress=sys.stderr.isatty(),
+        dense=dense,
     )
     results = []
     for quant in paths:
         if quant != model.quant:
             model.switch_path(quant)
         for context in plan.contexts:
-            progress(f"measuring {'quant' if quant else 'default'} at context {context}")
+            progress(f"measuring {path_name(quant, dense)} at context {context}")
             results.append(measure(model, plan, context, bandwidth))
 
     report = Report(name, conditions(device), model.num_programs, plan, bandwidth, tuple(results))

@@ -44,17 +44,20 @@ from host import cpu_interpreter, shared_memory
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
     ArgumentParser,
+    add_fp8_arguments,
     add_model_arguments,
     add_prompt_arguments,
+    dense_formats,
     device_name,
     logits_writer,
+    path_name,
     positive_int,
     prompt_ids_from,
     run_main,
     stream_generation,
     torch_device,
 )
-from host.config import PRESETS, ModelConfig, check_token, checkpoint_bytes
+from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes
 from host.errors import InputError, MegakernelAborted
 from host.launch import LEAST_SLOTS, Tuning, check_program_count, next_power_of_2, program_count, tuning_for
 from host.limits import check_memory, context_length
@@ -191,14 +194,16 @@ class MegaModel:
         show_progress: bool = False,
         trace_position: int | None = None,
         weights: Weights | None = None,
+        dense: DenseFormats | None = None,
     ):
         """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
 
+        dense: how the dense matrices are held, quantized while they are loaded; bfloat16 unless said.
         kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
         checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
         device.
         """
-        self.config: ModelConfig = checkpoint.config
+        self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=dense or DenseFormats())
         self.device = usable_device(device)
         self.quant = quant
         self.max_context = context_length(self.config, max_context)
@@ -206,10 +211,10 @@ class MegaModel:
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
-        needed = bytes_to_load(checkpoint, self.device, self.tuning) if weights is None else 0
+        needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         start = time.perf_counter()
-        self.weights = weights or load_weights(checkpoint, self.device, self.tuning, show_progress)
+        self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
         self.load_seconds = time.perf_counter() - start
         self.trace_position = trace_position
         self.state = self._new_state(kv_dtype)
@@ -442,6 +447,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser)
     add_prompt_arguments(parser)
     parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
+    add_fp8_arguments(parser)
     parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
     parser.add_argument("--load-rate", action="store_true", help="say how long loading took, and at what rate")
     parser.add_argument(
@@ -481,6 +487,7 @@ def main() -> None:
                 args.max_context,
                 num_programs=args.num_programs,
                 show_progress=sys.stderr.isatty(),
+                dense=dense_formats(args),
                 trace_position=None if traced is None else len(prompt_ids) - 1 + traced - 1,
             )
             if args.load_rate:
@@ -492,7 +499,7 @@ def main() -> None:
                 checkpoint.config,
                 args.max_new_tokens,
                 device=device_name(model.device),
-                path="quant" if args.quant else "default",
+                path=path_name(args.quant, model.config.dense),
                 as_json=args.json,
             )
         if write_trace:

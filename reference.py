@@ -1,8 +1,9 @@
 """GPT-OSS in plain PyTorch: the definition of the model that the kernel is tested against.
 
-Two contracts. Default: float32 throughout, except that K (after RoPE) and V are rounded to the cache's type when they
+Contracts. Default: float32 throughout, except that K (after RoPE) and V are rounded to the cache's type when they
 enter it, and that rounded value is used everywhere, by the token's own query too. `quant`: the same, and the input of
-each expert matrix (the normed hidden state, the SwiGLU output) is rounded to MXFP8.
+each expert matrix (the normed hidden state, the SwiGLU output) is rounded to MXFP8. `dense`: dense matrices are rounded
+to E4M3 with scales, activations are not.
 """
 
 import functools
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from host.config import ModelConfig, expected_tensors
+from host.config import BF16, DenseFormats, ModelConfig, expected_tensors
 from host.errors import InputError
+from host.fp8 import dequantize_fp8, quantize_fp8
 from host.rope import rope_tables
 
 # OCP Microscaling Formats v1.0: an E2M1 nibble is sign, two exponent bits, a mantissa bit; an E8M0 byte 2^(byte - 127).
@@ -23,6 +25,16 @@ E8M0_VALUES = (*(2.0 ** (byte - 127) for byte in range(255)), math.nan)
 MXFP8_GROUP = 32
 E4M3_MAX = 448.0
 E4M3_MAX_EXPONENT = 8  # 448 = 1.75 * 2^8
+
+# Ending of a published name -> the field of DenseFormats.
+DENSE_MATRICES = {
+    "q_proj.weight": "qkv",
+    "k_proj.weight": "qkv",
+    "v_proj.weight": "qkv",
+    "o_proj.weight": "o",
+    "router.weight": "router",
+    "lm_head.weight": "head",
+}
 
 Recorder = Callable[[str, Tensor], None]
 
@@ -171,13 +183,21 @@ def _ignore(name: str, value: Tensor) -> None:
 class Weights:
     """A checkpoint's tensors as numbers on a device: kept if the model is small, else read anew at each use."""
 
-    def __init__(self, checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype, dense: DenseFormats):
         self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+        self._formats = {ending: getattr(dense, field) for ending, field in DENSE_MATRICES.items()}
         values = sum((2 if kind == "U8" else 1) * math.prod(shape) for shape, kind in expected_tensors(config).values())
         self._kept = {} if values * dtype.itemsize < KEEP_BYTES else None
 
     def tensor(self, name: str) -> Tensor:
-        return self._keep(name, lambda: self._checkpoint.tensor(name).to(self._device, self._dtype))
+        def read() -> Tensor:
+            tensor = self._checkpoint.tensor(name).to(self._device)
+            dense_format = self._formats.get(".".join(name.split(".")[-2:]), BF16)
+            if dense_format != BF16:
+                tensor = dequantize_fp8(*quantize_fp8(tensor, dense_format))
+            return tensor.to(self._dtype)
+
+        return self._keep(name, read)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """Some rows of a matrix; one that is not kept is not converted as a whole."""
@@ -219,15 +239,17 @@ class Reference:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         n_layers: int | None = None,
+        dense: DenseFormats | None = None,
     ):
         """checkpoint: anything with .config and .tensor(name). kv_dtype None keeps K and V unrounded.
 
+        dense: dense matrices are rounded to these formats, see host/fp8.py; bfloat16 unless said.
         max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first.
         """
         self.config = checkpoint.config if n_layers is None else checkpoint.config.cut(n_layers)
         self.quant, self.dtype, self.max_context = quant, dtype, max_context
         self.device = torch.device(device or "cpu")
-        self._weights = Weights(checkpoint, self.config, self.device, dtype)
+        self._weights = Weights(checkpoint, self.config, self.device, dtype, dense or DenseFormats())
         self._cos, self._sin = (table.to(dtype) for table in rope_tables(self.config, max_context, self.device))
         shape = (self.config.n_layers, max_context, self.config.n_kv_heads, self.config.head_dim)
         self.keys = torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device)

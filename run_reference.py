@@ -10,10 +10,13 @@ import torch
 
 from host.cli import (
     ArgumentParser,
+    add_fp8_arguments,
     add_model_arguments,
     add_prompt_arguments,
+    dense_formats,
     device_name,
     logits_writer,
+    path_name,
     prompt_ids_from,
     run_main,
     stream_generation,
@@ -30,6 +33,7 @@ def parse_arguments():
     add_model_arguments(parser, random_weights=False)
     add_prompt_arguments(parser)
     parser.add_argument("--quant", action="store_true", help="round the experts' inputs to MXFP8")
+    add_fp8_arguments(parser)
     parser.add_argument("--device", help="torch device of the arithmetic; default: the GPU if there is one")
     return parser.parse_args()
 
@@ -44,7 +48,8 @@ def main() -> None:
     max_context = context_length(config, args.max_context)
     # The files stay mapped; of what is converted, the LM head in float32 is the largest.
     check_memory(config, max_context, kv_dtype, device, weights=4 * config.vocab_size * config.hidden_size)
-    model = Reference(checkpoint, args.quant, kv_dtype, max_context, device)
+    dense = dense_formats(args)
+    model = Reference(checkpoint, args.quant, kv_dtype, max_context, device, dense=dense)
     with logits_writer(args.logits_out, config.vocab_size) as on_logits:
         stream_generation(
             model.generate(prompt_ids, args.max_new_tokens, on_logits),
@@ -53,7 +58,7 @@ def main() -> None:
             config,
             args.max_new_tokens,
             device=device_name(device),
-            path="reference-quant" if args.quant else "reference",
+            path=f"reference-{path_name(args.quant, dense)}".replace("reference-default", "reference"),
             as_json=args.json,
         )
 

@@ -20,10 +20,13 @@ import torch
 
 from host.cli import (
     ArgumentParser,
+    add_fp8_arguments,
     add_model_arguments,
     add_prompt_arguments,
+    dense_formats,
     device_name,
     logits_writer,
+    path_name,
     positive_int,
     prompt_ids_from,
     run_main,
@@ -67,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser)
     add_prompt_arguments(parser)
     parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
+    add_fp8_arguments(parser)
     parser.add_argument(
         "--num-programs", metavar="N", type=positive_int, help="of each launch; default: as the megakernel"
     )
@@ -178,7 +182,7 @@ def main() -> None:
     config = checkpoint.config
     prompt_ids = prompt_ids_from(args, tokenizer, config)
     with logits_writer(args.logits_out, config.vocab_size) as on_logits:
-        options = {"max_context": args.max_context, "num_programs": args.num_programs}
+        options = {"max_context": args.max_context, "num_programs": args.num_programs, "dense": dense_formats(args)}
         model = PhasedModel(checkpoint, args.quant, show_progress=sys.stderr.isatty(), **options)
         mega = MegaModel(checkpoint, args.quant, weights=model.weights, **options) if args.times else None
         generation = stream_generation(
@@ -188,7 +192,7 @@ def main() -> None:
             config,
             args.max_new_tokens,
             device=device_name(model.device),
-            path="phased-quant" if args.quant else "phased",
+            path=f"phased-{path_name(args.quant, model.config.dense)}".replace("phased-default", "phased"),
             as_json=args.json,
         )
     if mega is not None:

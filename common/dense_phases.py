@@ -6,7 +6,17 @@ import triton.language as tl
 from common.arch import opaque_zero
 from common.argmax import keep_larger, reduce_argmax
 from common.barrier import ABORT
-from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_lane_vector, load_vector
+from common.gemv_bf16 import load_lane_vector
+from common.gemv_dense import (
+    gemv_rows,
+    gemv_slot,
+    item_bytes,
+    load_row_vector,
+    load_rows,
+    matrix_at,
+    row_lanes,
+    scales_of,
+)
 from common.prefetch import prefetch_l2
 from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 from common.stream import release, share, take
@@ -26,31 +36,34 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
 
 
 @triton.jit
-def load_dense_vector(x_ptr, K: tl.constexpr, TUNING: tl.constexpr, zero):
-    """x [K] as blocks, in the order of the tiles of dense matrices."""
+def load_dense_vector(x_ptr, K: tl.constexpr, FORMAT: tl.constexpr, TUNING: tl.constexpr, zero):
+    """x [K] as blocks, in the order of the tiles of a dense matrix of that format."""
     if TUNING.ring_slots > 0:
-        return load_lane_vector(x_ptr, K, TUNING.dense_lanes, 32 * TUNING.num_warps // TUNING.dense_lanes)
+        LANES: tl.constexpr = row_lanes(K, FORMAT, TUNING)
+        return load_lane_vector(x_ptr, K, LANES, 32 * TUNING.num_warps // LANES, 16 // item_bytes(FORMAT))
     else:
-        return load_vector(x_ptr, K, TUNING.dense_k, zero)
+        return load_row_vector(x_ptr, K, TUNING.dense_k, FORMAT, zero)
 
 
 @triton.jit
-def load_residual(s, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
+def load_residual(s, FORMAT: tl.constexpr, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
     """x plus what the experts left, as blocks."""
     H: tl.constexpr = CONFIG.hidden_size
     TOP_K: tl.constexpr = CONFIG.experts_per_token
-    x = load_dense_vector(s.x, H, TUNING, zero)
+    x = load_dense_vector(s.x, H, FORMAT, TUNING, zero)
     for slot in tl.static_range(TOP_K):
-        x = add_blocks(x, load_dense_vector(s.expert_out + slot * H, H, TUNING, zero))
+        x = add_blocks(x, load_dense_vector(s.expert_out + slot * H, H, FORMAT, TUNING, zero))
     return x
 
 
 @triton.jit
-def first_dense_rows(w_ptr, row0, end_row, K: tl.constexpr, M: tl.constexpr, TUNING: tl.constexpr):
+def first_dense_rows(
+    matrix, row0, end_row, K: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, TUNING: tl.constexpr
+):
     """What a dense phase's multiply_rows begins with, to be loaded before the phase may begin; () but for prefetch."""
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.prefetch:
-        return load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, opaque_zero(ARCH))
+        return load_rows(matrix[0], matrix[1], row0, end_row, K, M, TUNING.dense_k, FORMAT, opaque_zero(ARCH))
     else:
         return ()
 
@@ -62,37 +75,44 @@ def multiply_rows(
     plan,
     x,
     w,
-    w_ptr,
+    matrix,
     row0,
     end_row,
     pid,
     n_programs,
     K: tl.constexpr,
     M: tl.constexpr,
+    FORMAT: tl.constexpr,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
 ):
-    """(rows row0 .. row0 + TUNING.dense_batch * M of a bfloat16 matrix times x, what follows `tile`, the stream).
+    """(rows row0 .. row0 + TUNING.dense_batch * M of a dense matrix times x, what follows `tile`, the stream).
 
     Streamed, the rows are the next units of the stream; with prefetch they are `tile`; else they are loaded.
     """
     ARCH: tl.constexpr = TUNING.arch
     if TUNING.ring_slots > 0:
         BATCH: tl.constexpr = TUNING.dense_batch
+        if FORMAT == "fp8-row":
+            row = row0 + tl.arange(0, BATCH * M)
+            scales = tl.load(matrix[1] + row, mask=row < end_row, other=0.0)
         for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
             pieces, stream = take(stream, 0, TUNING)
-            mine = gemv_bf16_slot(pieces[0], x, end_row - row0 - n * M, K, M, ARCH)
+            mine = gemv_slot(pieces, x, end_row - row0 - n * M, K, M, FORMAT, ARCH)
             stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
             leave_dense(stream.sums, n, mine, BATCH, ARCH)
-        return collect_dense(stream.sums, BATCH * M, x[0].shape[1] // 32, ARCH), tile, stream
+        y = collect_dense(stream.sums, BATCH * M, x[0].shape[1] // 32, ARCH)
+        if FORMAT == "fp8-row":
+            y *= scales
+        return y, tile, stream
     else:
         zero = opaque_zero(ARCH)
         if TUNING.prefetch:
             rows = tile
-            tile = load_bf16_rows(w_ptr, row0 + M, end_row, K, M, TUNING.dense_k, zero)
+            tile = load_rows(matrix[0], matrix[1], row0 + M, end_row, K, M, TUNING.dense_k, FORMAT, zero)
         else:
-            rows = load_bf16_rows(w_ptr, row0, end_row, K, M, TUNING.dense_k, zero)
-        return gemv_bf16(rows, x), tile, stream
+            rows = load_rows(matrix[0], matrix[1], row0, end_row, K, M, TUNING.dense_k, FORMAT, zero)
+        return gemv_rows(rows, x, FORMAT, ARCH), tile, stream
 
 
 @triton.jit
@@ -104,7 +124,10 @@ def row_share(pid, n_programs, ROWS: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def qkv_matrix(w, layer, CONFIG: tl.constexpr):
-    return w.qkv + layer * CONFIG.qkv_size * (CONFIG.hidden_size // 2)
+    """(a layer's matrix, its scales)."""
+    FORMAT: tl.constexpr = CONFIG.dense.qkv
+    matrix = matrix_at(w.qkv, layer, CONFIG.qkv_size, CONFIG.hidden_size, FORMAT)
+    return matrix, scales_of(w.qkv_scales, layer, CONFIG.qkv_size, CONFIG.hidden_size, FORMAT)
 
 
 @triton.jit
@@ -112,7 +135,8 @@ def first_qkv_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.c
     """What qkv_phase begins with."""
     M: tl.constexpr = TUNING.qkv_m
     first, end = row_share(pid, n_programs, CONFIG.qkv_size, M)
-    return first_dense_rows(qkv_matrix(w, layer, CONFIG), first, end, CONFIG.hidden_size, M, TUNING)
+    FORMAT: tl.constexpr = CONFIG.dense.qkv
+    return first_dense_rows(qkv_matrix(w, layer, CONFIG), first, end, CONFIG.hidden_size, M, FORMAT, TUNING)
 
 
 @triton.jit
@@ -127,7 +151,7 @@ def prefetch_qkv(w, layer, PLACE: tl.constexpr, pid, n_programs, CONFIG: tl.cons
             prefetch_l2(w.attn_norm + layer * CONFIG.hidden_size, CONFIG.hidden_size * 4, ARCH)
             prefetch_l2(w.qkv_bias + layer * CONFIG.qkv_size, CONFIG.qkv_size * 2, ARCH)
     if TUNING.prefetch_qkv > 0:
-        ROW_BYTES: tl.constexpr = 2 * CONFIG.hidden_size
+        ROW_BYTES: tl.constexpr = CONFIG.hidden_size * item_bytes(CONFIG.dense.qkv)
         first, end = row_share(pid, n_programs, CONFIG.qkv_size, TUNING.qkv_m)
         n_bytes = (end - first) * ROW_BYTES * TUNING.prefetch_qkv // 16 & -16
         at = w.qkv.to(tl.int64) + (layer * CONFIG.qkv_size + end) * ROW_BYTES
@@ -146,16 +170,18 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     ROWS: tl.constexpr = CONFIG.qkv_size
     M: tl.constexpr = TUNING.qkv_m
     STEP: tl.constexpr = TUNING.dense_batch * M
-    x = load_residual(s, CONFIG, TUNING, zero)
+    FORMAT: tl.constexpr = CONFIG.dense.qkv
+    x = load_residual(s, FORMAT, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, TUNING, zero))
+    x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, FORMAT, TUNING, zero))
+    matrix = qkv_matrix(w, layer, CONFIG)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
         # Before the sum, as behind it the bias would cost its latency once more.
         bias = tl.load(w.qkv_bias + layer * ROWS + row, mask=row < end, other=0.0).to(tl.float32)
         y, tile, stream = multiply_rows(
-            tile, stream, plan, x, w, qkv_matrix(w, layer, CONFIG), row0, end, pid, n_programs, H, M, CONFIG, TUNING
+            tile, stream, plan, x, w, matrix, row0, end, pid, n_programs, H, M, FORMAT, CONFIG, TUNING
         )
         tl.store(s.qkv + row, y * rstd + bias, mask=row < end)
     return stream
@@ -163,7 +189,10 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
 
 @triton.jit
 def o_matrix(w, layer, CONFIG: tl.constexpr):
-    return w.o + layer * CONFIG.hidden_size * (CONFIG.q_size // 2)
+    """(a layer's matrix, its scales)."""
+    FORMAT: tl.constexpr = CONFIG.dense.o
+    matrix = matrix_at(w.o, layer, CONFIG.hidden_size, CONFIG.q_size, FORMAT)
+    return matrix, scales_of(w.o_scales, layer, CONFIG.hidden_size, CONFIG.q_size, FORMAT)
 
 
 @triton.jit
@@ -171,7 +200,8 @@ def first_o_tile(w, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.con
     """What o_phase begins with."""
     M: tl.constexpr = TUNING.o_m
     first, end = row_share(pid, n_programs, CONFIG.hidden_size, M)
-    return first_dense_rows(o_matrix(w, layer, CONFIG), first, end, CONFIG.q_size, M, TUNING)
+    FORMAT: tl.constexpr = CONFIG.dense.o
+    return first_dense_rows(o_matrix(w, layer, CONFIG), first, end, CONFIG.q_size, M, FORMAT, TUNING)
 
 
 @triton.jit
@@ -187,7 +217,9 @@ def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constex
     M: tl.constexpr = TUNING.o_m
     STEP: tl.constexpr = TUNING.dense_batch * M
     TOP_K: tl.constexpr = CONFIG.experts_per_token
-    a = load_dense_vector(s.attention, K, TUNING, zero)
+    FORMAT: tl.constexpr = CONFIG.dense.o
+    a = load_dense_vector(s.attention, K, FORMAT, TUNING, zero)
+    matrix = o_matrix(w, layer, CONFIG)
     if pid == n_programs - 1:
         kv_head = tl.arange(0, triton.next_power_of_2(CONFIG.n_kv_heads))
         tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < CONFIG.n_kv_heads)  # none is waited for any more
@@ -199,7 +231,7 @@ def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constex
             x += tl.load(s.expert_out + slot * H + row, mask=row < end, other=0.0)
         x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
         y, tile, stream = multiply_rows(
-            tile, stream, plan, a, w, o_matrix(w, layer, CONFIG), row0, end, pid, n_programs, K, M, CONFIG, TUNING
+            tile, stream, plan, a, w, matrix, row0, end, pid, n_programs, K, M, FORMAT, CONFIG, TUNING
         )
         tl.store(s.x + row, x + y, mask=row < end)
     return stream
@@ -214,16 +246,18 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     M: tl.constexpr = TUNING.head_m
     STEP: tl.constexpr = TUNING.dense_batch * M
     first, end = row_share(pid, n_programs, CONFIG.vocab_size, M)
-    tile = first_dense_rows(w.lm_head, first, end, H, M, TUNING)
-    x = load_residual(s, CONFIG, TUNING, zero)
+    FORMAT: tl.constexpr = CONFIG.dense.head
+    matrix = (w.lm_head, w.lm_head_scales)
+    tile = first_dense_rows(matrix, first, end, H, M, FORMAT, TUNING)
+    x = load_residual(s, FORMAT, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_dense_vector(w.final_norm, H, TUNING, zero))
+    x = multiply_blocks(x, load_dense_vector(w.final_norm, H, FORMAT, TUNING, zero))
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
         y, tile, stream = multiply_rows(
-            tile, stream, plan, x, w, w.lm_head, row0, end, pid, n_programs, H, M, CONFIG, TUNING
+            tile, stream, plan, x, w, matrix, row0, end, pid, n_programs, H, M, FORMAT, CONFIG, TUNING
         )
         logits = y * rstd
         if want_logits:

@@ -13,7 +13,7 @@ from common.fp4_fragments import (
     gemv_fp4_fragments,
     load_fragment_vector,
 )
-from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows, matrix_at, scales_of
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
 from common.rmsnorm import largest_magnitude, multiply_blocks, rms_rstd
@@ -33,7 +33,9 @@ def load_router_tile(w, layer, tile, CONFIG: tl.constexpr, TUNING: tl.constexpr)
     M: tl.constexpr = TUNING.router_m
     row = tile * M + tl.arange(0, M)
     bias = tl.load(w.router_bias + layer * E + row, mask=row < E, other=0.0).to(tl.float32)
-    return load_bf16_rows(w.router + layer * E * (H // 2), tile * M, E, H, M, TUNING.dense_k, zero), bias
+    FORMAT: tl.constexpr = CONFIG.dense.router
+    matrix, scales = matrix_at(w.router, layer, E, H, FORMAT), scales_of(w.router_scales, layer, E, H, FORMAT)
+    return load_rows(matrix, scales, tile * M, E, H, M, TUNING.dense_k, FORMAT, zero), bias
 
 
 @triton.jit
@@ -47,18 +49,19 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
     NORM: tl.constexpr = TUNING.norm_block
     N_TILES: tl.constexpr = (E + M - 1) // M
     N_BLOCKS: tl.constexpr = (H + NORM - 1) // NORM
+    FORMAT: tl.constexpr = CONFIG.dense.router
     norm_ptr = w.mlp_norm + layer * H
     # Rows from the first program on, blocks from the last one on, so that few have both.
     if (pid < N_TILES) | (n_programs - 1 - pid < N_BLOCKS):
         weights = load_router_tile(w, layer, pid, CONFIG, TUNING)
-        x = load_vector(s.x, H, TUNING.dense_k, zero)
+        x = load_row_vector(s.x, H, TUNING.dense_k, FORMAT, zero)
         rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-        x = multiply_blocks(x, load_vector(norm_ptr, H, TUNING.dense_k, zero))
+        x = multiply_blocks(x, load_row_vector(norm_ptr, H, TUNING.dense_k, FORMAT, zero))
         for tile in range(pid, N_TILES, n_programs):
             if tile != pid:
                 weights = load_router_tile(w, layer, tile, CONFIG, TUNING)
             row = tile * M + tl.arange(0, M)
-            tl.store(s.router_logits + row, gemv_bf16(weights[0], x) * rstd + weights[1], mask=row < E)
+            tl.store(s.router_logits + row, gemv_rows(weights[0], x, FORMAT, ARCH) * rstd + weights[1], mask=row < E)
         for block in range(n_programs - 1 - pid, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
             normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)

@@ -68,16 +68,16 @@ def _halves(words):
 
 
 @triton.jit
-def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
-    """x [K] as gemv_bf16_slot takes it, zeros beyond K: eight float32 [COPIES, LANES] for each run of 8 LANES elements.
+def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr, EACH: tl.constexpr = 8):
+    """x [K] as gemv_bf16_slot takes it, zeros beyond K: EACH float32 [COPIES, LANES] for each run of EACH LANES.
 
     COPIES times LANES threads hold, in each copy, the elements that meet the 16 bytes of a row which they read.
     """
     i = tl.arange(0, 4 * LANES)[None, :] + 0 * tl.arange(0, COPIES)[:, None]
     blocks = ()
-    for k0 in tl.static_range(0, K, 8 * LANES):
-        for half in tl.static_range(2):
-            k = k0 + i // 4 * 8 + 4 * half + i % 4
+    for k0 in tl.static_range(0, K, EACH * LANES):
+        for part in tl.static_range(EACH // 4):
+            k = k0 + i // 4 * EACH + 4 * part + i % 4
             blocks = blocks + by_lane(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32))
     return blocks
 

@@ -175,6 +175,17 @@ def load_words(address, mask, MASKED: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
+def load_byte(address, mask, ARCH: tl.constexpr):
+    """The byte at each of `address`, int32; elsewhere than on NVIDIA 0 where not `mask`."""
+    if ARCH == "cuda":
+        return tl.inline_asm_elementwise(
+            "ld.shared.u8 $0, [$1];", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.load(address.to(tl.pointer_type(tl.uint8)), mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
 def load_word(address, mask, ARCH: tl.constexpr):
     """The int32 word at each of `address`; elsewhere than on NVIDIA 0 where not `mask`."""
     if ARCH == "cuda":

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from common.fp4_fragments import block_bytes, scale_bytes
+from common.gemv_dense import item_bytes, row_scale_bytes
 from common.ring import behind_slots, fill_slot, open_ring, wait_for_slot
 from common.router import element
 from common.sums import sum_words
@@ -199,21 +200,29 @@ def ask(
 
 @triton.jit
 def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
-    """(address, bytes) of each of the two pieces of a unit; the second of a dense tile has none."""
+    """(address, bytes) of each of the two pieces of a unit; the second of a dense tile may have none."""
     H: tl.constexpr = CONFIG.hidden_size
+    QKV_FORMAT: tl.constexpr = CONFIG.dense.qkv
+    O_FORMAT: tl.constexpr = CONFIG.dense.o
+    HEAD_FORMAT: tl.constexpr = CONFIG.dense.head
     shares = plan.shares
     layer = tl.cast(layer, tl.int64)
-    more = w.gate_up_scales.to(tl.int64)
-    more_bytes = tl.cast(0, tl.int32)
     is_o = place < shares.qkv + shares.o
     if DENSE:
         is_o = True
     if layer >= plan.n_layers:
-        at, n_bytes = dense_tile(w.lm_head, 0, shares.head_first + place, CONFIG.vocab_size, H, TUNING.head_m)
+        tile = shares.head_first + place
+        at, n_bytes, more, more_bytes = dense_tile(
+            w.lm_head, w.lm_head_scales, 0, tile, CONFIG.vocab_size, H, TUNING.head_m, HEAD_FORMAT
+        )
     elif place < shares.qkv:
-        at, n_bytes = dense_tile(w.qkv, layer, shares.qkv_first + place, CONFIG.qkv_size, H, TUNING.qkv_m)
+        tile = shares.qkv_first + place
+        at, n_bytes, more, more_bytes = dense_tile(
+            w.qkv, w.qkv_scales, layer, tile, CONFIG.qkv_size, H, TUNING.qkv_m, QKV_FORMAT
+        )
     elif is_o:
-        at, n_bytes = dense_tile(w.o, layer, shares.o_first + place - shares.qkv, H, CONFIG.q_size, TUNING.o_m)
+        tile = shares.o_first + place - shares.qkv
+        at, n_bytes, more, more_bytes = dense_tile(w.o, w.o_scales, layer, tile, H, CONFIG.q_size, TUNING.o_m, O_FORMAT)
     else:
         place -= shares.qkv + shares.o
         if place < shares.gate_up:
@@ -239,10 +248,16 @@ def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING:
 
 
 @triton.jit
-def dense_tile(w_ptr, layer, tile, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
-    """(address, bytes) of a tile of a layer's bfloat16 matrix [ROWS, K]: M rows or what is left."""
+def dense_tile(
+    w_ptr, scales_ptr, layer, tile, ROWS: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr
+):
+    """(address, bytes) of a tile of a layer's matrix [ROWS, K], M rows or what is left, and of its scales."""
+    ROW: tl.constexpr = K * item_bytes(FORMAT)
+    SCALES: tl.constexpr = row_scale_bytes(K, FORMAT)
     row = tl.cast(layer * ROWS + tile * M, tl.int64)
-    return w_ptr.to(tl.int64) + row * (2 * K), tl.minimum(ROWS - tile * M, M) * (2 * K)
+    rows = tl.minimum(ROWS - tile * M, M)
+    at, more = w_ptr.to(tl.int64) + row * ROW, scales_ptr.to(tl.int64) + row * SCALES
+    return at, rows * ROW, more, rows * SCALES
 
 
 @triton.jit

@@ -16,13 +16,16 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from host.config import PRESETS, ModelConfig, check_token
+from host.config import BF16, FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token
 from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted
 from host.limits import DEFAULT_CONTEXT, context_length
 
 DEMO_CHAT = "Recite sonnet 18."
 RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
+
+FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # what --fp8-scale says
+FP8_COMPONENTS = ("qkv", "o", "router", "head")
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -133,6 +136,47 @@ def add_model_arguments(parser: argparse.ArgumentParser, random_weights: bool = 
         source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device")
     parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
     parser.add_argument("--verify", action="store_true", help="compare an archive with its checksums first")
+
+
+def add_fp8_arguments(parser: argparse.ArgumentParser) -> None:
+    """--fp8-attn, --fp8-head, --fp8-components, --fp8-scale; see dense_formats."""
+    parser.add_argument("--fp8-attn", action="store_true", help="QKV and O projection in FP8 (E4M3)")
+    parser.add_argument("--fp8-head", action="store_true", help="LM head in FP8")
+    parser.add_argument(
+        "--fp8-components", metavar="LIST", type=component_list, default=(), help="single ones: qkv,o,router,head"
+    )
+    parser.add_argument(
+        "--fp8-scale",
+        choices=FP8_SCALES,
+        help="FP8 weights share a float32 scale by row (default), or an E8M0 one by 32 along a row",
+    )
+
+
+def component_list(text: str) -> tuple[str, ...]:
+    """An argparse type: fields of DenseFormats, separated by commas."""
+    names = tuple(text.replace(",", " ").split())
+    if not names or not set(names) <= set(FP8_COMPONENTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(FP8_COMPONENTS)}")
+    return names
+
+
+def dense_formats(args: argparse.Namespace) -> DenseFormats:
+    """What add_fp8_arguments asks for. InputError if it gives a scale to nothing."""
+    names = {*args.fp8_components}
+    if args.fp8_attn:
+        names |= {"qkv", "o"}
+    if args.fp8_head:
+        names.add("head")
+    if args.fp8_scale and not names:
+        raise InputError("--fp8-scale: which matrices? see --fp8-attn, --fp8-head and --fp8-components")
+    return DenseFormats(**dict.fromkeys(names, FP8_SCALES[args.fp8_scale or "row"]))
+
+
+def path_name(quant: bool, dense: DenseFormats) -> str:
+    """What a user calls a path through the kernel: "default", "quant" or, for example, "quant, qkv o fp8-row"."""
+    names = [name for name in FP8_COMPONENTS if getattr(dense, name) != BF16]
+    path = "quant" if quant else "default"
+    return f"{path}, {' '.join(names)} {getattr(dense, names[0])}" if names else path
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

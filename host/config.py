@@ -14,6 +14,7 @@ MAX_JSON_BYTES = 1 << 20  # of either of them
 MXFP4_GROUP = 32  # elements that share one E8M0 scale
 MAX_LAYERS = 1024  # a damaged file may ask for billions, and each layer costs memory before any shape is checked
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+BF16, FP8_ROWS, FP8_GROUPS = "bf16", "fp8-row", "fp8-32"  # bfloat16; E4M3 with a scale a row, or one for 32 elements
 LAYER_KINDS = ("sliding_attention", "full_attention")
 
 
@@ -38,6 +39,16 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class DenseFormats:
+    """How a device holds each dense matrix: BF16, as published, or one of the others, see host/fp8.py."""
+
+    qkv: str = BF16
+    o: str = BF16
+    router: str = BF16
+    head: str = BF16
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A GPT-OSS model; the defaults are those of gpt-oss-120b."""
 
@@ -58,6 +69,7 @@ class ModelConfig:
     swiglu_alpha: float = 1.702
     yarn: YarnConfig = YarnConfig()
     stop_ids: tuple[int, ...] = (200002, 199999, 200012)
+    dense: DenseFormats = DenseFormats()
 
     @property
     def q_size(self) -> int:

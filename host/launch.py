@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from common.gemv_dense import item_bytes, row_lanes, row_scale_bytes
 from host.config import MXFP4_GROUP, ModelConfig
 from host.errors import InputError
 from host.fragments import expert_slot_bytes
@@ -166,25 +167,30 @@ def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
 
 def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
     """The tuning with tiles and slots that suit a model's sizes. InputError if two slots take more than there is."""
-    least = 32 * tuning.num_warps // tuning.dense_lanes  # rows of a tile: each thread has some
+    dense, hidden = config.dense, config.hidden_size
 
-    def rows(k: int) -> int:
-        m = 4
-        while m > least and 2 * k * m > tuning.slot_bytes:
+    def rows(k: int, dense_format: str) -> int:
+        least = 32 * tuning.num_warps // row_lanes(k, dense_format, tuning)  # each thread has some
+        m = 8 // item_bytes(dense_format)
+        while m > least and m * _row_bytes(k, dense_format) > tuning.slot_bytes:
             m //= 2
         return m
 
-    hidden, q_size = rows(config.hidden_size), rows(config.q_size)
-    experts = [expert_slot_bytes(k, tuning.num_warps) for k in (config.hidden_size, config.intermediate_size)]
-    needed = max(2 * config.hidden_size * hidden, 2 * config.q_size * q_size, *experts)
-    slot_bytes = -(-needed // 128) * 128
+    tiles = {"qkv_m": (hidden, dense.qkv), "o_m": (config.q_size, dense.o), "head_m": (hidden, dense.head)}
+    heights = {name: rows(*matrix) for name, matrix in tiles.items()}
+    needed = [heights[name] * _row_bytes(*matrix) for name, matrix in tiles.items()]
+    needed += [expert_slot_bytes(k, tuning.num_warps) for k in (hidden, config.intermediate_size)]
+    slot_bytes = -(-max(needed) // 128) * 128
     slots = min(tuning.ring_slots, tuning.ring_slots * tuning.slot_bytes // slot_bytes)
     if slots < LEAST_SLOTS:
         raise InputError(f"a tile of this model's weights takes {slot_bytes} bytes of shared memory: too much")
     window = min(tuning.window, slots)
-    return replace(
-        tuning, qkv_m=hidden, o_m=q_size, head_m=hidden, ring_slots=slots, slot_bytes=slot_bytes, window=window
-    )
+    return replace(tuning, ring_slots=slots, slot_bytes=slot_bytes, window=window, **heights)
+
+
+def _row_bytes(k: int, dense_format: str) -> int:
+    """Of a row in the ring, with its scales."""
+    return k * item_bytes(dense_format) + row_scale_bytes(k, dense_format)
 
 
 def program_count(device: torch.device, tuning: Tuning) -> int:

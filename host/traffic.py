@@ -2,7 +2,7 @@
 
 import math
 
-from host.config import ModelConfig, expected_tensors
+from host.config import BF16, FP8_ROWS, MXFP4_GROUP, ModelConfig, expected_tensors
 from host.phases import Phase, phases_of_token
 
 ITEM_BYTES = {"BF16": 2, "U8": 1}
@@ -22,10 +22,11 @@ PHASE_OF_TENSOR = {  # the phase that reads a tensor, by what precedes the last 
     "model.norm": "LM head",
     "lm_head": "LM head",
 }
+DENSE_FIELDS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "router": "router", "lm_head": "head"}
 
 
 def weight_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes of the weights that one token uses, each read once as published.
+    """Bytes of the weights that one token uses, each read once, as published but for `config.dense`.
 
     All dense matrices, norms, biases and sinks, the router, the LM head, one embedding row, and of each layer's
     experts the chosen ones: their blocks, scales and biases.
@@ -60,13 +61,22 @@ def _tensor_bytes(config: ModelConfig) -> dict[str, int]:
     """Published name -> bytes of it that a token uses."""
     sizes = {}
     for name, (shape, dtype) in expected_tensors(config).items():
-        n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        n_bytes = _stored_bytes(name, shape, dtype, config)
         if ".experts." in name:
             n_bytes = n_bytes // config.n_experts * config.experts_per_token
         elif name == "model.embed_tokens.weight":
             n_bytes //= config.vocab_size
         sizes[name] = n_bytes
     return sizes
+
+
+def _stored_bytes(name: str, shape: tuple[int, ...], dtype: str, config: ModelConfig) -> int:
+    """Bytes of a tensor as `config.dense` has it held."""
+    dense_format = next((getattr(config.dense, field) for key, field in DENSE_FIELDS.items() if key in name), BF16)
+    if dense_format == BF16 or not name.endswith(".weight"):
+        return math.prod(shape) * ITEM_BYTES[dtype]
+    rows, k = shape
+    return rows * (k + (4 if dense_format == FP8_ROWS else k // MXFP4_GROUP))
 
 
 def _phase_of(name: str) -> Phase:

@@ -5,12 +5,15 @@ from typing import NamedTuple
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.config import ModelConfig, expected_tensors
+from common.gemv_dense import item_bytes, scale_stride
+from host.config import BF16, FP8_GROUPS, FP8_ROWS, ModelConfig, expected_tensors
+from host.fp8 import quantize_fp8
 from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
 from host.launch import Tuning
 from host.upload import Uploader
 
-PACKED_BYTES = 32 << 20  # at a time
+PIECE_BYTES = 32 << 20  # that are packed or quantized at a time
+DENSE_FIELDS = ("qkv", "o", "router", "lm_head")
 
 
 class Weights(NamedTuple):
@@ -34,6 +37,11 @@ class Weights(NamedTuple):
     down_bias: torch.Tensor  # [L, E, H]
     final_norm: torch.Tensor  # [H] float32
     lm_head: torch.Tensor  # [vocab, H / 2] int32
+    # Of dense matrices in E4M3, which are [.., K / 4] int32 then: [L, rows] float32 or [L, rows, scale_stride] uint8.
+    qkv_scales: torch.Tensor
+    o_scales: torch.Tensor
+    router_scales: torch.Tensor
+    lm_head_scales: torch.Tensor  # the same without L
 
 
 def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
@@ -49,23 +57,42 @@ def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
         else:
             experts[name] = ((n, e, rows, k // 8), i32)
             experts[f"{name}_scales"] = ((n, e, rows, k // 32), u8)
+    dense = {}
+    for name, (shape, dense_format) in dense_matrices(config).items():
+        dense[name] = ((*shape[:-1], shape[-1] * item_bytes(dense_format) // 4), i32)
+        dense[f"{name}_scales"] = _dense_scales(shape, dense_format)
     return Weights(
         embed=((config.vocab_size, h), bf16),
         attn_norm=((n, h), f32),
-        qkv=((n, config.qkv_size, h // 2), i32),
         qkv_bias=((n, config.qkv_size), bf16),
         sinks=((n, config.n_heads), f32),
-        o=((n, h, config.q_size // 2), i32),
         o_bias=((n, h), bf16),
         mlp_norm=((n, h), f32),
-        router=((n, e, h // 2), i32),
         router_bias=((n, e), bf16),
         gate_up_bias=((n, e, 2 * i), bf16),
         down_bias=((n, e, h), bf16),
         final_norm=((h,), f32),
-        lm_head=((config.vocab_size, h // 2), i32),
+        **dense,
         **experts,
     )
+
+
+def dense_matrices(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Field of Weights -> (shape in elements, format) of each dense matrix that is multiplied."""
+    n, h, dense = config.n_layers, config.hidden_size, config.dense
+    return {
+        "qkv": ((n, config.qkv_size, h), dense.qkv),
+        "o": ((n, h, config.q_size), dense.o),
+        "router": ((n, config.n_experts, h), dense.router),
+        "lm_head": ((config.vocab_size, h), dense.head),
+    }
+
+
+def _dense_scales(shape: tuple[int, ...], dense_format: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """(shape, dtype) of the scales of a dense matrix."""
+    if dense_format == FP8_GROUPS:
+        return (*shape[:-1], scale_stride(shape[-1], dense_format)), torch.uint8
+    return shape[:-1] if dense_format == FP8_ROWS else (0,), torch.float32
 
 
 def weight_bytes(config: ModelConfig, tuning: Tuning | None = None) -> int:
@@ -95,6 +122,7 @@ LAYER_TENSORS = {
     "down_scales": ("mlp.experts.down_proj_scales",),
     "down_bias": ("mlp.experts.down_proj_bias",),
 }
+PUBLISHED = MODEL_TENSORS | LAYER_TENSORS
 
 
 def published_names(field: str, n_layers: int) -> list[str]:
@@ -104,41 +132,49 @@ def published_names(field: str, n_layers: int) -> list[str]:
     return [f"model.layers.{n}.{name}" for n in range(n_layers) for name in LAYER_TENSORS[field]]
 
 
-def weights_in_place(checkpoint, device: torch.device, tuning: Tuning) -> dict[str, torch.Tensor]:
+def weights_in_place(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> dict[str, torch.Tensor]:
     """Fields of Weights that a CPU can use where they lie: those that a mapped archive holds in one piece."""
     run_of = getattr(checkpoint, "run_of", None)  # see load_iris.IrisArchive
     fields = {}
     if run_of and device.type == "cpu":
-        for field, (shape, dtype) in weight_shapes(checkpoint.config, tuning)._asdict().items():
-            run = None if _is_packed(field, tuning) else run_of(published_names(field, checkpoint.config.n_layers))
+        for field, (shape, dtype) in weight_shapes(config, tuning)._asdict().items():
+            stands = field in PUBLISHED and not _is_converted(field, config, tuning)
+            run = run_of(published_names(field, config.n_layers)) if stands else None
             if run is not None:
                 fields[field] = run.view(dtype).view(shape)
     return fields
 
 
-def bytes_to_load(checkpoint, device: torch.device, tuning: Tuning) -> int:
+def bytes_to_load(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> int:
     """What load_weights will allocate."""
-    in_place = weights_in_place(checkpoint, device, tuning)
-    return weight_bytes(checkpoint.config, tuning) - sum(field.nbytes for field in in_place.values())
+    in_place = weights_in_place(checkpoint, config, device, tuning)
+    return weight_bytes(config, tuning) - sum(field.nbytes for field in in_place.values())
 
 
-def load_weights(checkpoint, device: torch.device, tuning: Tuning, show_progress: bool = False) -> Weights:
-    """A checkpoint's weights on the device, as `tuning` wants them, copied but for weights_in_place."""
-    config = checkpoint.config
-    fields = weights_in_place(checkpoint, device, tuning)
+def load_weights(
+    checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning, show_progress: bool = False
+) -> Weights:
+    """A checkpoint's weights on the device, copied but for weights_in_place.
+
+    config: that of the checkpoint, whose `dense` says how the dense matrices are held, as `tuning` does for experts.
+    """
+    fields = weights_in_place(checkpoint, config, device, tuning)
     places = {}
     for field, (shape, dtype) in weight_shapes(config, tuning)._asdict().items():
         if field not in fields:
-            fields[field] = torch.empty(shape, dtype=dtype, device=device)
+            fields[field] = torch.zeros(shape, dtype=dtype, device=device)
             places |= _places(config, field, fields[field])
-    total = sum(place.nbytes for place in places.values())
     upload = Uploader(device)
+    total = sum(place.nbytes for place in places.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
         for name, tensor in checkpoint.tensors() if places else ():
             if name in places:
-                place = places.pop(name)
-                _fill(place, name, tensor, tuning, upload)
-                bar.update(place.nbytes)
+                place, scales = places.pop(name), places.pop(f"{name} scales", None)
+                if scales is None:
+                    _fill(place, name, tensor, tuning, upload)
+                else:
+                    _fill_fp8(place, scales, tensor, upload)
+                bar.update(place.nbytes + (0 if scales is None else scales.nbytes))
     if places:
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
     if device.type == "cuda":
@@ -146,15 +182,17 @@ def load_weights(checkpoint, device: torch.device, tuning: Tuning, show_progress
     return Weights(**fields)
 
 
-def _is_packed(field: str, tuning: Tuning) -> bool:
-    """Whether the values are put into another order than the published one."""
+def _is_converted(field: str, config: ModelConfig, tuning: Tuning) -> bool:
+    """Whether the values are other than the published ones, or in another order."""
+    if field in DENSE_FIELDS:
+        return dense_matrices(config)[field][1] != BF16
     return tuning.fragments and field in ("gate_up", "gate_up_scales", "down", "down_scales")
 
 
 def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning, upload: Uploader) -> None:
     if tuning.fragments and name.endswith(("_blocks", "_scales")):
         # A few experts at a time, as packing takes several times their bytes.
-        step = max(1, PACKED_BYTES // tensor[0].nbytes)
+        step = max(1, PIECE_BYTES // tensor[0].nbytes)
         for some, matrices in zip(place.split(step), tensor.split(step)):
             matrices = upload(matrices)
             some.copy_(pack_blocks(matrices) if name.endswith("_blocks") else pack_scales(matrices, tuning.num_warps))
@@ -163,10 +201,24 @@ def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning, 
         upload.into(target.view(tensor.shape), tensor)
 
 
+def _fill_fp8(place: torch.Tensor, scales: torch.Tensor, tensor: torch.Tensor, upload: Uploader) -> None:
+    """Quantizes a dense matrix to its place and, beside it, its scales' place."""
+    dense_format = FP8_ROWS if scales.dim() == 1 else FP8_GROUPS
+    step = max(1, PIECE_BYTES // tensor[0].nbytes)
+    for target, target_scales, rows in zip(place.split(step), scales.split(step), tensor.split(step)):
+        elements, found = quantize_fp8(upload(rows), dense_format)
+        target.view(torch.uint8).copy_(elements.view(torch.uint8))
+        (target_scales if found.dim() == 1 else target_scales[:, : found.shape[1]]).copy_(found)
+
+
 def _places(config: ModelConfig, field: str, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Published name -> the part of a field of Weights that it fills."""
-    names = published_names(field, config.n_layers)
-    if field in MODEL_TENSORS:
+    """Published name -> the part of a field of Weights that it fills; "NAME scales" for those of a dense matrix."""
+    source, ending = (field, "") if field in PUBLISHED else (field.removesuffix("_scales"), " scales")
+    names = [f"{name}{ending}" for name in published_names(source, config.n_layers)]
+    if not weights.numel():
+        return {}
+    if source in MODEL_TENSORS:
         return {names[0]: weights}
     shapes = expected_tensors(config)
-    return dict(zip(names, weights.flatten(0, 1).split([shapes[name][0][0] for name in names])))
+    rows = [shapes[name.removesuffix(ending)][0][0] for name in names]
+    return dict(zip(names, weights.flatten(0, 1).split(rows)))

@@ -1,0 +1,180 @@
+"""Rows of an E4M3 matrix times a float32 vector, accumulated in float32.
+
+As in gemv_bf16.py, but an int32 word holds four elements, so that a vector's blocks come in fours. A row has a float32
+scale (FORMAT "fp8-row"), or each 32 elements along it an E8M0 byte ("fp8-32"); see host/fp8.py.
+"""
+
+import triton
+import triton.language as tl
+
+from common.lanes import by_lane
+from common.quant import GROUP, e8m0_to_float32
+from common.ring import load_byte, load_words
+
+# The exponent's bias is 7 for E4M3 and 127 for float32.
+MISSING = tl.constexpr(2.0**120)
+NAN = tl.constexpr(0x7F)
+
+
+@triton.constexpr_function
+def scale_stride(k: int, dense_format: str) -> int:
+    """Scales from one row's to the next one's: of "fp8-32" padded to 16 bytes."""
+    return -(-k // (32 * 16)) * 16 if dense_format == "fp8-32" else 1
+
+
+@triton.jit
+def e4m3_to_float32(words, ARCH: tl.constexpr):
+    """The four E4M3 elements of each int32, lowest byte first, as float32."""
+    if ARCH == "cuda":
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high, a, b, c, d;
+            .reg .b32 x, y;
+            mov.b32 {low, high}, $4;
+            cvt.rn.f16x2.e4m3x2 x, low;
+            cvt.rn.f16x2.e4m3x2 y, high;
+            mov.b32 {a, b}, x;
+            mov.b32 {c, d}, y;
+            cvt.f32.f16 $0, a;
+            cvt.f32.f16 $1, b;
+            cvt.f32.f16 $2, c;
+            cvt.f32.f16 $3, d;
+            }""",
+            "=f,=f,=f,=f,r",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    elif ARCH == "hip":
+        return tl.inline_asm_elementwise(
+            """v_cvt_f32_fp8_sdwa $0, $4 src0_sel:BYTE_0
+            v_cvt_f32_fp8_sdwa $1, $4 src0_sel:BYTE_1
+            v_cvt_f32_fp8_sdwa $2, $4 src0_sel:BYTE_2
+            v_cvt_f32_fp8_sdwa $3, $4 src0_sel:BYTE_3""",
+            "=&v,=&v,=&v,=&v,v",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return _element(words), _element(words >> 8), _element(words >> 16), _element(words >> 24)
+
+
+@triton.jit
+def _element(words):
+    """The one in the lowest byte."""
+    bits = ((words & 0x80) << 24) | ((words & 0x7F) << 20)
+    return tl.where((words & 0x7F) == NAN, float("nan"), bits.to(tl.float32, bitcast=True) * MISSING)
+
+
+@triton.jit
+def load_quarter_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
+    """x [K] as float32 blocks [BLOCK_K / 4]: every fourth element from 0, from 1, ... zeros beyond K."""
+    blocks = ()
+    for k0 in tl.static_range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K) + zero
+        blocks = blocks + by_lane(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32))
+    return blocks
+
+
+@triton.jit
+def load_fp8_rows(
+    w_ptr,
+    scales_ptr,
+    row0,
+    end_row,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    zero=0,
+):
+    """(int32 blocks [BLOCK_M, BLOCK_K / 4], scales) of rows row0 .. row0 + BLOCK_M of W, int32 [rows, K / 4].
+
+    Scales are [BLOCK_M] or, for each block, [BLOCK_M, BLOCK_K / 32]. Zeros beyond K and from end_row on, where nothing
+    is read.
+    """
+    STRIDE: tl.constexpr = scale_stride(K, FORMAT)
+    row = row0 + tl.arange(0, BLOCK_M)
+    w_ptr += tl.cast(row0, tl.int64) * (K // 4)
+    scales_ptr += tl.cast(row0, tl.int64) * STRIDE
+    blocks, scales = (), ()
+    for k0 in tl.static_range(0, K, BLOCK_K):
+        k = k0 // 4 + tl.arange(0, BLOCK_K // 4) + zero
+        mask = (row < end_row)[:, None] & (k < K // 4)[None, :]
+        at = (row - row0)[:, None] * (K // 4) + k[None, :]
+        blocks = blocks + (tl.load(w_ptr + at, mask=mask, other=0, eviction_policy="evict_first"),)
+        if FORMAT == "fp8-32":
+            group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP) + zero
+            mask = (row < end_row)[:, None] & (group < K // GROUP)[None, :]
+            at = (row - row0)[:, None] * STRIDE + group[None, :]
+            scales = scales + (tl.load(scales_ptr + at, mask=mask, other=0),)
+    if FORMAT == "fp8-row":
+        scales = (tl.load(scales_ptr + row - row0, mask=row < end_row, other=0.0),)
+    return blocks, scales
+
+
+@triton.jit
+def gemv_fp8(tile, x, FORMAT: tl.constexpr, ARCH: tl.constexpr):
+    """tile @ x, float32 [BLOCK_M], of what the two functions above return for the same K and BLOCK_K."""
+    blocks, scales = tile
+    acc = _scaled_products(blocks[0], x[0], x[1], x[2], x[3], scales[0], FORMAT, ARCH)
+    for i in tl.static_range(1, len(blocks)):
+        scale = scales[i if FORMAT == "fp8-32" else 0]
+        acc += _scaled_products(blocks[i], x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3], scale, FORMAT, ARCH)
+    y = tl.sum(acc, axis=1)
+    if FORMAT == "fp8-row":
+        y *= scales[0]
+    return y
+
+
+@triton.jit
+def _scaled_products(words, x0, x1, x2, x3, scales, FORMAT: tl.constexpr, ARCH: tl.constexpr):
+    """Sums over a word or, scaled, over a group."""
+    w0, w1, w2, w3 = e4m3_to_float32(words, ARCH)
+    products = w0 * x0[None, :] + w1 * x1[None, :] + w2 * x2[None, :] + w3 * x3[None, :]
+    if FORMAT == "fp8-32":
+        M: tl.constexpr = words.shape[0]
+        groups = tl.reshape(products, (M, words.shape[1] * 4 // GROUP, GROUP // 4))
+        products = tl.sum(groups, axis=2) * e8m0_to_float32(scales)
+    return products
+
+
+@triton.jit
+def gemv_fp8_slot(pieces, x, n_rows, K: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ARCH: tl.constexpr):
+    """What each thread has of the E4M3 rows [ROWS, K] at pieces[0], in a slot of the ring, times a vector.
+
+    K is a multiple of 16; x: load_lane_vector with 16 elements a thread. With "fp8-32" the scales are at pieces[1], on
+    NVIDIA behind the rows that there are. From n_rows on a row is whatever the slot holds, or zeros where it holds an
+    address. float32 [ROWS / COPIES, COPIES, LANES], to be summed over LANES: each copy of the vector meets rows of its
+    own. Scales of rows are left to the caller.
+    """
+    COPIES: tl.constexpr = x[0].shape[0]
+    LANES: tl.constexpr = x[0].shape[1]
+    PART: tl.constexpr = ROWS // COPIES
+    STRIDE: tl.constexpr = scale_stride(K, FORMAT)
+    lane = tl.arange(0, LANES)[None, None, :]
+    row = tl.arange(0, PART)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
+    at = pieces[0] + row * K + lane * 16
+    scales_at = pieces[1]
+    if ARCH == "cuda":
+        scales_at = pieces[0] + tl.minimum(n_rows, ROWS) * K
+    acc = tl.zeros([PART, COPIES, LANES], tl.float32)
+    for run in tl.static_range(len(x) // 16):
+        element = run * 16 * LANES + 16 * lane
+        inside = (element < K) & (row >= 0)
+        if ARCH != "cuda":
+            inside &= row < n_rows
+        words = load_words(at + run * 16 * LANES, inside, (run + 1) * 16 * LANES > K, ARCH)
+        part = tl.zeros([PART, COPIES, LANES], tl.float32)
+        for i in tl.static_range(4):
+            w = e4m3_to_float32(words[i], ARCH)
+            for j in tl.static_range(4):
+                part += w[j] * x[16 * run + 4 * i + j][None, :, :]
+        if FORMAT == "fp8-32":
+            scale = load_byte(scales_at + row * STRIDE + element // GROUP, inside, ARCH)
+            part *= e8m0_to_float32(scale)
+        acc += part
+    return acc
