@@ -31,7 +31,8 @@ def row_lanes(k: int, dense_format: str, tuning) -> int:
         return k / (-(-k // run) * run)
 
     lanes = tuning.dense_lanes
-    return lanes // 2 if dense_format != "bf16" and busy(lanes // 2) > 1.1 * busy(lanes) else lanes
+    halves = dense_format != "bf16" and lanes > 32 and busy(lanes // 2) > 1.1 * busy(lanes)
+    return lanes // 2 if halves else lanes
 
 
 @triton.jit
