@@ -70,12 +70,24 @@ def _element(words):
 
 
 @triton.jit
-def load_quarter_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
-    """x [K] as float32 blocks [BLOCK_K / 4]: every fourth element from 0, from 1, ... zeros beyond K."""
+def load_whole_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
+    """x [K] as float32 blocks [BLOCK_K], zeros beyond K."""
     blocks = ()
     for k0 in tl.static_range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K) + zero
-        blocks = blocks + by_lane(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32))
+        blocks = blocks + (tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32),)
+    return blocks
+
+
+@triton.jit
+def quarters(x):
+    """For each block of a vector four blocks: every fourth element from 0, from 1, from 2, from 3.
+
+    For the last step before gemv_fp8, as each thread has sixteen elements of each block then, not two.
+    """
+    blocks = ()
+    for i in tl.static_range(len(x)):
+        blocks = blocks + by_lane(x[i])
     return blocks
 
 
@@ -118,7 +130,7 @@ def load_fp8_rows(
 
 @triton.jit
 def gemv_fp8(tile, x, FORMAT: tl.constexpr, ARCH: tl.constexpr):
-    """tile @ x, float32 [BLOCK_M], of what the two functions above return for the same K and BLOCK_K."""
+    """tile @ x, float32 [BLOCK_M], of load_fp8_rows and of quarters for the same K and BLOCK_K."""
     blocks, scales = tile
     acc = _scaled_products(blocks[0], x[0], x[1], x[2], x[3], scales[0], FORMAT, ARCH)
     for i in tl.static_range(1, len(blocks)):
