@@ -109,22 +109,24 @@ def load_fp8_rows(
     is read.
     """
     STRIDE: tl.constexpr = scale_stride(K, FORMAT)
-    row = row0 + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
+    inside = row0 + row < end_row
     w_ptr += tl.cast(row0, tl.int64) * (K // 4)
-    scales_ptr += tl.cast(row0, tl.int64) * STRIDE
     blocks, scales = (), ()
+    if FORMAT == "fp8-row":
+        scales = (tl.load(scales_ptr + (row0 + row), mask=inside, other=0.0),)
+    else:
+        scales_ptr += tl.cast(row0, tl.int64) * STRIDE
     for k0 in tl.static_range(0, K, BLOCK_K):
         k = k0 // 4 + tl.arange(0, BLOCK_K // 4) + zero
-        mask = (row < end_row)[:, None] & (k < K // 4)[None, :]
-        at = (row - row0)[:, None] * (K // 4) + k[None, :]
+        mask = inside[:, None] & (k < K // 4)[None, :]
+        at = row[:, None] * (K // 4) + k[None, :]
         blocks = blocks + (tl.load(w_ptr + at, mask=mask, other=0, eviction_policy="evict_first"),)
         if FORMAT == "fp8-32":
             group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP) + zero
-            mask = (row < end_row)[:, None] & (group < K // GROUP)[None, :]
-            at = (row - row0)[:, None] * STRIDE + group[None, :]
+            mask = inside[:, None] & (group < K // GROUP)[None, :]
+            at = row[:, None] * STRIDE + group[None, :]
             scales = scales + (tl.load(scales_ptr + at, mask=mask, other=0),)
-    if FORMAT == "fp8-row":
-        scales = (tl.load(scales_ptr + row - row0, mask=row < end_row, other=0.0),)
     return blocks, scales
 
 
