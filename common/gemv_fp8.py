@@ -189,6 +189,8 @@ def gemv_fp8_slot(pieces, x, n_rows, K: tl.constexpr, ROWS: tl.constexpr, FORMAT
                 part += w[j] * x[16 * run + 4 * i + j][None, :, :]
         if FORMAT == "fp8-32":
             scale = load_byte(scales_at + row * STRIDE + element // GROUP, inside, ARCH)
+            if (run + 1) * 16 * LANES > K:
+                scale = tl.where(inside, scale, 0)  # there may be the NaN of another unit
             part *= e8m0_to_float32(scale)
         acc += part
     return acc

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from host.config import FP8_GROUPS, FP8_ROWS
 from host.config import MXFP4_GROUP as GROUP
+from host.errors import InputError
 
 E4M3_MAX = 448.0
-SCALE_ALIGNMENT = 16  # bytes of a row's E8M0 scales: the copy engine takes whole 16
 
 
 def quantize_fp8(matrix: Tensor, dense_format: str) -> tuple[Tensor, Tensor]:
     """[..., rows, K] -> elements float8_e4m3fn [..., rows, K] and scales, all on the matrix's device.
 
     Scales are float32 [..., rows] for FP8_ROWS, uint8 [..., rows, K / 32], E8M0, for FP8_GROUPS. Elements are rounded
-    to nearest even.
+    to nearest even. InputError if rows are no whole groups.
     """
     matrix = matrix.float()
     if dense_format == FP8_ROWS:
@@ -26,12 +26,15 @@ def quantize_fp8(matrix: Tensor, dense_format: str) -> tuple[Tensor, Tensor]:
         scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
         return (matrix / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
     assert dense_format == FP8_GROUPS
+    if matrix.shape[-1] % GROUP:
+        raise InputError(f"{dense_format}: rows of {matrix.shape[-1]} elements are no whole groups of {GROUP}")
     groups = matrix.unflatten(-1, (-1, GROUP))
     exponent = torch.frexp(groups.abs().amax(-1) / E4M3_MAX)
     # frexp: x = m 2^e with m in [0.5, 1), so 2^e is the least power of two above x, but 2^(e - 1) where that is x.
     exact = exponent.mantissa == 0.5
     biased = (exponent.exponent - exact.int() + 127).clamp(0, 254)
     elements = groups * torch.exp2((127 - biased).double())[..., None]
+    elements = elements.masked_fill(elements.isinf(), torch.nan)  # which the conversion makes 448
     return elements.float().flatten(-2).to(torch.float8_e4m3fn), biased.to(torch.uint8)
 
 
@@ -41,8 +44,3 @@ def dequantize_fp8(elements: Tensor, scales: Tensor) -> Tensor:
         return elements.float() * scales[..., None]
     factors = torch.exp2(scales.double() - 127)[..., None]
     return (elements.float().unflatten(-1, (-1, GROUP)) * factors).float().flatten(-2)
-
-
-def scale_bytes(k: int) -> int:
-    """Bytes from one row's E8M0 scales to the next one's, as a kernel reads them."""
-    return -(-k // GROUP // SCALE_ALIGNMENT) * SCALE_ALIGNMENT

@@ -1,0 +1,361 @@
+"""common.gemv_fp8 against products in float64. NaN stands in all memory that must not be read.
+
+Elements and activations that are small integers have exact sums in float32 in any order, so that each way to compute
+them must give float64's result to the last bit.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from common import multiply_blocks
+from common.gemv_bf16 import load_lane_vector
+from common.gemv_fp8 import (
+    e4m3_to_float32,
+    gemv_fp8,
+    gemv_fp8_slot,
+    load_fp8_rows,
+    load_whole_vector,
+    quarters,
+    scale_stride,
+)
+
+NAN, NAN_SCALE = 0x7F, 255
+SHAPES = {"fp8-row": [(1, 4), (5, 36), (13, 132), (7, 2880)], "fp8-32": [(1, 32), (5, 96), (13, 160), (7, 2880)]}
+BLOCKS = [(1, 32), (4, 64), (8, 128), (16, 4096)]
+CASES = [(dense_format, *shape) for dense_format, shapes in SHAPES.items() for shape in shapes]
+with_format = pytest.mark.parametrize("dense_format", SHAPES)
+with_blocks = pytest.mark.parametrize("block_m, block_k", BLOCKS)
+
+
+@triton.jit
+def decode_kernel(out_ptr, words_ptr, N: tl.constexpr):
+    """out [N, 4]."""
+    i = tl.arange(0, N)
+    values = e4m3_to_float32(tl.load(words_ptr + i), "cpu")
+    for j in tl.static_range(4):
+        tl.store(out_ptr + 4 * i + j, values[j])
+
+
+@triton.jit
+def vector_kernel(out_ptr, x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out [blocks, 4, BLOCK_K / 4]."""
+    blocks = quarters(load_whole_vector(x_ptr, K, BLOCK_K))
+    quarter = tl.arange(0, BLOCK_K // 4)
+    for i in tl.static_range(len(blocks)):
+        tl.store(out_ptr + i * (BLOCK_K // 4) + quarter, blocks[i])
+
+
+@triton.jit
+def gemv_kernel(
+    out_ptr,
+    w_ptr,
+    scales_ptr,
+    x_ptr,
+    norm_ptr,
+    first_row,
+    end_row,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    x = multiply_blocks(load_whole_vector(x_ptr, K, BLOCK_K), load_whole_vector(norm_ptr, K, BLOCK_K))
+    row0 = first_row + tile * BLOCK_M
+    weights = load_fp8_rows(w_ptr, scales_ptr, row0, end_row, K, BLOCK_M, BLOCK_K, FORMAT)
+    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_fp8(weights, quarters(x), FORMAT, "cpu"))
+
+
+@triton.jit
+def slot_kernel(
+    out_ptr,
+    w_ptr,
+    scales_ptr,
+    x_ptr,
+    n_rows,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    COPIES: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """out [ROWS / COPIES, COPIES, LANES] of each tile, a program for each; there are n_rows in all."""
+    tile = tl.program_id(0)
+    x = load_lane_vector(x_ptr, K, LANES, COPIES, 16)
+    STRIDE: tl.constexpr = scale_stride(K, FORMAT)
+    pieces = (
+        (w_ptr + tile * (ROWS * (K // 4))).to(tl.int64),
+        (scales_ptr + tile * (ROWS * STRIDE)).to(tl.int64),
+    )
+    sums = gemv_fp8_slot(pieces, x, n_rows - tile * ROWS, K, ROWS, FORMAT, "cpu")
+    row = tl.arange(0, ROWS // COPIES)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
+    tl.store(out_ptr + (tile * ROWS + row) * LANES + tl.arange(0, LANES)[None, None, :], sums)
+
+
+class Matrix(NamedTuple):
+    codes: torch.Tensor  # uint8 [rows, K]
+    scales: torch.Tensor  # float32 [rows] or uint8 [rows, K / 32]
+
+    def factors(self) -> torch.Tensor:
+        """float64, of each element."""
+        if self.scales.dtype == torch.float32:
+            return self.scales.double()[:, None].expand(self.codes.shape)
+        return torch.exp2(self.scales.double() - 127).repeat_interleave(32, 1)
+
+    def elements(self) -> torch.Tensor:
+        return self.codes.view(torch.float8_e4m3fn).double()
+
+    def values(self) -> torch.Tensor:
+        return self.elements() * self.factors()
+
+    def words(self, past: int) -> torch.Tensor:
+        """int32, and NaN in so many bytes after them."""
+        return before(NAN, past, self.codes).view(torch.int32)
+
+    def padded_scales(self, past: int) -> torch.Tensor:
+        """As a kernel reads them, a row's of groups padded to 16: NaN there, and in so many rows after them."""
+        if self.scales.dtype == torch.float32:
+            return before(torch.nan, past, self.scales)
+        rows, groups = self.scales.shape
+        padded = torch.full((rows + past, -(-groups // 16) * 16), NAN_SCALE, dtype=torch.uint8)
+        padded[:rows, :groups] = self.scales
+        return padded
+
+
+def before(fill: float, count: int, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x.flatten(), x.new_full((count,), fill)))
+
+
+def codes_of(values: torch.Tensor) -> torch.Tensor:
+    codes = values.to(torch.float8_e4m3fn)
+    assert torch.equal(codes.float(), values.float())
+    return codes.view(torch.uint8)
+
+
+def small_integers(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def scales_for(rows: int, k: int, dense_format: str, low: int = -2, high: int = 3) -> torch.Tensor:
+    """Powers of two, each other than its neighbours."""
+    groups = 1 if dense_format == "fp8-row" else k // 32
+    exponents = torch.arange(rows * groups).view(rows, groups) * 3 % (high - low) + low
+    return torch.exp2(exponents[:, 0].float()) if dense_format == "fp8-row" else (exponents + 127).to(torch.uint8)
+
+
+def integer_matrix(rows: int, k: int, dense_format: str) -> Matrix:
+    return Matrix(codes_of(small_integers(rows, k, seed=0)), scales_for(rows, k, dense_format))
+
+
+def random_matrix(rows: int, k: int, dense_format: str) -> Matrix:
+    """Any numbers; scales of rows are no powers of two."""
+    generator = torch.Generator().manual_seed(k)
+    codes = torch.randint(0, 256, (rows, k), generator=generator).to(torch.uint8)
+    codes[(codes & 0x7F) == NAN] = 1
+    scales = scales_for(rows, k, dense_format, -5, 4)
+    return Matrix(codes, scales * 1.37 if dense_format == "fp8-row" else scales)
+
+
+def format_of(matrix: Matrix) -> str:
+    return "fp8-row" if matrix.scales.dtype == torch.float32 else "fp8-32"
+
+
+def gemv(matrix: Matrix, x, block_m, block_k, norm=None, first_row=0, end_row=None) -> torch.Tensor:
+    """All tiles from first_row to end_row, and one more: what they give from end_row on must be 0, and is cut off."""
+    rows, k = matrix.codes.shape
+    count = (rows if end_row is None else end_row) - first_row
+    n_tiles = triton.cdiv(count, block_m) + 1
+    out = torch.full((n_tiles * block_m,), torch.nan)
+    gemv_kernel[(n_tiles,)](
+        out,
+        matrix.words((2 * block_m + 1) * k + block_k),
+        matrix.padded_scales(2 * block_m + 1),
+        before(torch.nan, block_k, x),
+        before(torch.nan, block_k, torch.ones(k) if norm is None else norm),
+        first_row,
+        first_row + count,
+        K=k,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        FORMAT=format_of(matrix),
+    )
+    assert (out[count:] == 0).all()
+    return out[:count]
+
+
+def test_every_code_is_what_torch_makes_of_it():
+    """All 256, NaN and -0 among them, each in each place of a word."""
+    codes = (torch.arange(256)[:, None] + torch.tensor([0, 64, 128, 192])).flatten().to(torch.uint8)
+    out = torch.zeros(1024)
+    decode_kernel[(1,)](out, codes.view(torch.int32), N=256)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out.isnan().sum() == 8
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(out.signbit()[~out.isnan()], expected.signbit()[~out.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_k", [4, 16, 64])
+@pytest.mark.parametrize("k", [1, 4, 31, 38, 130])
+def test_a_vector_is_blocks_of_every_fourth_element(k, block_k, dtype):
+    x = (torch.arange(k) + 1).to(dtype)
+    n_blocks = triton.cdiv(k, block_k)
+    out = torch.full((n_blocks * block_k,), torch.nan)
+    vector_kernel[(1,)](out, before(torch.nan, block_k, x), K=k, BLOCK_K=block_k)
+    padded = torch.zeros(n_blocks * block_k)
+    padded[:k] = x
+    assert torch.equal(out, padded.view(n_blocks, -1, 4).transpose(1, 2).flatten())
+
+
+@with_blocks
+@pytest.mark.parametrize("dense_format, rows, k", CASES)
+def test_products_of_integers_are_exact(rows, k, block_m, block_k, dense_format):
+    matrix = integer_matrix(rows, k, dense_format)
+    x, norm = small_integers(k, seed=1), small_integers(k, seed=2)
+    assert torch.equal(gemv(matrix, x, block_m, block_k).double(), matrix.values() @ x.double())
+    assert torch.equal(gemv(matrix, x, block_m, block_k, norm).double(), matrix.values() @ (x * norm).double())
+
+
+@with_format
+@pytest.mark.parametrize("first_row, end_row", [(0, 13), (3, 13), (12, 13), (0, 6), (4, 9), (5, 5)])
+@with_blocks
+def test_rows_outside_the_range_are_not_read(first_row, end_row, block_m, block_k, dense_format):
+    matrix, x = integer_matrix(13, 160, dense_format), small_integers(160, seed=1)
+    expected = (matrix.values() @ x.double())[first_row:end_row]
+    matrix.codes[:first_row] = matrix.codes[end_row:] = NAN
+    bad = torch.nan if dense_format == "fp8-row" else NAN_SCALE
+    matrix.scales[:first_row] = matrix.scales[end_row:] = bad
+    found = gemv(matrix, x, block_m, block_k, first_row=first_row, end_row=end_row)
+    assert torch.equal(found.double(), expected)
+
+
+# Every place in a word, both ends of words, groups and blocks, and the tail that a block of 64 masks.
+POSITIONS = [*range(8), 15, 16, 31, 32, 33, 63, 64, 65, 95]
+
+
+@with_format
+@pytest.mark.parametrize("block_k", [64, 128])
+def test_a_single_activation_picks_its_column(block_k, dense_format):
+    matrix = random_matrix(3, 96, dense_format)
+    for k in POSITIONS:
+        x = torch.zeros(96)
+        x[k] = -2.0
+        expected = -2.0 * matrix.values()[:, k]  # of a float32 scale and four bits: exact before the last rounding
+        assert torch.equal(gemv(matrix, x, 4, block_k), expected.float())
+
+
+@with_format
+@pytest.mark.parametrize("block_m, block_k", BLOCKS[1:])
+def test_real_numbers(block_m, block_k, dense_format):
+    rows, k = 7, 2880
+    matrix = random_matrix(rows, k, dense_format)
+    generator = torch.Generator().manual_seed(0)
+    x, norm = torch.randn(k, generator=generator), torch.randn(k, generator=generator)
+    effective = x.double() * norm.double()
+    found = gemv(matrix, x, block_m, block_k, norm).double()
+    # A word's four products are summed, then K / BLOCK_K words or groups, these in pairs; norm, product, scale round.
+    roundings = 4 + triton.cdiv(k, block_k) + block_k.bit_length() + 3
+    bound = roundings * 2.0**-24 * (matrix.values().abs() @ effective.abs())
+    assert ((found - matrix.values() @ effective).abs() <= bound).all()
+
+
+@with_format
+def test_the_vector_is_not_rounded(dense_format):
+    """A float32 activation whose last bit decides."""
+    for position in (0, 1, 30):
+        values, x = torch.zeros(1, 64), torch.zeros(64)
+        values[0, [position, 63]] = 1.0
+        x[[position, 63]] = torch.tensor([1 + 2.0**-23, -1.0])
+        ones = torch.ones(1) if dense_format == "fp8-row" else torch.full((1, 2), 127, dtype=torch.uint8)
+        assert gemv(Matrix(codes_of(values), ones), x, 1, 32).item() == 2.0**-23
+
+
+@with_format
+def test_nan_shows_in_its_row_alone(dense_format):
+    """That of an element, and that of a scale."""
+    matrix, x = integer_matrix(5, 96, dense_format), small_integers(96, seed=1)
+    expected = (matrix.values() @ x.double()).float()
+    matrix.codes[3, 70] = NAN
+    matrix.scales[1] = torch.nan if dense_format == "fp8-row" else NAN_SCALE
+    out = gemv(matrix, x, 4, 64)
+    assert out[[1, 3]].isnan().all()
+    assert torch.equal(out[[0, 2, 4]], expected[[0, 2, 4]])
+
+
+@pytest.mark.parametrize("scale", [0, 1, 126, 127, 128, 240])
+def test_scales_of_groups_from_end_to_end(scale):
+    """The least gives subnormal sums, which are exact too."""
+    matrix = Matrix(codes_of(small_integers(3, 96, seed=0)), torch.full((3, 3), scale, dtype=torch.uint8))
+    x = small_integers(96, seed=1)
+    expected = matrix.values() @ x.double()
+    assert torch.equal(gemv(matrix, x, 4, 64).double(), expected)
+
+
+def gemv_slot(matrix: Matrix, x: torch.Tensor, rows: int, lanes: int, copies: int) -> torch.Tensor:
+    """What each lane has of each row, [rows, lanes], without scales of rows; beyond the last row it must be 0."""
+    n_rows, k = matrix.codes.shape
+    n_tiles = triton.cdiv(n_rows, rows)
+    out = torch.full((n_tiles * rows, lanes), torch.nan)
+    slot_kernel[(n_tiles,)](
+        out,
+        matrix.words((rows + 1) * k + 16 * lanes),
+        matrix.padded_scales(rows + 1 + lanes),
+        before(torch.nan, 16 * lanes, x),
+        n_rows,
+        K=k,
+        ROWS=rows,
+        LANES=lanes,
+        COPIES=copies,
+        FORMAT=format_of(matrix),
+    )
+    assert (out[n_rows:] == 0).all()
+    return out[:n_rows]
+
+
+SLOT_SIZES = {"fp8-row": [32, 80, 416, 1504, 2880], "fp8-32": [32, 416, 1504, 2880]}  # of whole runs or not
+SLOT_CASES = [(dense_format, k) for dense_format, sizes in SLOT_SIZES.items() for k in sizes]
+with_slots = pytest.mark.parametrize("rows, copies", [(2, 1), (4, 2), (8, 4)])
+with_lanes = pytest.mark.parametrize("lanes", [32, 64, 128])
+
+
+def lane_values(matrix: Matrix) -> torch.Tensor:
+    return matrix.elements() if format_of(matrix) == "fp8-row" else matrix.values()
+
+
+@with_lanes
+@with_slots
+@pytest.mark.parametrize("dense_format, k", SLOT_CASES)
+def test_each_lane_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, lanes, dense_format):
+    """Exactly: what it has of a row is what its sixteen elements of each run give. The last tile is short."""
+    matrix, x = integer_matrix(2 * rows + 1, k, dense_format), small_integers(k, seed=1)
+    products = torch.zeros(2 * rows + 1, triton.cdiv(k, 16 * lanes) * 16 * lanes, dtype=torch.float64)
+    products[:, :k] = lane_values(matrix) * x
+    expected = products.view(len(products), -1, lanes, 16).sum((1, 3))
+    assert torch.equal(gemv_slot(matrix, x, rows, lanes, copies).double(), expected)
+
+
+@with_lanes
+@pytest.mark.parametrize("dense_format, k", SLOT_CASES)
+def test_rows_in_a_slot(k, lanes, dense_format):
+    """Real numbers, and a row of NaN or a scale of NaN, which is no part of any other row."""
+    matrix = random_matrix(7, k, dense_format)
+    x = torch.randn(k, generator=torch.Generator().manual_seed(k))
+    found = gemv_slot(matrix, x, 4, lanes, 2).double().sum(1)
+    values = lane_values(matrix)
+    # A lane adds sixteen products of a run one after another, each rounded, and the runs.
+    roundings = 17 + triton.cdiv(k, 16 * lanes)
+    bound = roundings * 2.0**-24 * (values.abs() @ x.double().abs())
+    assert ((found - values @ x.double()).abs() <= bound).all()
+    matrix.codes[3] = NAN
+    if dense_format == "fp8-32":
+        matrix.scales[5, -1] = NAN_SCALE
+    found_others = gemv_slot(matrix, x, 4, lanes, 2).double().sum(1)
+    mine = torch.tensor([3, 5] if dense_format == "fp8-32" else [3])
+    others = [row for row in range(7) if row not in mine]
+    assert found_others[mine].isnan().all()
+    assert torch.equal(found_others[others], found[others])
