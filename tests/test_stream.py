@@ -16,7 +16,7 @@ from mutations import ODD_SIZES, small_config
 
 from common.router import elements
 from common.stream import Plan, Shares, fill, locate, open_stream, plan_until, release, shares_of, take
-from host.config import GPT_OSS_120B, ModelConfig
+from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import SM_90, Tuning, fit_ring
 from host.state import new_state
 from host.weights import Weights, weight_shapes
@@ -36,6 +36,7 @@ CONFIGS = {
         hidden_size=32, intermediate_size=160, head_dim=16, vocab_size=7, n_experts=3, experts_per_token=1
     ),
     "one head a group": small_config(**ODD_SIZES["one head a group"]),
+    "FP8": small_config(hidden_size=544, vocab_size=1003, dense=DenseFormats(FP8_GROUPS, FP8_ROWS, BF16, FP8_GROUPS)),
     "120b": GPT_OSS_120B,
 }
 SMALL = [name for name in CONFIGS if name != "120b"]
@@ -201,8 +202,13 @@ class Schedule:
         return getattr(self.bases, name) + part.storage_offset() * part.element_size(), part.nbytes
 
     def _dense(self, name: str, m: int, *layer: int) -> list[Unit]:
+        """With their scales, if those are of groups."""
         n_rows = getattr(self._weights, name).shape[-2]
-        return [Unit(*self._piece(name, *layer, slice(row, row + m))) for row in range(0, n_rows, m)]
+        pieces = [name] + [f"{name}_scales"] * (getattr(self._weights, f"{name}_scales").dtype == torch.uint8)
+        return [
+            Unit(*(part for piece in pieces for part in self._piece(piece, *layer, slice(row, row + m))))
+            for row in range(0, n_rows, m)
+        ]
 
     def _expert(self, name: str, layer: int, expert: int) -> list[Unit]:
         n_tiles = getattr(self._weights, name).shape[2]
@@ -476,6 +482,7 @@ def decode(model: Schedule, n_layers: int, want_head: bool) -> list[list[Event]]
         ("hidden 416, top 3 of 5", 40, False, dict(ring_slots=3, window=1)),
         ("hidden 32, top 1 of 3", 1, False, {}),
         ("hidden 32, top 1 of 3", 40, True, {}),
+        ("FP8", 3, False, {}),
     ],
 )
 def test_a_token_takes_its_units_in_order(name, n_programs, quant, changes):

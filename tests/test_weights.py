@@ -1,5 +1,6 @@
 """host.weights: what a kernel gets is what the checkpoint holds, copied or used in place."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -13,7 +14,16 @@ from mutations import loud_checkpoint, ring_tiles, small_config
 from gpt_oss_megakernel import MegaModel
 from host import limits
 from host.checkpoint import RandomCheckpoint
-from host.config import GPT_OSS_120B, ModelConfig, checkpoint_bytes, expected_tensors
+from host.config import (
+    FP8_GROUPS,
+    FP8_ROWS,
+    GPT_OSS_120B,
+    DenseFormats,
+    ModelConfig,
+    checkpoint_bytes,
+    expected_tensors,
+)
+from host.fp8 import quantize_fp8
 from host.iris_writer import write_archive
 from host.launch import tuning_for
 from host.weights import (
@@ -45,6 +55,12 @@ EVEN = ModelConfig(
     stop_ids=(),
 )
 SMALL_KINDS = {"router_bias"}  # of EVEN: too small to lie side by side
+DENSE_SCALES = {
+    "qkv_scales",
+    "o_scales",
+    "router_scales",
+    "lm_head_scales",
+}  # of no published tensor, empty in bfloat16
 
 
 def archive_of(checkpoint, path: Path):
@@ -62,12 +78,12 @@ def assert_same(actual: Weights, expected: Weights) -> None:
 def test_each_published_tensor_is_in_one_field():
     names = [name for field in (*MODEL_TENSORS, *LAYER_TENSORS) for name in published_names(field, 3)]
     assert sorted(names) == sorted(expected_tensors(EVEN))
-    assert {*MODEL_TENSORS, *LAYER_TENSORS} == set(Weights._fields)
+    assert {*MODEL_TENSORS, *LAYER_TENSORS} | DENSE_SCALES == set(Weights._fields)
 
 
 def test_stacked_values_are_the_checkpoints():
     checkpoint = RandomCheckpoint(EVEN)
-    weights = load_weights(checkpoint, CPU, tuning_for(CPU, EVEN))
+    weights = load_weights(checkpoint, checkpoint.config, CPU, tuning_for(CPU, EVEN))
     for n in range(EVEN.n_layers):
         layer = f"model.layers.{n}"
         q, k, v = (checkpoint.tensor(f"{layer}.self_attn.{name}_proj.weight") for name in "qkv")
@@ -87,7 +103,9 @@ def test_an_archive_gives_the_weights_of_its_checkpoint(config, tmp_path):
     checkpoint = loud_checkpoint(config)
     tuning = tuning_for(CPU, config)
     archive = archive_of(checkpoint, tmp_path / "m.iris")
-    assert_same(load_weights(archive, CPU, tuning), load_weights(checkpoint, CPU, tuning))
+    assert_same(
+        load_weights(archive, archive.config, CPU, tuning), load_weights(checkpoint, checkpoint.config, CPU, tuning)
+    )
 
 
 def test_an_archive_packs_like_its_checkpoint(tmp_path):
@@ -95,22 +113,27 @@ def test_an_archive_packs_like_its_checkpoint(tmp_path):
     tuning = ring_tiles(checkpoint.config)
     assert tuning.fragments
     archive = archive_of(checkpoint, tmp_path / "m.iris")
-    assert_same(load_weights(archive, CPU, tuning), load_weights(checkpoint, CPU, tuning))
-    assert not {"gate_up", "gate_up_scales", "down", "down_scales"} & weights_in_place(archive, CPU, tuning).keys()
+    assert_same(
+        load_weights(archive, archive.config, CPU, tuning), load_weights(checkpoint, checkpoint.config, CPU, tuning)
+    )
+    assert (
+        not {"gate_up", "gate_up_scales", "down", "down_scales"}
+        & weights_in_place(archive, archive.config, CPU, tuning).keys()
+    )
 
 
 def test_a_cpu_uses_an_archive_where_it_is_mapped(tmp_path):
     archive = archive_of(RandomCheckpoint(EVEN), tmp_path / "m.iris")
     tuning = tuning_for(CPU, EVEN)
-    fields = weights_in_place(archive, CPU, tuning)
-    assert fields.keys() == set(Weights._fields) - SMALL_KINDS
+    fields = weights_in_place(archive, archive.config, CPU, tuning)
+    assert fields.keys() == set(Weights._fields) - SMALL_KINDS - DENSE_SCALES
     mapped = archive.tensor("model.embed_tokens.weight").untyped_storage().data_ptr()
     assert all(field.untyped_storage().data_ptr() == mapped for field in fields.values())
-    weights = load_weights(archive, CPU, tuning)
+    weights = load_weights(archive, archive.config, CPU, tuning)
     assert weights.qkv.untyped_storage().data_ptr() == mapped
     copied = [field for name, field in weights._asdict().items() if name in SMALL_KINDS]
-    assert bytes_to_load(archive, CPU, tuning) == sum(field.nbytes for field in copied)
-    assert bytes_to_load(RandomCheckpoint(EVEN), CPU, tuning) == weight_bytes(EVEN, tuning)
+    assert bytes_to_load(archive, EVEN, CPU, tuning) == sum(field.nbytes for field in copied)
+    assert bytes_to_load(RandomCheckpoint(EVEN), EVEN, CPU, tuning) == weight_bytes(EVEN, tuning)
 
 
 def test_a_cut_archive_is_used_in_place_too(tmp_path):
@@ -118,8 +141,11 @@ def test_a_cut_archive_is_used_in_place_too(tmp_path):
     write_archive(checkpoint, tmp_path / "m.iris")
     archive = open_archive(tmp_path / "m.iris", n_layers=2)
     tuning = tuning_for(CPU, archive.config)
-    assert "qkv" in weights_in_place(archive, CPU, tuning)
-    assert_same(load_weights(archive, CPU, tuning), load_weights(RandomCheckpoint(EVEN.cut(2)), CPU, tuning))
+    assert "qkv" in weights_in_place(archive, archive.config, CPU, tuning)
+    assert_same(
+        load_weights(archive, archive.config, CPU, tuning),
+        load_weights(RandomCheckpoint(EVEN.cut(2)), archive.config, CPU, tuning),
+    )
 
 
 def test_layers_that_lie_apart_are_copied(tmp_path, monkeypatch):
@@ -130,15 +156,100 @@ def test_layers_that_lie_apart_are_copied(tmp_path, monkeypatch):
     checkpoint = RandomCheckpoint(EVEN)
     archive = archive_of(checkpoint, tmp_path / "m.iris")
     tuning = tuning_for(CPU, EVEN)
-    assert weights_in_place(archive, CPU, tuning).keys() == set(MODEL_TENSORS)
-    assert_same(load_weights(archive, CPU, tuning), load_weights(checkpoint, CPU, tuning))
+    assert weights_in_place(archive, archive.config, CPU, tuning).keys() == set(MODEL_TENSORS)
+    assert_same(
+        load_weights(archive, archive.config, CPU, tuning), load_weights(checkpoint, checkpoint.config, CPU, tuning)
+    )
+
+
+ALL_ROWS = DenseFormats(FP8_ROWS, FP8_ROWS, FP8_ROWS, FP8_ROWS)
+ALL_GROUPS = DenseFormats(FP8_GROUPS, FP8_GROUPS, FP8_GROUPS, FP8_GROUPS)
+MIXED = DenseFormats(qkv=FP8_GROUPS, head=FP8_ROWS)
+
+
+def dense_parts(checkpoint) -> dict[str, list[list[torch.Tensor]]]:
+    """Field -> the published matrices that stand in it, layer by layer; the LM head as if it were a layer."""
+
+    def of_layers(*names: str) -> list[list[torch.Tensor]]:
+        layers = range(checkpoint.config.n_layers)
+        return [[checkpoint.tensor(f"model.layers.{n}.{name}.weight") for name in names] for n in layers]
+
+    return {
+        "qkv": of_layers("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "o": of_layers("self_attn.o_proj"),
+        "router": of_layers("mlp.router"),
+        "lm_head": [[checkpoint.tensor("lm_head.weight")]],
+    }
+
+
+def assert_dense(weights: Weights, checkpoint, dense: DenseFormats) -> None:
+    """Bytes and scales are those of each published matrix by itself, in the published order; padding is 0."""
+    formats = {"qkv": dense.qkv, "o": dense.o, "router": dense.router, "lm_head": dense.head}
+    for field, layers in dense_parts(checkpoint).items():
+        found, scales = getattr(weights, field), getattr(weights, f"{field}_scales")
+        if formats[field] not in (FP8_ROWS, FP8_GROUPS):
+            published = torch.cat([part for parts in layers for part in parts])
+            assert torch.equal(found.view(torch.bfloat16).flatten(), published.flatten())
+            assert scales.numel() == 0
+            continue
+        for n, parts in enumerate(layers):
+            elements, right = zip(*(quantize_fp8(part, formats[field]) for part in parts))
+            mine, mine_scales = (found, scales) if field == "lm_head" else (found[n], scales[n])
+            assert torch.equal(mine.view(torch.uint8), torch.cat(elements).view(torch.uint8)), field
+            right = torch.cat(right)
+            assert mine_scales.dtype == right.dtype
+            if formats[field] == FP8_GROUPS:
+                groups = right.shape[1]
+                assert mine_scales.shape[1] % 16 == 0
+                assert mine_scales.shape[1] - groups < 16
+                assert (mine_scales[:, groups:] == 0).all()
+                mine_scales = mine_scales[:, :groups]
+            assert torch.equal(mine_scales, right), field
+
+
+@pytest.mark.parametrize("dense", [ALL_ROWS, ALL_GROUPS, MIXED], ids=["rows", "groups", "mixed"])
+@pytest.mark.parametrize("config", [EVEN, small_config(hidden_size=544)], ids=["even", "odd"])
+def test_dense_matrices_in_fp8(config, dense, tmp_path, monkeypatch):
+    """From a checkpoint, also a few rows at a time, and from an archive; all else is as without FP8."""
+    checkpoint = loud_checkpoint(config)
+    held = dataclasses.replace(config, dense=dense)
+    tuning = tuning_for(CPU, held)
+    plain = load_weights(checkpoint, config, CPU, tuning_for(CPU, config))
+    weights = load_weights(checkpoint, held, CPU, tuning)
+    assert_dense(weights, checkpoint, dense)
+    for field in set(Weights._fields) - {"qkv", "o", "router", "lm_head"} - DENSE_SCALES:
+        assert torch.equal(getattr(weights, field), getattr(plain, field)), field
+    assert bytes_to_load(checkpoint, held, CPU, tuning) == sum(field.nbytes for field in weights)
+    archive = archive_of(checkpoint, tmp_path / "m.iris")
+    assert_same(load_weights(archive, held, CPU, tuning), weights)
+    monkeypatch.setattr("host.weights.PIECE_BYTES", 5 * 2 * config.hidden_size)
+    assert_same(load_weights(checkpoint, held, CPU, tuning), weights)
+
+
+def test_what_is_not_in_fp8_is_used_in_place(tmp_path):
+    archive = archive_of(RandomCheckpoint(EVEN), tmp_path / "m.iris")
+    held = dataclasses.replace(EVEN, dense=MIXED)
+    tuning = tuning_for(CPU, held)
+    fields = weights_in_place(archive, held, CPU, tuning)
+    assert fields.keys() == set(Weights._fields) - SMALL_KINDS - DENSE_SCALES - {"qkv", "lm_head"}
+    weights = load_weights(archive, held, CPU, tuning)
+    mapped = archive.tensor("model.embed_tokens.weight").untyped_storage().data_ptr()
+    assert {name for name, field in weights._asdict().items() if field.untyped_storage().data_ptr() == mapped} == set(
+        fields
+    )
+    assert_dense(weights, archive, MIXED)
+    copied = [field.nbytes for name, field in weights._asdict().items() if name not in fields]
+    assert bytes_to_load(archive, held, CPU, tuning) == sum(copied)
+    # By hand: a byte an element; 8 E8M0 bytes of 4 groups padded to 16; a float32 for each row of the LM head.
+    rows = 3 * (64 + 2 * 32) * 16
+    assert sum(copied) == rows * (128 + 16) + 100 * (128 + 4) + 2 * 3 * 8
 
 
 def test_a_missing_tensor_is_noticed():
     checkpoint = loud_checkpoint(small_config())
     checkpoint.tensors = lambda: iter(list(type(checkpoint).tensors(checkpoint))[:-1])
     with pytest.raises(ValueError, match="the checkpoint gave no model.layers"):
-        load_weights(checkpoint, CPU, tuning_for(CPU, checkpoint.config))
+        load_weights(checkpoint, checkpoint.config, CPU, tuning_for(CPU, checkpoint.config))
 
 
 def test_mapped_weights_need_no_memory(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_full_width_weights_are_those_of_the_checkpoint(tmp_path):
     checkpoint = RandomCheckpoint(WIDE, device=CUDA)
     write_archive(checkpoint, tmp_path / "m.iris")
     tuning = tuning_for(CUDA, WIDE)
-    expected = load_weights(checkpoint, CUDA, tuning)
+    expected = load_weights(checkpoint, WIDE, CUDA, tuning)
     archive = open_archive(tmp_path / "m.iris", verify=True)
-    for field, ours, theirs in zip(Weights._fields, load_weights(archive, CUDA, tuning), expected):
+    for field, ours, theirs in zip(Weights._fields, load_weights(archive, WIDE, CUDA, tuning), expected):
         assert torch.equal(ours, theirs), field
