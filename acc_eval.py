@@ -48,6 +48,7 @@ from host.checkpoint import Checkpoint
 from host.cli import (
     DEFAULT_MODEL,
     EXIT_FAILURE,
+    FP8_COMPONENTS,
     ArgumentParser,
     add_model_arguments,
     positive_int,
@@ -56,7 +57,7 @@ from host.cli import (
     token_id_list,
 )
 from host.conditions import conditions
-from host.config import ModelConfig, check_token
+from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token
 from host.errors import InputError
 from host.files import read_small
 from host.limits import check_memory
@@ -67,6 +68,11 @@ from reference import Reference
 from tokenizer_util import Tokenizer
 
 SIDE_NAMES = ("reference", "reference-quant", "default", "quant")
+FP8_NAMES = {"fp8-attn": ("qkv", "o"), "fp8-head": ("head",)} | {f"fp8-{name}": (name,) for name in FP8_COMPONENTS}
+GROUPS_NAME = "scale-32"  # rather than a scale for each row
+SIDE_HELP = (
+    f"one of the sides {', '.join(SIDE_NAMES)}, each with any of {', '.join(FP8_NAMES)}, {GROUPS_NAME} after a +"
+)
 SHIPPED_TEXTS = 154  # sonnets
 LONGEST_ANSWER = 400  # tokens of the shipped model
 SOURCES = ("shipped", "greedy", "random")
@@ -86,13 +92,17 @@ class Side:
     name: str
     kernel: bool  # else reference.py, in float32, its KV cache too
     quant: bool  # experts' inputs rounded to MXFP8
+    dense: DenseFormats
 
     @classmethod
     def parse(cls, text: str) -> "Side":
         """An argparse type. InputError that lists what there is."""
-        if text not in SIDE_NAMES:
-            raise InputError(f"{text!r} is not one of the sides {', '.join(SIDE_NAMES)}")
-        return cls(text, kernel=not text.startswith("reference"), quant=text.endswith("quant"))
+        name, *more = text.split("+")
+        matrices = {matrix for word in more for matrix in FP8_NAMES.get(word, ())}
+        if name not in SIDE_NAMES or not {*more} <= {*FP8_NAMES, GROUPS_NAME} or bool(more) != bool(matrices):
+            raise InputError(f"{text!r} is not {SIDE_HELP}")
+        dense = DenseFormats(**dict.fromkeys(matrices, FP8_GROUPS if GROUPS_NAME in more else FP8_ROWS))
+        return cls(text, kernel=not name.startswith("reference"), quant=name.endswith("quant"), dense=dense)
 
 
 @dataclass(frozen=True)
@@ -109,12 +119,15 @@ def open_side(
 ) -> OpenSide:
     """Loads what a side needs but the weights that it shares. InputError if that does not fit the device."""
     if side.kernel:
-        model = MegaModel(checkpoint, side.quant, max_context, show_progress=sys.stderr.isatty(), weights=weights)
+        show_progress = sys.stderr.isatty()
+        model = MegaModel(
+            checkpoint, side.quant, max_context, show_progress=show_progress, weights=weights, dense=side.dense
+        )
         return OpenSide(model.reset, functools.partial(kernel_logits, model), model.weights)
     config, dtype = checkpoint.config, torch.float32
     # Of what is converted, the LM head in float32 is the largest.
     check_memory(config, max_context, dtype, device, weights=4 * config.vocab_size * config.hidden_size)
-    reference = Reference(checkpoint, side.quant, dtype, max_context, device)
+    reference = Reference(checkpoint, side.quant, dtype, max_context, device, dense=side.dense)
     return OpenSide(reference.reset, reference.forward)
 
 
@@ -220,8 +233,9 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--test-model", metavar="MODEL", help="of the test side; default: the same as the reference's")
     for flag, default in (("--ref", "reference"), ("--test", "default")):
-        known = f"one of {', '.join(SIDE_NAMES)}; default: %(default)s"
-        parser.add_argument(flag, metavar="SIDE", type=Side.parse, default=default, help=known)
+        parser.add_argument(
+            flag, metavar="SIDE", type=Side.parse, default=default, help=f"{SIDE_HELP}; default: %(default)s"
+        )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", type=Path, help="a text in UTF-8; special tokens in it are tokens")
     source.add_argument(
@@ -607,7 +621,7 @@ def main() -> None:
     max_context = check_context(windows, generated, config, test_checkpoint.config)
 
     ref = open_side(args.ref, checkpoint, max_context, device)
-    shared = ref.weights if test_checkpoint is checkpoint else None
+    shared = ref.weights if test_checkpoint is checkpoint and args.ref.dense == args.test.dense else None
     test = open_side(args.test, test_checkpoint, max_context, device, shared)
     if prompt_ids:
         windows = cut_all([greedy_stream(ref, prompt_ids, plan.n_tokens, plan.chunk, on_terminal)], plan, config)

@@ -21,7 +21,7 @@ from acc_eval import OpenSide, Plan, Side, Stream, Window, cut, cut_all, evaluat
 from host.accuracy import METRICS
 from host.checkpoint import write_checkpoint
 from host.cli import DEFAULT_MODEL, DEMO_CHAT
-from host.config import PRESETS
+from host.config import PRESETS, DenseFormats
 from host.errors import InputError
 from reference import Reference
 from tokenizer_util import Tokenizer
@@ -447,7 +447,10 @@ def test_targets_are_the_next_tokens():
     assert result.positions.ref_nll.tolist() == [-log_p[3, 5].item(), -log_p[4, 0].item()]
 
 
-@pytest.mark.parametrize(("words", "loads"), [(["--ref", "default"], 1), (["--ref", "reference"], 1), ([], 2)])
+@pytest.mark.parametrize(
+    ("words", "loads"),
+    [(["--ref", "default"], 1), (["--ref", "reference"], 1), (["--ref", "default+fp8-head"], 2), ([], 2)],
+)
 def test_kernel_sides_of_one_checkpoint_share_its_weights(run, text, folder, monkeypatch, words, loads):
     calls, load = [], gpt_oss_megakernel.load_weights
     monkeypatch.setattr(gpt_oss_megakernel, "load_weights", lambda *args: (calls.append(args), load(*args))[1])
@@ -456,16 +459,30 @@ def test_kernel_sides_of_one_checkpoint_share_its_weights(run, text, folder, mon
     assert len(calls) == loads
 
 
-@pytest.mark.parametrize("name", acc_eval.SIDE_NAMES)
+FP8_SIDES = ["reference-quant+fp8-head", "default+fp8-attn", "quant+fp8-attn+fp8-head+scale-32", "default+fp8-router"]
+
+
+def test_sides_with_fp8():
+    dense = Side.parse("quant+fp8-attn+fp8-head+scale-32").dense
+    assert dense == DenseFormats(qkv="fp8-32", o="fp8-32", head="fp8-32")
+    assert Side.parse("default+fp8-qkv+fp8-router").dense == DenseFormats(qkv="fp8-row", router="fp8-row")
+    assert Side.parse("default").dense == DenseFormats()
+    for text in ("default+fp8", "default+scale-32", "default+", "fp8-attn", "quant+fp8-attn+x", "+fp8-attn", ""):
+        with pytest.raises(InputError, match="is not one of the sides"):
+            Side.parse(text)
+
+
+@pytest.mark.parametrize("name", [*acc_eval.SIDE_NAMES, *FP8_SIDES])
 def test_sides_are_what_their_names_say(checkpoint, name):
     side = Side.parse(name)
     opened = open_side(side, checkpoint, 16, CPU)
     quant = "quant" in name
     if "reference" in name:
         assert opened.weights is None
-        expected = Reference(checkpoint, quant, torch.float32, max_context=16).forward(IDS[:5])
+        reference = Reference(checkpoint, quant, torch.float32, max_context=16, dense=side.dense)
+        expected = reference.forward(IDS[:5])
     else:
-        model = gpt_oss_megakernel.MegaModel(checkpoint, quant, max_context=16)
+        model = gpt_oss_megakernel.MegaModel(checkpoint, quant, max_context=16, dense=side.dense)
         expected = torch.stack([model.logits(token_id, position) for position, token_id in enumerate(IDS[:5])])
     logits = torch.cat([opened.logits(IDS[:3], 0), opened.logits(IDS[3:5], 3)])
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
