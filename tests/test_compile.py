@@ -4,31 +4,42 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mutations import small_config
 
-from host.config import GPT_OSS_120B
-from host.launch import GFX950, SM_90, programs_on
+from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
+from host.launch import GFX950, SM_90, fit_ring, programs_on
 from tools.compile_report import Program
 
 ROOT = Path(__file__).parent.parent
 GRID_BARRIERS = 8  # embedding, six phases, LM head; the layer loop stands once in the code
 ARRIVALS = GRID_BARRIERS + 2  # a split of attention, the last program to leave
 WAITS = GRID_BARRIERS + 1  # for the splits of attention
-CASES = [("gfx950", "default"), ("gfx950", "quant"), ("sm_90", "default"), ("sm_90", "quant")]
-AMD_CASES, NVIDIA_CASES = CASES[:2], CASES[2:]
+FP8_PATHS = {"default, qkv o head fp8-32": FP8_GROUPS, "quant, qkv o head fp8-row": FP8_ROWS}
+PATHS = ["default", "quant", *FP8_PATHS]
+AMD_CASES, NVIDIA_CASES = ([(target, path) for path in PATHS] for target in ("gfx950", "sm_90"))
+CASES = AMD_CASES + NVIDIA_CASES
 CUS, XCDS = 256, 8  # of an MI355X
 
 
 @pytest.fixture(scope="module")
 def reports():
     """In a process of its own: this one interprets kernels."""
-    command = [sys.executable, "tools/compile_report.py", "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600).stdout
-    return {(figures["target"], figures["path"]): figures for figures in json.loads(output)}
+    found = {}
+    for words in ([], *(["--path", path.split(",")[0], "--fp8", dense] for path, dense in FP8_PATHS.items())):
+        command = [sys.executable, "tools/compile_report.py", "--json", *words]
+        output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600).stdout
+        found |= {(figures["target"], figures["path"]): figures for figures in json.loads(output)}
+    return found
+
+
+def weight_bytes(path: str) -> int:
+    """Of an element of QKV, O and the LM head."""
+    return 1 if path in FP8_PATHS else 2
 
 
 def test_quant_runs_on_the_scaled_matrix_cores_of_gfx950(reports):
@@ -64,7 +75,7 @@ def test_dense_tiles_are_loaded_one_ahead(case, reports):
     config, block = GPT_OSS_120B, GFX950.dense_k
     matrices = [(GFX950.qkv_m, config.hidden_size), (GFX950.o_m, config.q_size), (GFX950.head_m, config.hidden_size)]
     tiles = sum(rows * -(-k // block) * block for rows, k in matrices)
-    assert reports[case]["dense_loads_ahead"] == tiles // 8 // (64 * GFX950.num_warps)  # 8 weights in 16 bytes
+    assert reports[case]["dense_loads_ahead"] == tiles * weight_bytes(case[1]) // 16 // (64 * GFX950.num_warps)
 
 
 @pytest.mark.parametrize("case", AMD_CASES)
@@ -78,7 +89,8 @@ def test_widths_of_loads_on_gfx950(case, reports):
     weights, scales = figures["weight_loads"], figures["scale_loads"]
     assert weights.keys() == {"dwordx4", "dword"}
     assert weights["dword"] <= 6
-    assert weights["dwordx4"] >= 60
+    dense = 26 * weight_bytes(case[1])  # of two tiles of each matrix, the first one and the next, and experts' loads
+    assert weights["dwordx4"] >= dense + 8
     assert scales.keys() <= {"ubyte", "ushort"}
     assert sum(scales.values()) <= sum(figures[f"{matrix}_loads"] for matrix in ("gate_up", "down"))
 
@@ -128,11 +140,14 @@ def test_weights_load_16_bytes_at_a_time_on_gfx950(case, reports):
 @pytest.mark.parametrize("case", NVIDIA_CASES)
 def test_weights_stream_through_shared_memory_on_sm_90(case, reports):
     """The copy engine brings them, threads read 16 bytes of a slot at a time; only the router's rows are loaded."""
-    figures, config, threads = reports[case], GPT_OSS_120B, 32 * SM_90.num_warps
+    figures, threads = reports[case], 32 * SM_90.num_warps
+    dense_format = FP8_PATHS.get(case[1], BF16)
+    config = replace(GPT_OSS_120B, dense=DenseFormats(qkv=dense_format, o=dense_format, head=dense_format))
+    tuning = fit_ring(SM_90, config)
     assert figures["bulk_copies"] > 0
-    dense = [(SM_90.qkv_m, config.hidden_size), (SM_90.o_m, config.q_size), (SM_90.head_m, config.hidden_size)]
+    dense = [(tuning.qkv_m, config.hidden_size), (tuning.o_m, config.q_size), (tuning.head_m, config.hidden_size)]
     experts = [(16, config.hidden_size), (16, config.intermediate_size)]
-    a_tile_each = sum(-(-rows * k // (8 * threads)) for rows, k in dense)  # 8 weights in 16 bytes
+    a_tile_each = sum(-(-rows * k * weight_bytes(case[1]) // (16 * threads)) for rows, k in dense)
     a_tile_each += sum(-(-rows * k // (32 * threads)) for rows, k in experts)
     assert figures["shared_loads_16_bytes"] >= a_tile_each
     router = -(-config.hidden_size // SM_90.dense_k) * SM_90.dense_k // (8 * threads)

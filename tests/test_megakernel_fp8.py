@@ -27,7 +27,7 @@ from kernels import PhasedModel
 from reference import Reference
 
 CPU = torch.device("cpu")
-TOKENS = 12
+TOKENS = 8
 COMPONENTS = ["qkv", "o", "router", "head"]
 FORMATS = [FP8_ROWS, FP8_GROUPS]
 SCRIPTS = [gpt_oss_megakernel, run_triton_phased, run_reference]
@@ -89,9 +89,7 @@ def test_logits(checkpoint, token_ids, right, components, dense_format, quant):
 
 
 @pytest.mark.parametrize("dense", [in_fp8(FP8_ROWS), in_fp8(FP8_GROUPS), MIXED], ids=["rows", "groups", "mixed"])
-@pytest.mark.parametrize(
-    "tiles, quant", [("rows", False), ("loaded ahead", True), ("loaded ahead", False), ("ring", True)]
-)
+@pytest.mark.parametrize("tiles, quant", [("rows", False), ("loaded ahead", True), ("ring", True)])
 def test_tiles(checkpoint, token_ids, right, tiles, dense, quant):
     """Several tiles a phase, the last one short, and several programs."""
     reference, expected = right(dense, quant)
@@ -130,7 +128,7 @@ WIDTHS = ["one head a group", "seventeen heads a group", "hidden 416, intermedia
 @with_format
 @pytest.mark.parametrize("name", WIDTHS)
 def test_odd_sizes(name, dense_format):
-    config = small_config(**{"n_layers": 2, "layer_is_sliding": (True, False), **ODD_SIZES[name]})
+    config = small_config(**{"n_layers": 1, "layer_is_sliding": (False,), **ODD_SIZES[name]})
     checkpoint, ids, dense = loud_checkpoint(config), random_token_ids(1, config), in_fp8(dense_format)
     if dense_format == FP8_GROUPS and config.q_size % 32:
         with pytest.raises(InputError, match=f"fp8-32: rows of {config.q_size} elements are no whole groups of 32"):

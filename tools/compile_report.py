@@ -1,6 +1,7 @@
 """Compile the whole kernel ahead of time, with no GPU, and report what its compiler made of it.
 
-TRITON_INTERPRET=0 python tools/compile_report.py [--target gfx950|sm_90 ...] [--json] [--keep FOLDER]
+TRITON_INTERPRET=0 python tools/compile_report.py [--target gfx950|sm_90 ...] [--path default|quant ...]
+    [--fp8 fp8-row|fp8-32] [--json] [--keep FOLDER]
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
@@ -25,12 +27,14 @@ from triton.compiler import ASTSource
 
 import gpt_oss_megakernel as mega
 from common import gemv_fp4, gemv_fp4_fp8
-from host.config import GPT_OSS_120B, ModelConfig
+from host.cli import path_name
+from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import GFX950, SM_90, Tuning, fit_ring, next_power_of_2, programs_on
 from host.state import State, new_state
 from host.weights import Weights, weight_shapes
 
 TARGETS = {"gfx950": (GPUTarget("hip", "gfx950", 64), GFX950), "sm_90": (GPUTarget("cuda", 90, 32), SM_90)}
+PATHS = {"default": False, "quant": True}
 UNITS = {"gfx950": 256, "sm_90": 132}
 SIMDS, SIMD_REGISTERS, CU_SHARED_BYTES = 4, 512, 160 << 10  # of a CU; registers a lane
 TRITON_TYPES = {
@@ -369,24 +373,27 @@ def cuobjdump(kernel, option: str) -> str:
         return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def report(target: str, quant: bool, keep: Path | None = None) -> dict:
-    kernel = compile_megakernel(target, quant)
+def report(target: str, quant: bool, dense: DenseFormats, keep: Path | None = None) -> dict:
+    kernel = compile_megakernel(target, quant, replace(GPT_OSS_120B, dense=dense))
     figures = amd_report(kernel) | amd_tile_report(quant) if target == "gfx950" else nvidia_report(kernel)
     if keep:
-        name = f"{target}{'-quant' if quant else ''}"
+        name = f"{target}{'-quant' if quant else ''}{f'-{dense.qkv}' if dense.qkv != BF16 else ''}"
         text = kernel.asm["amdgcn"] if target == "gfx950" else cuobjdump(kernel, "--dump-sass")
         (keep / f"{name}.s").write_text(text)
         (keep / f"{name}.ttgir").write_text(kernel.asm["ttgir"])
-    return {"target": target, "path": "quant" if quant else "default", **figures}
+    return {"target": target, "path": path_name(quant, dense), **figures}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--path", nargs="*", choices=PATHS, default=list(PATHS))
+    parser.add_argument("--fp8", choices=(FP8_ROWS, FP8_GROUPS), help="QKV, O and the LM head in this format")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
     parser.add_argument("--keep", type=Path, help="also write the assembly into this folder")
     args = parser.parse_args()
-    reports = [report(target, quant, args.keep) for target in args.target for quant in (False, True)]
+    dense = DenseFormats(qkv=args.fp8, o=args.fp8, head=args.fp8) if args.fp8 else DenseFormats()
+    reports = [report(target, PATHS[path], dense, args.keep) for target in args.target for path in args.path]
     if args.json:
         print(json.dumps(reports))
         return
