@@ -15,7 +15,6 @@ from common.gemv_dense import (
     load_rows,
     matrix_at,
     row_lanes,
-    row_vector,
     scales_of,
 )
 from common.prefetch import prefetch_l2
@@ -38,18 +37,12 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
 
 @triton.jit
 def load_dense_vector(x_ptr, K: tl.constexpr, FORMAT: tl.constexpr, TUNING: tl.constexpr, zero):
-    """x [K] as blocks, to be added or multiplied block by block and then made a dense_vector."""
+    """x [K] as blocks, in the order of the tiles of a dense matrix of that format."""
     if TUNING.ring_slots > 0:
         LANES: tl.constexpr = row_lanes(K, FORMAT, TUNING)
         return load_lane_vector(x_ptr, K, LANES, 32 * TUNING.num_warps // LANES, 16 // item_bytes(FORMAT))
     else:
         return load_row_vector(x_ptr, K, TUNING.dense_k, FORMAT, zero)
-
-
-@triton.jit
-def dense_vector(x, FORMAT: tl.constexpr, TUNING: tl.constexpr):
-    """Such blocks as multiply_rows takes them."""
-    return x if TUNING.ring_slots > 0 else row_vector(x, FORMAT)
 
 
 @triton.jit
@@ -181,7 +174,6 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     x = load_residual(s, FORMAT, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, FORMAT, TUNING, zero))
-    x = dense_vector(x, FORMAT, TUNING)
     matrix = qkv_matrix(w, layer, CONFIG)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
@@ -226,7 +218,7 @@ def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constex
     STEP: tl.constexpr = TUNING.dense_batch * M
     TOP_K: tl.constexpr = CONFIG.experts_per_token
     FORMAT: tl.constexpr = CONFIG.dense.o
-    a = dense_vector(load_dense_vector(s.attention, K, FORMAT, TUNING, zero), FORMAT, TUNING)
+    a = load_dense_vector(s.attention, K, FORMAT, TUNING, zero)
     matrix = o_matrix(w, layer, CONFIG)
     if pid == n_programs - 1:
         kv_head = tl.arange(0, triton.next_power_of_2(CONFIG.n_kv_heads))
@@ -260,7 +252,6 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     x = load_residual(s, FORMAT, CONFIG, TUNING, zero)
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
     x = multiply_blocks(x, load_dense_vector(w.final_norm, H, FORMAT, TUNING, zero))
-    x = dense_vector(x, FORMAT, TUNING)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     for row0 in range(first, end, STEP):

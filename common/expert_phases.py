@@ -13,7 +13,7 @@ from common.fp4_fragments import (
     gemv_fp4_fragments,
     load_fragment_vector,
 )
-from common.gemv_dense import gemv_rows, load_row_vector, load_rows, matrix_at, row_vector, scales_of
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows, matrix_at, scales_of
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
 from common.rmsnorm import largest_magnitude, multiply_blocks, rms_rstd
@@ -56,7 +56,7 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
         weights = load_router_tile(w, layer, pid, CONFIG, TUNING)
         x = load_row_vector(s.x, H, TUNING.dense_k, FORMAT, zero)
         rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-        x = row_vector(multiply_blocks(x, load_row_vector(norm_ptr, H, TUNING.dense_k, FORMAT, zero)), FORMAT)
+        x = multiply_blocks(x, load_row_vector(norm_ptr, H, TUNING.dense_k, FORMAT, zero))
         for tile in range(pid, N_TILES, n_programs):
             if tile != pid:
                 weights = load_router_tile(w, layer, tile, CONFIG, TUNING)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from common.gemv_bf16 import gemv_bf16, gemv_bf16_slot, load_bf16_rows, load_vector
-from common.gemv_fp8 import gemv_fp8, gemv_fp8_slot, load_fp8_rows, load_whole_vector, quarters, scale_stride
+from common.gemv_fp8 import gemv_fp8, gemv_fp8_slot, load_fp8_rows, load_whole_vector, scale_stride
 
 
 @triton.constexpr_function
@@ -49,20 +49,11 @@ def scales_of(scales_ptr, layer, ROWS: tl.constexpr, K: tl.constexpr, FORMAT: tl
 
 @triton.jit
 def load_row_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr, zero):
-    """x [K] as blocks, to be added or multiplied block by block."""
+    """x [K] as gemv_rows takes it."""
     if FORMAT == "bf16":
         return load_vector(x_ptr, K, BLOCK_K, zero)
     else:
         return load_whole_vector(x_ptr, K, BLOCK_K, zero)
-
-
-@triton.jit
-def row_vector(x, FORMAT: tl.constexpr):
-    """Such blocks as gemv_rows takes them."""
-    if FORMAT == "bf16":
-        return x
-    else:
-        return quarters(x)
 
 
 @triton.jit

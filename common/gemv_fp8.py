@@ -1,13 +1,12 @@
 """Rows of an E4M3 matrix times a float32 vector, accumulated in float32.
 
-As in gemv_bf16.py, but an int32 word holds four elements, so that a vector's blocks come in fours. A row has a float32
-scale (FORMAT "fp8-row"), or each 32 elements along it an E8M0 byte ("fp8-32"); see host/fp8.py.
+As in gemv_bf16.py, but an int32 word holds four elements. A row has a float32 scale (FORMAT "fp8-row"), or each 32
+elements along it an E8M0 byte ("fp8-32"); see host/fp8.py.
 """
 
 import triton
 import triton.language as tl
 
-from common.lanes import by_lane
 from common.quant import GROUP, e8m0_to_float32
 from common.ring import load_byte, load_words
 
@@ -80,18 +79,6 @@ def load_whole_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
 
 
 @triton.jit
-def quarters(x):
-    """For each block of a vector four blocks: every fourth element from 0, from 1, from 2, from 3.
-
-    For the last step before gemv_fp8, as each thread has sixteen elements of each block then, not two.
-    """
-    blocks = ()
-    for i in tl.static_range(len(x)):
-        blocks = blocks + by_lane(x[i])
-    return blocks
-
-
-@triton.jit
 def load_fp8_rows(
     w_ptr,
     scales_ptr,
@@ -132,12 +119,11 @@ def load_fp8_rows(
 
 @triton.jit
 def gemv_fp8(tile, x, FORMAT: tl.constexpr, ARCH: tl.constexpr):
-    """tile @ x, float32 [BLOCK_M], of load_fp8_rows and of quarters for the same K and BLOCK_K."""
+    """tile @ x, float32 [BLOCK_M], of what the two functions above return for the same K and BLOCK_K."""
     blocks, scales = tile
-    acc = _scaled_products(blocks[0], x[0], x[1], x[2], x[3], scales[0], FORMAT, ARCH)
+    acc = _scaled_products(blocks[0], x[0], scales[0], FORMAT, ARCH)
     for i in tl.static_range(1, len(blocks)):
-        scale = scales[i if FORMAT == "fp8-32" else 0]
-        acc += _scaled_products(blocks[i], x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3], scale, FORMAT, ARCH)
+        acc += _scaled_products(blocks[i], x[i], scales[i if FORMAT == "fp8-32" else 0], FORMAT, ARCH)
     y = tl.sum(acc, axis=1)
     if FORMAT == "fp8-row":
         y *= scales[0]
@@ -145,15 +131,17 @@ def gemv_fp8(tile, x, FORMAT: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
-def _scaled_products(words, x0, x1, x2, x3, scales, FORMAT: tl.constexpr, ARCH: tl.constexpr):
+def _scaled_products(words, x, scales, FORMAT: tl.constexpr, ARCH: tl.constexpr):
     """Sums over a word or, scaled, over a group."""
+    M: tl.constexpr = words.shape[0]
+    N: tl.constexpr = 4 * words.shape[1]
+    TOGETHER: tl.constexpr = GROUP if FORMAT == "fp8-32" else 4
     w0, w1, w2, w3 = e4m3_to_float32(words, ARCH)
-    products = w0 * x0[None, :] + w1 * x1[None, :] + w2 * x2[None, :] + w3 * x3[None, :]
-    if FORMAT == "fp8-32":
-        M: tl.constexpr = words.shape[0]
-        groups = tl.reshape(products, (M, words.shape[1] * 4 // GROUP, GROUP // 4))
-        products = tl.sum(groups, axis=2) * e8m0_to_float32(scales)
-    return products
+    # The elements join rather than the vector be taken apart: that would cost it an exchange between threads for each
+    # part, and the registers to address them.
+    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (M, N))
+    sums = tl.sum(tl.reshape(w * x[None, :], (M, N // TOGETHER, TOGETHER)), axis=2)
+    return sums * e8m0_to_float32(scales) if FORMAT == "fp8-32" else sums
 
 
 @triton.jit

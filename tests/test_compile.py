@@ -200,7 +200,7 @@ def test_other_sizes_compile():
     """A configuration unlike the published ones, for both targets."""
     config = small_config(hidden_size=416, intermediate_size=224, n_experts=5, experts_per_token=3, head_dim=128)
     script = (
-        "from host.config import ModelConfig, YarnConfig\n"
+        "from host.config import DenseFormats, ModelConfig, YarnConfig\n"
         "from tools.compile_report import compile_megakernel\n"
         f"config = {config!r}\n"
         "for target in ('gfx950', 'sm_90'):\n"

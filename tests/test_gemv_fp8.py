@@ -19,7 +19,6 @@ from common.gemv_fp8 import (
     gemv_fp8_slot,
     load_fp8_rows,
     load_whole_vector,
-    quarters,
     scale_stride,
 )
 
@@ -42,11 +41,9 @@ def decode_kernel(out_ptr, words_ptr, N: tl.constexpr):
 
 @triton.jit
 def vector_kernel(out_ptr, x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out [blocks, 4, BLOCK_K / 4]."""
-    blocks = quarters(load_whole_vector(x_ptr, K, BLOCK_K))
-    quarter = tl.arange(0, BLOCK_K // 4)
+    blocks = load_whole_vector(x_ptr, K, BLOCK_K)
     for i in tl.static_range(len(blocks)):
-        tl.store(out_ptr + i * (BLOCK_K // 4) + quarter, blocks[i])
+        tl.store(out_ptr + i * BLOCK_K + tl.arange(0, BLOCK_K), blocks[i])
 
 
 @triton.jit
@@ -67,7 +64,7 @@ def gemv_kernel(
     x = multiply_blocks(load_whole_vector(x_ptr, K, BLOCK_K), load_whole_vector(norm_ptr, K, BLOCK_K))
     row0 = first_row + tile * BLOCK_M
     weights = load_fp8_rows(w_ptr, scales_ptr, row0, end_row, K, BLOCK_M, BLOCK_K, FORMAT)
-    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_fp8(weights, quarters(x), FORMAT, "cpu"))
+    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_fp8(weights, x, FORMAT, "cpu"))
 
 
 @triton.jit
@@ -202,14 +199,14 @@ def test_every_code_is_what_torch_makes_of_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_k", [4, 16, 64])
 @pytest.mark.parametrize("k", [1, 4, 31, 38, 130])
-def test_a_vector_is_blocks_of_every_fourth_element(k, block_k, dtype):
+def test_a_vector_is_blocks_with_zeros_at_the_end(k, block_k, dtype):
     x = (torch.arange(k) + 1).to(dtype)
     n_blocks = triton.cdiv(k, block_k)
     out = torch.full((n_blocks * block_k,), torch.nan)
     vector_kernel[(1,)](out, before(torch.nan, block_k, x), K=k, BLOCK_K=block_k)
     padded = torch.zeros(n_blocks * block_k)
     padded[:k] = x
-    assert torch.equal(out, padded.view(n_blocks, -1, 4).transpose(1, 2).flatten())
+    assert torch.equal(out, padded)
 
 
 @with_blocks
