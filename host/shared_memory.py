@@ -6,6 +6,8 @@ from triton import knobs
 
 REQUEST = re.compile(r"// shared memory behind Triton's own: (\d+) bytes")
 ALIGNMENT = 128
+HEADER = ".address_size 64\n"
+SYMBOL = ".extern .shared .align 16 .b8 global_smem[];"  # as Triton writes it, into kernels that have some of their own
 
 
 def install() -> None:
@@ -30,6 +32,8 @@ def _granting(make_ptx):
         requests = [int(request) for request in REQUEST.findall(ptx)]
         if requests:
             metadata["shared"] = -(-metadata["shared"] // ALIGNMENT) * ALIGNMENT + max(requests)
+            if SYMBOL not in ptx:
+                ptx = ptx.replace(HEADER, f"{HEADER}{SYMBOL}\n", 1)
         return ptx
 
     return stage

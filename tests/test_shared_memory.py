@@ -90,3 +90,15 @@ def test_installing_twice_adds_once(hooks):
     shared_memory.install()
     assert hooks.add_stages_inspection_hook is hook
     assert compiled(hooks, REQUEST.format(1000), 0) == 1000
+
+
+@pytest.mark.parametrize("own", [0, 100])
+def test_the_memory_has_a_name_in_a_kernel_that_has_none_of_its_own(own, hooks):
+    """Triton declares it only where it allocates some."""
+    shared_memory.install()
+    declaration = ".extern .shared .align 16 .b8 global_smem[];\n"
+    head, body = ".version 8.7\n.target sm_90a\n.address_size 64\n", f"mov.u32 %r1, 0;\n{OPEN(2, 8192)}\nret;"
+    given = head + (declaration if own else "") + body
+    stages = {"ptx": lambda *_: given}
+    hooks.add_stages_inspection_hook("backend", stages, "options", "language", 90)
+    assert stages["ptx"]("source", {"shared": own}) == head + declaration + body
