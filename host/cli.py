@@ -45,15 +45,9 @@ def run_main(main: Callable[[], None]) -> int:
     0; 2 after an InputError; 1 if the kernel gave up or stdout could not be written; 130 after Ctrl-C; 141 if stdout
     was closed. Errors are one line on stderr. A script may let Ctrl-C end the process outright until it comes here.
     """
-    interrupted = []
-
-    def interrupt(number: int, frame: object) -> None:
-        interrupted.append(number)
-        signal.default_int_handler(number, frame)
-
+    _interrupts.clear()
     if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
     try:
@@ -76,9 +70,17 @@ def run_main(main: Callable[[], None]) -> int:
         _print_error(f"{error.filename or 'stdout'}: {error.strerror}")
         return EXIT_FAILURE
     except Exception:  # a library may have made another one of KeyboardInterrupt
-        if interrupted:
+        if _interrupts:
             return EXIT_INTERRUPTED
         raise
+
+
+_interrupts: list[int] = []  # signals that came while run_main ran
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
 
 
 def _print_error(message: str) -> None:

@@ -7,8 +7,6 @@ InputError, takes longer than 2 s or more than 64 MB is printed, and the exit co
 seed and its number, so that `--first NUMBER --cases 1` shows it again. One that ends the process leaves its file.
 """
 
-import argparse
-import collections
 import hashlib
 import math
 import random
@@ -24,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import tqdm
 
 from host.checkpoint import TOKENIZER_NAME, RandomCheckpoint
-from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
+from host.cli import run_main
 from host.config import GENERATION_NAME, ModelConfig, expected_tensors
 from host.errors import InputError
 from host.iris_format import (
@@ -43,6 +40,7 @@ from host.iris_format import (
 )
 from host.iris_writer import write_archive
 from load_iris import open_archive
+from tools.fuzzing import JSON_VALUES, MOST_SECONDS, TooSlow, count, parse_arguments
 
 CONFIG = ModelConfig(
     n_layers=2,
@@ -58,12 +56,9 @@ CONFIG = ModelConfig(
     stop_ids=(7,),
 )
 OTHER_DOCUMENTS = {GENERATION_NAME: b'{"eos_token_id": [7, 9]}', TOKENIZER_NAME: b'{"version": "1.0", "model": {}}'}
-MOST_SECONDS = 2.0
 MOST_BYTES = 64 << 20
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 SEALED_SHARE = 0.75
-SHOWN_KINDS = 40
-QUIET_SECONDS = 10  # between two lines of progress where there is no terminal
 
 NAME_BYTES = ENTRY["name"].itemsize
 NUMBERS = struct.Struct("<QQII8Q")  # what follows the name: offset, bytes, dtype, dimensions, shape
@@ -81,21 +76,6 @@ NAMES = (
     b"config.json",
     b"embed\0x",
 )
-JSON_VALUES = (
-    "null",
-    "-1",
-    "0",
-    "1",
-    "64",
-    "1e999",
-    "4294967296",
-    "9" * 4500,
-    '"x"',
-    '"\\ud800"',
-    "[]",
-    "{}",
-    "[" * 2000,
-)
 
 
 class _Checkpoint(RandomCheckpoint):
@@ -103,10 +83,6 @@ class _Checkpoint(RandomCheckpoint):
 
     def document(self, name: str) -> bytes | None:
         return OTHER_DOCUMENTS.get(name)
-
-
-class TooSlow(BaseException):
-    """A case's time is over; not an Exception, so that nothing on the way takes it for its own."""
 
 
 @dataclass
@@ -368,16 +344,6 @@ def read_all(path: Path, verify: bool) -> None:
         archive.document(name)
 
 
-def kind_of(message: str) -> str:
-    """A message without what differs from case to case."""
-    message = re.sub(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^]]*\]""", "*", message)
-    return re.sub(r"tensor \S+", "tensor *", re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", message))
-
-
-def too_slow(*_: object) -> None:
-    raise TooSlow
-
-
 def cases(seed: int, numbers: range, whole: dict[int, Archive], path: Path) -> Iterator[tuple[int, bool]]:
     """Writes the file of each case: (its number, whether checksums are to be compared)."""
     for number in numbers:
@@ -388,33 +354,15 @@ def cases(seed: int, numbers: range, whole: dict[int, Archive], path: Path) -> I
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", metavar="N", type=positive_int, default=100_000, help="default: %(default)s")
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--first", metavar="NUMBER", type=int, default=0, help="the first case; default: %(default)s")
-    args = parser.parse_args()
-    signal.signal(signal.SIGALRM, too_slow)
-    accepted, problems, kinds = 0, 0, collections.Counter()
+    args = parse_arguments(__doc__)
     numbers = range(args.first, args.first + args.cases)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.iris"
         whole = archives(Path(folder))
-        mininterval = 0.1 if sys.stderr.isatty() else QUIET_SECONDS
-        bar = tqdm(cases(args.seed, numbers, whole, path), total=args.cases, unit=" cases", mininterval=mininterval)
-        for number, verify in bar:
-            problem, message = problem_or_message(path, verify)
-            if problem:
-                problems += 1
-                bar.write(f"seed {args.seed} case {number}: {problem}")
-            elif message is None:
-                accepted += 1
-            else:
-                kinds[kind_of(message.removeprefix(f"{path}: "))] += 1
-    for kind, count in kinds.most_common(SHOWN_KINDS):
-        print(f"{count:8} {kind}")
-    print(f"{accepted} accepted, {kinds.total()} rejected with {len(kinds)} kinds of message, {problems} problems")
-    if problems:
-        raise SystemExit(EXIT_FAILURE)
+        outcomes = (
+            (number, *problem_or_message(path, verify)) for number, verify in cases(args.seed, numbers, whole, path)
+        )
+        count(outcomes, args, f"{path}: ")
 
 
 if __name__ == "__main__":

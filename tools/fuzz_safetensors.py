@@ -7,8 +7,6 @@ those its header points to, read here without safetensors, is printed, and the e
 but the seed and its number, so that `--first NUMBER --cases 1` shows it again.
 """
 
-import argparse
-import collections
 import json
 import random
 import re
@@ -16,19 +14,18 @@ import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import tqdm
 
 from host.checkpoint import WEIGHTS_NAME, RandomCheckpoint, write_checkpoint
-from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
+from host.cli import run_main
 from host.config import ModelConfig, expected_tensors
 from host.errors import InputError
 from load_hf import open_checkpoint
-from tools.fuzz_iris import JSON_VALUES, MOST_SECONDS, QUIET_SECONDS, SHOWN_KINDS, TooSlow, kind_of, too_slow
+from tools.fuzzing import JSON_VALUES, MOST_SECONDS, TooSlow, count, parse_arguments
 
 CONFIG = ModelConfig(
     n_layers=1,
@@ -249,33 +246,18 @@ def read_all(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", metavar="N", type=positive_int, default=100_000, help="default: %(default)s")
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--first", metavar="NUMBER", type=int, default=0, help="the first case; default: %(default)s")
-    args = parser.parse_args()
-    signal.signal(signal.SIGALRM, too_slow)
-    accepted, problems, kinds = 0, 0, collections.Counter()
+    args = parse_arguments(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = write_checkpoint(RandomCheckpoint(CONFIG), name)
-        whole = (folder / WEIGHTS_NAME).read_bytes()
-        numbers = range(args.first, args.first + args.cases)
-        bar = tqdm(numbers, unit=" cases", mininterval=0.1 if sys.stderr.isatty() else QUIET_SECONDS)
-        for number in bar:
-            (folder / WEIGHTS_NAME).write_bytes(mutated(random.Random(f"{args.seed} {number}"), whole))
-            problem, message = problem_or_message(folder)
-            if problem:
-                problems += 1
-                bar.write(f"seed {args.seed} case {number}: {problem}")
-            elif message is None:
-                accepted += 1
-            else:
-                kinds[kind_of(message.removeprefix(f"{folder / WEIGHTS_NAME}: "))] += 1
-    for kind, count in kinds.most_common(SHOWN_KINDS):
-        print(f"{count:8} {kind}")
-    print(f"{accepted} accepted, {kinds.total()} rejected with {len(kinds)} kinds of message, {problems} problems")
-    if problems:
-        raise SystemExit(EXIT_FAILURE)
+        shard = folder / WEIGHTS_NAME
+        whole = shard.read_bytes()
+
+        def outcomes() -> Iterator[tuple[int, str | None, str | None]]:
+            for number in range(args.first, args.first + args.cases):
+                shard.write_bytes(mutated(random.Random(f"{args.seed} {number}"), whole))
+                yield number, *problem_or_message(folder)
+
+        count(outcomes(), args, f"{shard}: ")
 
 
 if __name__ == "__main__":
