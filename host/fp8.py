@@ -23,19 +23,24 @@ def quantize_fp8(matrix: Tensor, dense_format: str) -> tuple[Tensor, Tensor]:
     matrix = matrix.float()
     if dense_format == FP8_ROWS:
         largest = matrix.abs().amax(-1)
-        scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+        scales = torch.where(largest > 0, _parts_of_448(largest), 1.0)
         return (matrix / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
     assert dense_format == FP8_GROUPS
     if matrix.shape[-1] % GROUP:
         raise InputError(f"{dense_format}: rows of {matrix.shape[-1]} elements are no whole groups of {GROUP}")
     groups = matrix.unflatten(-1, (-1, GROUP))
-    exponent = torch.frexp(groups.abs().amax(-1) / E4M3_MAX)
+    exponent = torch.frexp(_parts_of_448(groups.abs().amax(-1)))
     # frexp: x = m 2^e with m in [0.5, 1), so 2^e is the least power of two above x, but 2^(e - 1) where that is x.
     exact = exponent.mantissa == 0.5
     biased = (exponent.exponent - exact.int() + 127).clamp(0, 254)
     elements = groups * torch.exp2((127 - biased).double())[..., None]
     elements = elements.masked_fill(elements.isinf(), torch.nan)  # which the conversion makes 448
     return elements.float().flatten(-2).to(torch.float8_e4m3fn), biased.to(torch.uint8)
+
+
+def _parts_of_448(x: Tensor) -> Tensor:
+    """By a tensor, as a GPU multiplies by a number's reciprocal: other scales would round other elements."""
+    return x / torch.full_like(x, E4M3_MAX)
 
 
 def dequantize_fp8(elements: Tensor, scales: Tensor) -> Tensor:
