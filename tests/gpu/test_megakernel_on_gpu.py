@@ -87,7 +87,9 @@ def test_layers_and_logits_follow_the_reference(model, four_layers, quant):
     assert max(errors) < tolerance
 
 
-@pytest.mark.parametrize("position", [126, 127, 128, 129, 255, 256, 257, 511, 3000, 16383, 16384, 16385, 39_999])
+@pytest.mark.parametrize(
+    "position", [126, 127, 128, 129, 255, 256, 257, 511, 512, 513, 2047, 2048, 2049, 2050, 16385, 39_999]
+)
 def test_attention_over_a_long_cache(model, four_layers, position):
     """Borders of the window, of a split, and of where splits begin to grow, with random keys and values before."""
     reference = Reference(four_layers, model.quant, F32, max_context=model.max_context, device=CUDA, n_layers=2)
