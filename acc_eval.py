@@ -61,7 +61,8 @@ from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_t
 from host.errors import InputError
 from host.files import read_small
 from host.limits import check_memory
-from host.report import check_matplotlib, check_output_file, markdown_table
+from host.plot import png
+from host.report import check_report_files, display_name, markdown_table, write_file
 from host.weights import Weights
 from load_model import open_checkpoint, open_tokenizer
 from reference import Reference
@@ -564,7 +565,7 @@ def write_plot(path: Path, report: Report) -> None:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     figure.suptitle(report.title)
-    figure.savefig(path, format="png", dpi=150)
+    write_file("--plot", path, png(figure))
 
 
 def kl_by_position(windows: Sequence[Tensor]) -> Tensor:
@@ -586,10 +587,6 @@ def open_test_model(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpo
     return other
 
 
-def display_name(checkpoint: Checkpoint) -> str:
-    return f"{Path(checkpoint.name).name}, {checkpoint.config.n_layers} layers"
-
-
 def check_context(windows: Sequence[Window], generated: int, *configs: ModelConfig) -> int:
     """Positions that both sides need; InputError where a model has fewer."""
     longest = max(window.n_positions for window in windows)
@@ -602,9 +599,7 @@ def check_context(windows: Sequence[Window], generated: int, *configs: ModelConf
 
 def main() -> None:
     args = parse_arguments()
-    check_output_file("--json", args.json)
-    check_output_file("--plot", args.plot)
-    check_matplotlib(args.plot)
+    check_report_files(args)
     device, on_terminal = usable_device(None), sys.stderr.isatty()
     plan = plan_for(args, device.type == "cpu")
     checkpoint, tokenizer = open_model(args)
@@ -631,7 +626,7 @@ def main() -> None:
     report = Report(*names, args.ref.name, args.test.name, plan.source, conditions(device), results, args.fail_under)
     print(markdown(report))
     if args.json:
-        args.json.write_text(json_text(report))
+        write_file("--json", args.json, json_text(report).encode())
     if args.plot:
         write_plot(args.plot, report)
     for line in report.failures:

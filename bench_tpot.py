@@ -24,17 +24,21 @@ from host.cli import (
     ArgumentParser,
     add_fp8_arguments,
     add_model_arguments,
+    add_path_arguments,
+    add_report_arguments,
     dense_formats,
     path_name,
+    paths_to_measure,
     positive_int,
     run_main,
 )
-from host.conditions import conditions
+from host.conditions import axis_label, conditions, device_line, state_line
 from host.config import ModelConfig
-from host.errors import InputError
+from host.errors import InputError, RunsDiffer
 from host.limits import available_bytes, required_bytes
+from host.plot import plot_times
 from host.random_cache import fill_cache
-from host.report import check_matplotlib, check_output_file, markdown_table
+from host.report import check_report_files, display_name, markdown_table, progress, write_file
 from host.timing import DeviceMarks, Spread, WallMarks, checksum, spread
 from host.traffic import bytes_per_token
 
@@ -110,9 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Time per output token at several contexts, and the fraction of the floor.")
     add_model_arguments(parser)
     add_fp8_arguments(parser)
-    path = parser.add_mutually_exclusive_group()
-    path.add_argument("--quant", action="store_true", help="measure the quantized path instead of the default one")
-    path.add_argument("--both", action="store_true", help="measure both, the weights loaded once")
+    add_path_arguments(parser)
     parser.add_argument(
         "--contexts",
         metavar="N,N,...",
@@ -132,8 +134,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"runs that count, after one that warms up; default: {GPU_REPEATS}, CPU {CPU_REPEATS}",
     )
     parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured as JSON")
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw time over context; needs matplotlib")
+    add_report_arguments(parser, "time over context")
     return parser.parse_args()
 
 
@@ -170,7 +171,7 @@ def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | N
     for _ in range(plan.repeats):
         token_ids, device_intervals, wall_intervals = timed_run(model, start, plan.steps)
         if token_ids != expected:
-            raise RuntimeError(f"two runs at context {context} wrote different tokens")
+            raise RunsDiffer(f"two runs at context {context} wrote different tokens")
         device_ms += device_intervals
         wall_ms += wall_intervals
     n_bytes = bytes_per_token(model.config, context)
@@ -202,28 +203,19 @@ def timed_run(model: MegaModel, start: int, steps: int) -> tuple[list[int], list
 
 def markdown(report: Report) -> str:
     """All that is known, as text for a README."""
-    found, plan, bandwidth = report.conditions, report.plan, report.bandwidth
-    size = "" if found["multiprocessors"] is None else f", {found['multiprocessors']} multiprocessors"
+    plan, bandwidth = report.plan, report.bandwidth
     start = f"random keys and values in the cache up to N - {plan.steps // 2}, decoding from there on"
     lines = [
         f"Time per output token: {report.model}",
         "",
-        f"- {found['device']}{size}; programs: {report.num_programs}; torch {found['torch']}, triton {found['triton']}",
+        device_line(report.conditions, report.num_programs),
         f"- {plan.repeats} runs of {plan.steps} tokens after one to warm up; context N: {start}",
     ]
-    if bandwidth is None:
-        lines.append(
-            "- Triton's CPU interpreter: no bandwidth measured, and times that say nothing of a GPU. No claim."
-        )
-    else:
+    if bandwidth is not None:
         streamed = f"median of {bandwidth.ms.n} times {bandwidth.n_bytes / 1e9:.1f} GB"
         lines.append(f"- read bandwidth: {bandwidth.bytes_per_second / 1e12:.2f} TB/s, {streamed}")
-        lines.append(f"- right after the runs: {clocks_text(found['clocks'])}")
+    lines.append(state_line(report.conditions))
     return "\n".join([*lines, "", *markdown_table(HEADER, [table_row(row) for row in report.results])])
-
-
-def clocks_text(fields: dict[str, str] | None) -> str:
-    return "clocks not known" if fields is None else ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def table_row(row: Measurement) -> tuple[str, ...]:
@@ -251,53 +243,30 @@ def json_text(report: Report) -> str:
 
 
 def write_plot(path: Path, report: Report) -> None:
-    """Median time per token over context, p10 to p90 as bars, a line per path; the floor dashed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, group in itertools.groupby(report.results, key=lambda row: row.path):
-        line = sorted(group, key=lambda row: row.context)
-        times = [row.device_ms or row.wall_ms for row in line]
-        medians = [time.median for time in times]
-        bars = [[time.median - time.p10 for time in times], [time.p90 - time.median for time in times]]
-        axes.errorbar([row.context for row in line], medians, yerr=bars, marker="o", capsize=3, label=name)
-    floor = sorted({(row.context, row.floor_ms) for row in report.results if row.floor_ms is not None})
-    if floor:
-        axes.plot(*zip(*floor), linestyle="--", color="grey", label="floor")
-    contexts = sorted({row.context for row in report.results})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(contexts, labels=map(str, contexts), minor=False)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("context, tokens")
-    axes.set_ylabel("ms per token" if floor else "ms per token (CPU interpreter, no claim)")
-    axes.set_title(report.model)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, format="png", dpi=150)
-
-
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    """Median time per token over context, a line per path; the floor dashed."""
+    lines = {
+        name: [(row.context, row.device_ms or row.wall_ms) for row in group]
+        for name, group in itertools.groupby(report.results, key=lambda row: row.path)
+    }
+    floor = {(row.context, row.floor_ms) for row in report.results if row.floor_ms is not None}
+    y_label = axis_label("ms per token", report.conditions)
+    write_file("--plot", path, plot_times(report.model, "context, tokens", y_label, lines, sorted(floor)))
 
 
 def main() -> None:
     args = parse_arguments()
-    check_output_file("--json", args.json)
-    check_output_file("--plot", args.plot)
-    check_matplotlib(args.plot)
+    check_report_files(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
     dense = dense_formats(args)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, config, device.type != "cpu", available_bytes(device))
-    name = checkpoint.name if args.random_weights else Path(checkpoint.name).name
-    name = f"{name}, {checkpoint.config.n_layers} layers"
+    name = display_name(checkpoint)
 
     progress("no bandwidth measured on a CPU" if device.type == "cpu" else "measuring the read bandwidth")
     bandwidth = measure_read_bandwidth(device)
     progress(f"loading {name}")
-    paths = (False, True) if args.both else (args.quant,)
+    paths = paths_to_measure(args)
     model = MegaModel(
         checkpoint,
         paths[0],
@@ -317,7 +286,7 @@ def main() -> None:
     report = Report(name, conditions(device), model.num_programs, plan, bandwidth, tuple(results))
     print(markdown(report))
     if args.json:
-        args.json.write_text(json_text(report))
+        write_file("--json", args.json, json_text(report).encode())
     if args.plot:
         write_plot(args.plot, report)
 

@@ -4,6 +4,7 @@ A checkpoint is anything with the methods of `Checkpoint`; the readers of files 
 interface, so that whatever packs or runs a model does not know where its values come from.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -122,6 +123,17 @@ class RandomCheckpoint:
         centre = E8M0_BIAS - round(0.5 * math.log2(row_power)) + self._expert_exponent
         low, high = centre + min(EXPONENT_OFFSETS), centre + max(EXPONENT_OFFSETS)
         return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.uint8, device=self._device)
+
+
+class WithoutStopIds:
+    """A checkpoint of a model that no token stops: what it generates has the length asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self.config = dataclasses.replace(checkpoint.config, stop_ids=())
+
+    def __getattr__(self, name: str):
+        return getattr(self._checkpoint, name)
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from host.config import BF16, FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token
-from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted
+from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer
 from host.limits import DEFAULT_CONTEXT, context_length
 
 DEMO_CHAT = "Recite sonnet 18."
@@ -42,8 +42,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_main(main: Callable[[], None]) -> int:
     """Calls `main` and returns the process's exit code.
 
-    0; 2 after an InputError; 1 if the kernel gave up or stdout could not be written; 130 after Ctrl-C; 141 if stdout
-    was closed. Errors are one line on stderr. A script may let Ctrl-C end the process outright until it comes here.
+    0; 2 after an InputError; 1 if the kernel gave up, runs that must agree differ or stdout could not be written; 130
+    after Ctrl-C; 141 if stdout was closed. Errors are one line on stderr. A script may let Ctrl-C end the process
+    outright until it comes here.
     """
     _interrupts.clear()
     if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
@@ -57,7 +58,7 @@ def run_main(main: Callable[[], None]) -> int:
     except InputError as error:
         _print_error(str(error))
         return EXIT_INPUT_ERROR
-    except MegakernelAborted as error:
+    except (MegakernelAborted, RunsDiffer) as error:
         _print_error(str(error))
         return EXIT_FAILURE
     except KeyboardInterrupt:
@@ -179,6 +180,24 @@ def path_name(quant: bool, dense: DenseFormats) -> str:
     names = [name for name in FP8_COMPONENTS if getattr(dense, name) != BF16]
     path = "quant" if quant else "default"
     return f"{path}, {' '.join(names)} {getattr(dense, names[0])}" if names else path
+
+
+def add_path_arguments(parser: argparse.ArgumentParser) -> None:
+    """--quant or --both; see paths_to_measure."""
+    path = parser.add_mutually_exclusive_group()
+    path.add_argument("--quant", action="store_true", help="measure the quantized path instead of the default one")
+    path.add_argument("--both", action="store_true", help="measure both, the weights loaded once")
+
+
+def paths_to_measure(args: argparse.Namespace) -> tuple[bool, ...]:
+    """What add_path_arguments asks for: of each path whether it is the quantized one."""
+    return (False, True) if args.both else (args.quant,)
+
+
+def add_report_arguments(parser: argparse.ArgumentParser, drawing: str) -> None:
+    """--json and --plot, which shows a `drawing`; see host.report."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured as JSON")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help=f"draw {drawing}; needs matplotlib")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

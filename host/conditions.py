@@ -22,6 +22,32 @@ def conditions(device: torch.device) -> dict[str, str | int | dict[str, str] | N
     }
 
 
+def device_line(found: dict, num_programs: int) -> str:
+    """For a list in Markdown: the device of `conditions`, its programs, the versions."""
+    size = "" if found["multiprocessors"] is None else f", {found['multiprocessors']} multiprocessors"
+    versions = f"torch {found['torch']}, triton {found['triton']}"
+    return f"- {found['device']}{size}; programs: {num_programs}; {versions}"
+
+
+def state_line(found: dict) -> str:
+    """For a list in Markdown: the clocks of `conditions`; of a CPU that its times are no claim."""
+    if is_cpu(found):
+        return "- Triton's CPU interpreter: its times say nothing of a GPU. No claim."
+    fields = found["clocks"]
+    clocks = "clocks not known" if fields is None else ", ".join(f"{name} {value}" for name, value in fields.items())
+    return f"- right after the runs: {clocks}"
+
+
+def axis_label(text: str, found: dict) -> str:
+    """A label for a plot's axis of times."""
+    return f"{text} (CPU interpreter, no claim)" if is_cpu(found) else text
+
+
+def is_cpu(found: dict) -> bool:
+    """Whether these `conditions` are a CPU's."""
+    return found["multiprocessors"] is None
+
+
 def gpu_fields(device: torch.device) -> dict[str, str] | None:
     """GPU_FIELDS as nvidia-smi tells them, with their units; None if it does not."""
     uuid = torch.cuda.get_device_properties(device).uuid

@@ -7,5 +7,9 @@ class InputError(Exception):
     """Bad input: one clear line that names the file, tensor or flag. Scripts print it and exit with code 2."""
 
 
+class RunsDiffer(RuntimeError):
+    """The same input gave different tokens twice: what was timed is not what it seems."""
+
+
 class MegakernelAborted(RuntimeError):
     """A grid barrier gave up waiting: the message names the phase and the layer."""

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from host.cli import EXIT_INTERRUPTED, run_main
-from host.errors import InputError
+from host.errors import InputError, RunsDiffer
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +48,11 @@ def test_errors_cannot_move_the_cursor(capsys):
 
     assert run_main(bad_file) == 2
     assert capsys.readouterr().err == "error: x.json: version \\x1b[2J\\u202e of Caf\u00e9\n"
+
+
+def test_runs_that_differ_are_one_line_and_a_failure(capsys):
+    def unsteady() -> None:
+        raise RunsDiffer("two runs wrote different tokens")
+
+    assert run_main(unsteady) == 1
+    assert capsys.readouterr() == ("", "error: two runs wrote different tokens\n")

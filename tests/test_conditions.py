@@ -51,3 +51,18 @@ def test_without_nvidia_smi_the_clocks_are_not_known(fake_gpu, monkeypatch, erro
 @pytest.mark.parametrize("reply", ["", "No devices were found", REPLY * 2])
 def test_an_answer_of_another_form_is_not_taken(reply):
     assert parse_gpu_fields(reply) is None
+
+
+def test_lines_of_a_gpu_s_conditions():
+    found = {"device": "GPU 9", "multiprocessors": 7, "clocks": {"a": "1 MHz", "b": "2 W"}, "torch": "2", "triton": "3"}
+    assert conditions.device_line(found, 14) == "- GPU 9, 7 multiprocessors; programs: 14; torch 2, triton 3"
+    assert conditions.state_line(found) == "- right after the runs: a 1 MHz, b 2 W"
+    assert conditions.state_line(found | {"clocks": None}) == "- right after the runs: clocks not known"
+    assert conditions.axis_label("ms", found) == "ms"
+
+
+def test_lines_of_a_cpu_s_conditions_make_no_claim():
+    found = conditions.conditions(torch.device("cpu"))
+    assert conditions.device_line(found, 3).startswith("- cpu; programs: 3; torch ")
+    assert "No claim." in conditions.state_line(found)
+    assert conditions.axis_label("ms", found) == "ms (CPU interpreter, no claim)"

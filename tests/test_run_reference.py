@@ -167,7 +167,7 @@ def test_an_early_end_leaves_no_traceback(folder, ending, code):
     assert (process.wait(timeout=60), process.stderr.read()) == (code, "")
 
 
-@pytest.mark.parametrize("script", ["run_reference.py", "gpt_oss_megakernel.py", "bench_tpot.py"])
+@pytest.mark.parametrize("script", ["run_reference.py", "gpt_oss_megakernel.py", "bench_tpot.py", "bench_islosl.py"])
 def test_an_interrupt_during_the_imports_leaves_no_traceback(tmp_path, script):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
