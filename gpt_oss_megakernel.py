@@ -59,7 +59,16 @@ from host.cli import (
 )
 from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes
 from host.errors import InputError, MegakernelAborted
-from host.launch import LEAST_SLOTS, Tuning, check_program_count, next_power_of_2, program_count, tuning_for
+from host.launch import (
+    LEAST_SLOTS,
+    BlockTuning,
+    Tuning,
+    blocks_for,
+    check_program_count,
+    next_power_of_2,
+    program_count,
+    tuning_for,
+)
 from host.limits import check_memory, context_length
 from host.phases import PHASES, barrier_name
 from host.state import State, new_state
@@ -67,6 +76,7 @@ from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text
 from host.traffic import bytes_by_phase
 from host.weights import Weights, bytes_to_load, load_weights
 from load_model import open_checkpoint, open_tokenizer
+from prefill import Prefill, prefill_bytes
 from tokenizer_util import Tokenizer
 
 shared_memory.install()
@@ -195,10 +205,12 @@ class MegaModel:
         trace_position: int | None = None,
         weights: Weights | None = None,
         dense: DenseFormats | None = None,
+        blocks: BlockTuning | None = None,
     ):
         """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
 
         dense: how the dense matrices are held, quantized while they are loaded; bfloat16 unless said.
+        blocks: how prompts are fed, see prefill.py.
         kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
         checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
         device.
@@ -211,13 +223,21 @@ class MegaModel:
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
+        self.blocks = blocks or blocks_for(self.device)
         needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
+        needed += prefill_bytes(self.config, self.max_context, self.blocks)
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         start = time.perf_counter()
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
         self.load_seconds = time.perf_counter() - start
         self.trace_position = trace_position
+        self._start(kv_dtype)
+
+    def _start(self, kv_dtype: torch.dtype) -> None:
+        """A new sequence in new memory."""
+        self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
         self.state = self._new_state(kv_dtype)
+        self.prefill = Prefill(self.config, self.tuning, self.blocks, self.quant, self.weights, self.state)
         self._compile()
         self._check_barriers()
 
@@ -259,18 +279,16 @@ class MegaModel:
 
     def reset(self) -> None:
         """Forget all positions, and a barrier that gave up."""
-        s = self.state
+        s, self.n_fed = self.state, 0
         for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
             tensor.zero_()
 
     def switch_path(self, quant: bool) -> None:
         """Go on with the quantized or the default path: the same weights, a new state."""
         kv_dtype = self.state.k_cache.dtype
-        del self.state  # before the new one needs its memory
+        del self.state, self.prefill  # before the new ones need their memory
         self.quant = quant
-        self.state = self._new_state(kv_dtype)
-        self._compile()
-        self._check_barriers()
+        self._start(kv_dtype)
 
     def _new_state(self, kv_dtype: torch.dtype) -> State:
         barriers = 2 + len(PHASES) * self.config.n_layers
@@ -293,13 +311,13 @@ class MegaModel:
     def step(self, token_id: int, position: int) -> int:
         """Feed a token at a position whose predecessors were fed; returns the most likely next token."""
         self._write_tokens([token_id], position)
-        self._launch(position, token=True)
+        self._feed(position, token=True)
         return self._token(self.state.tokens[position + 1])
 
     def logits(self, token_id: int, position: int) -> torch.Tensor:
         """The same, but returns the next token's logits, float32 [vocab], a copy on the model's device."""
         self._write_tokens([token_id], position)
-        self._launch(position, logits=True)
+        self._feed(position, logits=True)
         self._check_barriers()
         return self.state.logits.clone()
 
@@ -308,6 +326,7 @@ class MegaModel:
         if not 0 <= n_layers <= self.config.n_layers:
             raise InputError(f"n_layers {n_layers}: the model has {self.config.n_layers}")
         self._write_tokens([token_id], position)
+        self.n_fed = min(self.n_fed, position)
         self._launch(position, n_layers=n_layers)
         self._check_barriers()
         return functools.reduce(torch.add, self.state.expert_out, self.state.x)
@@ -320,23 +339,37 @@ class MegaModel:
     ) -> Iterator[int]:
         """Yield the ids that follow the prompt, a stop id last. Ends early when the context is full.
 
-        `on_logits` receives the logits, float32 [vocab], of each position fed, the prompt's included; the next launch
-        overwrites them.
+        What the prompt has in common with the sequence before it, such as a chat's earlier turns, is not fed again. The
+        rest is fed in blocks (prefill.py), but for its last token. `on_logits` receives the logits, float32 [vocab], of
+        each position of the prompt and the answer, for which all are fed one by one; the next launch overwrites them.
         """
         prompt_ids = list(prompt_ids)
         if not prompt_ids:
             raise InputError("the prompt is empty")
-        self._write_tokens(prompt_ids, 0)
         last = len(prompt_ids) - 1
-        for position in range(last):
-            self._launch(position, logits=on_logits is not None)
-            if on_logits:
+        held = 0 if on_logits else min(self._held(prompt_ids), last)
+        self._write_tokens(prompt_ids[held:], held)
+        if on_logits:
+            for position in range(last):
+                self._feed(position, logits=True)
                 self._check_barriers()
                 on_logits(self.state.logits)
+        elif last - held < self.blocks.least_tokens:
+            for position in range(held, last):
+                self._feed(position)
+        else:
+            self.n_fed = held  # should it be interrupted
+            self.prefill.feed(held, last - held)
+            self.n_fed = last
         for token in self._decode(last, min(last + max_new_tokens, self.max_context), on_logits):
             yield token
             if token in self.config.stop_ids:
                 return
+
+    def _held(self, token_ids: list[int]) -> int:
+        """How many of these tokens the cache holds: the first ones that it has in common with them."""
+        held = self.state.tokens[: min(self.n_fed, len(token_ids))].tolist()
+        return next((n for n, (a, b) in enumerate(zip(held, token_ids)) if a != b), len(held))
 
     def decode(
         self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None = None
@@ -362,7 +395,7 @@ class MegaModel:
         """
         queued: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         for position in range(start, end):
-            self._launch(position, token=True, logits=on_logits is not None)
+            self._feed(position, token=True, logits=on_logits is not None)
             if on_launch:
                 on_launch()
             if on_logits or self.device.type == "cpu":
@@ -399,6 +432,12 @@ class MegaModel:
         self.state.tokens[position:] = -1
         ids = torch.tensor(token_ids, dtype=torch.int32)
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
+
+    def _feed(self, position: int, token: bool = False, logits: bool = False) -> None:
+        """Launch a position through all layers. The cache forgets what came after it."""
+        self.n_fed = position
+        self._launch(position, token=token, logits=logits)
+        self.n_fed = position + 1
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         try:

@@ -6,9 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def load_rotated(x_ptr, head, head_mask, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, zero=0):
-    """Rotate heads of x, float32 [heads, HEAD_DIM] in memory, by the angles of one position.
+    """Rotate heads of x, float32 [heads, HEAD_DIM] in memory, by the angles of one position or, each, of its own.
 
-    `head` holds the heads' numbers [N], `cos_ptr` and `sin_ptr` point to that position's HEAD_DIM / 2 values.
+    `head` holds the heads' numbers [N], `cos_ptr` and `sin_ptr` point to that position's HEAD_DIM / 2 values; or they
+    are pointers [N, 1].
     Returns float32 [N, HEAD_DIM], zeros where masked.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -17,5 +18,6 @@ def load_rotated(x_ptr, head, head_mask, cos_ptr, sin_ptr, HEAD_DIM: tl.constexp
     # Read again rather than exchanged between threads.
     other = (dim + HALF) % HEAD_DIM
     partner = tl.load(x_ptr + head[:, None] * HEAD_DIM + other[None, :], mask=head_mask[:, None], other=0.0)
-    cos, sin = tl.load(cos_ptr + dim % HALF), tl.load(sin_ptr + dim % HALF)
-    return x * cos[None, :] + partner * tl.where(dim < HALF, -sin, sin)[None, :]
+    angle, first = (dim % HALF)[None, :], (dim < HALF)[None, :]
+    cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
+    return x * cos + partner * tl.where(first, -sin, sin)

@@ -153,6 +153,108 @@ SM_90 = Tuning(
     spin_limit=1 << 24,
 )
 
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a matrix product in prefill.py: m matrix rows, n tokens, k elements at a time."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int = 4
+    stages: int = 2
+
+    def options(self) -> dict:
+        """What to compile and launch with."""
+        return dict(BLOCK_M=self.m, BLOCK_N=self.n, BLOCK_K=self.k, STAGES=self.stages, num_warps=self.num_warps)
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """Launch parameters of prefill.py. Tiles are tuples, for few tokens first; m and k are multiples of 64 and 128."""
+
+    tokens: int  # at most in a block
+    least_tokens: int  # fewer are decoded one by one
+    dense: tuple[Tile, ...]
+    expert: tuple[Tile, ...]
+    norm_warps: int
+    attention_m: int  # query heads times positions
+    attention_t: int  # keys at a time
+    attention_warps: int
+    attention_stages: int
+    router_n: int  # tokens
+    router_k: int
+    router_warps: int
+    router_stages: int
+    grouping: int  # pairs at a time
+
+    def dense_tile(self, n_tokens: int) -> Tile:
+        """The first that holds all tokens, or the last."""
+        return next((tile for tile in self.dense if n_tokens <= tile.n), self.dense[-1])
+
+    def expert_tile(self, mean_tokens: float) -> Tile:
+        """The first that holds what an expert has on average, or the last."""
+        return next((tile for tile in self.expert if mean_tokens <= tile.n), self.expert[-1])
+
+
+BLOCKS_SM_90 = BlockTuning(
+    tokens=4096,
+    least_tokens=4,
+    dense=(Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
+    expert=(Tile(128, 16, 128, 4, 3), Tile(128, 32, 128, 4, 3), Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
+    norm_warps=4,
+    attention_m=128,
+    attention_t=64,
+    attention_warps=4,
+    attention_stages=2,
+    router_n=16,
+    router_k=128,
+    router_warps=4,
+    router_stages=3,
+    grouping=1024,
+)
+BLOCKS_GFX950 = BlockTuning(
+    tokens=4096,
+    least_tokens=4,
+    dense=(Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
+    expert=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
+    norm_warps=4,
+    attention_m=128,
+    attention_t=64,
+    attention_warps=4,
+    attention_stages=1,
+    router_n=16,
+    router_k=128,
+    router_warps=4,
+    router_stages=2,
+    grouping=1024,
+)
+# Large, as an operation of the interpreter takes 20 us whatever its size.
+BLOCKS_CPU = BlockTuning(
+    tokens=512,
+    least_tokens=3,
+    dense=(Tile(512, 64, 512),),
+    expert=(Tile(512, 32, 512),),
+    norm_warps=4,
+    attention_m=128,
+    attention_t=128,
+    attention_warps=4,
+    attention_stages=1,
+    router_n=64,
+    router_k=512,
+    router_warps=4,
+    router_stages=1,
+    grouping=4096,
+)
+
+
+def blocks_for(device: torch.device) -> BlockTuning:
+    """The launch parameters of prefill.py on a device."""
+    if device.type == "cpu":
+        return BLOCKS_CPU
+    return BLOCKS_GFX950 if torch.version.hip else BLOCKS_SM_90
+
+
 # The interpreter pays about 20 us an operation whatever its size, so its blocks are as large as memory allows.
 _CPU_BLOCK = 1 << 20
 MOST_INTERPRETED_PROGRAMS = 1024  # each is a thread

@@ -1,0 +1,719 @@
+"""A prompt's tokens through all layers in blocks, into the same KV cache that the decoding kernel reads.
+
+A layer is ten launches, each over all tokens of a block:
+
+    norm | QKV | append | attention | O projection | norm | router | grouping | gate-up | down
+
+Dense matrices are multiplied in tiles of rows times tokens. Tokens are grouped by the experts that they chose, so that
+an expert's weights are decoded once for all tokens of a tile. The last layer ends with its keys and values: what a
+prompt's tokens but the last one leave is the cache. The last token is decoded like any other (gpt_oss_megakernel.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from common.attention_rows import attend_rows
+from common.gemm_dense import gemm_dense
+from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, row_of, split_rows
+from common.gemv_dense import matrix_at, scales_of
+from common.grouping import find_block, group_pairs
+from common.parts import half_unit, to_half, two_parts
+from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, quantize_mxfp8
+from common.rmsnorm import rms_rstd
+from common.rope import load_rotated
+from common.router import top_k_softmax_rows
+from common.swiglu import swiglu
+from host.config import MXFP4_GROUP, ModelConfig
+from host.launch import BlockTuning, Tuning, next_power_of_2
+from host.state import State
+from host.weights import Weights
+
+# What changes from launch to launch must not compile a kernel of its own.
+DYNAMIC = ["layer", "position", "n_tokens", "part_stride", "n_pairs", "max_context"]
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def embed_kernel(tokens_ptr, embed_ptr, x_ptr, position, H: tl.constexpr):
+    """x = the tokens' embeddings; a program a token."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, triton.next_power_of_2(H))
+    token = tl.load(tokens_ptr + position + t).to(tl.int64)
+    row = tl.load(embed_ptr + token * H + h, mask=h < H, other=0.0)
+    tl.store(x_ptr + t * H + h, row.to(tl.float32), mask=h < H)
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def attention_norm_kernel(x_ptr, expert_out_ptr, norm_ptr, parts_ptr, layer, part_stride, CONFIG: tl.constexpr):
+    """x += what the layer before's experts left; parts = rmsnorm(x); a program a token."""
+    H: tl.constexpr = CONFIG.hidden_size
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, triton.next_power_of_2(H))
+    x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
+    if layer > 0:
+        for slot in tl.static_range(TOP_K):
+            x += tl.load(expert_out_ptr + (t * TOP_K + slot) * H + h, mask=h < H, other=0.0)
+        tl.store(x_ptr + t * H + h, x, mask=h < H)
+    store_parts(parts_ptr + t * H + h, part_stride, _normed(x, norm_ptr + layer * H, CONFIG), h < H)
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def expert_norm_kernel(
+    x_ptr,
+    norm_ptr,
+    parts_ptr,
+    expert_in_ptr,
+    expert_in_scale_ptr,
+    layer,
+    part_stride,
+    CONFIG: tl.constexpr,
+    QUANT: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """parts = rmsnorm(x), for the router; the experts' input is the same; a program a token."""
+    H: tl.constexpr = CONFIG.hidden_size
+    BLOCK_H: tl.constexpr = triton.next_power_of_2(H)
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
+    x = _normed(x, norm_ptr + layer * H, CONFIG)
+    store_parts(parts_ptr + t * H + h, part_stride, x, h < H)
+    if QUANT:
+        elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
+        x = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_H,))
+    if SCALED:
+        group = tl.arange(0, BLOCK_H // GROUP)
+        tl.store(expert_in_ptr + t * H + h, tl.reshape(elements, (BLOCK_H,)), mask=h < H)
+        tl.store(expert_in_scale_ptr + t * (H // GROUP) + group, scale, mask=group < H // GROUP)
+    else:
+        unit, undo = half_unit(tl.max(tl.abs(x), axis=0))
+        tl.store(expert_in_ptr + t * H + h, to_half(x * unit), mask=h < H)
+        tl.store(expert_in_scale_ptr + t, undo)
+
+
+@triton.jit
+def _normed(x, norm_ptr, CONFIG: tl.constexpr):
+    """rmsnorm of a whole vector."""
+    h = tl.arange(0, x.shape[0])
+    rstd = rms_rstd((x,), CONFIG.hidden_size, CONFIG.rms_norm_eps)
+    return x * rstd * tl.load(norm_ptr + h, mask=h < CONFIG.hidden_size, other=0.0)
+
+
+@triton.jit
+def store_parts(ptr, part_stride, x, mask):
+    high, low = two_parts(x)
+    tl.store(ptr, high, mask=mask)
+    tl.store(ptr + part_stride, low, mask=mask)
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def dense_kernel(
+    w_ptr,
+    scales_ptr,
+    bias_ptr,
+    x_ptr,
+    y_ptr,
+    layer,
+    n_tokens,
+    part_stride,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y [tokens, ROWS] = x W^T + bias, or with ADD y += that; a program a tile of rows and tokens."""
+    M_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    row0, token0 = pid % M_TILES * BLOCK_M, pid // M_TILES * BLOCK_N
+    layer = tl.cast(layer, tl.int64)
+    w_ptr, scales_ptr = matrix_at(w_ptr, layer, ROWS, K, FORMAT), scales_of(scales_ptr, layer, ROWS, K, FORMAT)
+    acc = gemm_dense(
+        w_ptr,
+        scales_ptr,
+        x_ptr,
+        row0,
+        token0,
+        n_tokens,
+        part_stride,
+        ROWS,
+        K,
+        FORMAT,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+    )
+    row, token = row0 + tl.arange(0, BLOCK_M), token0 + tl.arange(0, BLOCK_N)
+    y = tl.trans(acc) + tl.load(bias_ptr + layer * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)[None, :]
+    y_ptr += token.to(tl.int64)[:, None] * ROWS + row[None, :]
+    mask = (token < n_tokens)[:, None] & (row < ROWS)[None, :]
+    if ADD:
+        y += tl.load(y_ptr, mask=mask, other=0.0)
+    tl.store(y_ptr, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def append_kernel(
+    qkv_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, layer, position, max_context, CONFIG: tl.constexpr
+):
+    """The cache at the tokens' positions = their keys, rotated, and values; a program a token."""
+    D: tl.constexpr = CONFIG.head_dim
+    KV_HEADS: tl.constexpr = CONFIG.n_kv_heads
+    t = tl.program_id(0).to(tl.int64)
+    position += t
+    head = tl.arange(0, triton.next_power_of_2(KV_HEADS))
+    mask = (head < KV_HEADS)[:, None]
+    dim = tl.arange(0, D)[None, :]
+    k_ptr = qkv_ptr + t * CONFIG.qkv_size + CONFIG.q_size
+    cos_ptr, sin_ptr = cos_ptr + position * (D // 2), sin_ptr + position * (D // 2)
+    k = load_rotated(k_ptr, head, head < KV_HEADS, cos_ptr, sin_ptr, D)
+    v = tl.load(k_ptr + CONFIG.kv_size + head[:, None] * D + dim, mask=mask, other=0.0)
+    at = (layer * KV_HEADS + head).to(tl.int64)[:, None] * max_context * D + position * D + dim
+    tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def attention_kernel(
+    qkv_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    sinks_ptr,
+    cos_ptr,
+    sin_ptr,
+    windows_ptr,
+    parts_ptr,
+    layer,
+    position,
+    n_tokens,
+    max_context,
+    part_stride,
+    CONFIG: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """parts [tokens, heads, head_dim] = attention; a program a KV head and some tokens, the last ones first."""
+    D: tl.constexpr = CONFIG.head_dim
+    G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
+    TOKENS: tl.constexpr = BLOCK_M // G
+    kv_head = tl.program_id(0) % CONFIG.n_kv_heads
+    block = tl.num_programs(0) // CONFIG.n_kv_heads - 1 - tl.program_id(0) // CONFIG.n_kv_heads
+    first_token = block * TOKENS
+    end_token = tl.minimum(first_token + TOKENS, n_tokens)
+    m = tl.arange(0, BLOCK_M)
+    token = tl.minimum(first_token + m // G, n_tokens - 1)
+    head = kv_head * G + m % G
+    mine = (m < TOKENS * G) & (first_token + m // G < n_tokens)
+    q_position = position + token
+    angles = q_position.to(tl.int64)[:, None] * (D // 2)
+    # A query's heads begin qkv_size elements after the one before it.
+    row = token.to(tl.int64)[:, None] * CONFIG.qkv_size
+    q = load_rotated(qkv_ptr + row, head, m >= 0, cos_ptr + angles, sin_ptr + angles, D)
+    sink = tl.load(sinks_ptr + layer * CONFIG.n_heads + head)
+    window = tl.load(windows_ptr + layer)
+    start = tl.where(window > 0, tl.maximum(position + first_token - window + 1, 0), 0)
+    cache = (layer * CONFIG.n_kv_heads + kv_head).to(tl.int64) * max_context * D
+    end = position + end_token
+    y = attend_rows(
+        q,
+        q_position,
+        sink,
+        k_cache_ptr + cache,
+        v_cache_ptr + cache,
+        start,
+        end,
+        window,
+        CONFIG.sm_scale,
+        D,
+        BLOCK_T,
+        STAGES,
+    )
+    at = token.to(tl.int64)[:, None] * CONFIG.q_size + head[:, None] * D + tl.arange(0, D)[None, :]
+    store_parts(parts_ptr + at, part_stride, y, mine[:, None])
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def router_kernel(
+    w_ptr,
+    scales_ptr,
+    bias_ptr,
+    x_ptr,
+    chosen_ptr,
+    weights_ptr,
+    layer,
+    n_tokens,
+    part_stride,
+    CONFIG: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Each token's experts, chosen int32 and weights float32 [tokens, top_k]; a program some tokens."""
+    E: tl.constexpr = CONFIG.n_experts
+    H: tl.constexpr = CONFIG.hidden_size
+    TOP_K: tl.constexpr = CONFIG.experts_per_token
+    FORMAT: tl.constexpr = CONFIG.dense.router
+    BLOCK_E: tl.constexpr = triton.next_power_of_2(E)
+    BLOCK_M: tl.constexpr = max(16, BLOCK_E)
+    token0 = tl.program_id(0) * BLOCK_N
+    layer = tl.cast(layer, tl.int64)
+    w_ptr, scales_ptr = matrix_at(w_ptr, layer, E, H, FORMAT), scales_of(scales_ptr, layer, E, H, FORMAT)
+    acc = gemm_dense(
+        w_ptr, scales_ptr, x_ptr, 0, token0, n_tokens, part_stride, E, H, FORMAT, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+    )
+    expert = tl.arange(0, BLOCK_M)
+    bias = tl.load(bias_ptr + layer * E + expert, mask=expert < E, other=0.0).to(tl.float32)
+    # Padded to the smallest product, of which the choice knows nothing: E counts.
+    chosen, weights = top_k_softmax_rows(tl.trans(acc) + bias[None, :], E, TOP_K)
+    slot, token = tl.arange(0, chosen.shape[1])[None, :], token0 + tl.arange(0, BLOCK_N)[:, None]
+    at, mask = token * TOP_K + slot, (token < n_tokens) & (slot < TOP_K)
+    tl.store(chosen_ptr + at, chosen, mask=mask)
+    tl.store(weights_ptr + at, weights, mask=mask)
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def grouping_kernel(chosen_ptr, order_ptr, starts_ptr, n_pairs, BLOCK: tl.constexpr):
+    """A program an expert."""
+    group_pairs(chosen_ptr, order_ptr, starts_ptr, tl.program_id(0), n_pairs, BLOCK)
+
+
+@triton.jit
+def expert_product(
+    blocks_ptr,
+    scales_ptr,
+    bases_ptr,
+    x_ptr,
+    x_scale_ptr,
+    matrix,
+    m0,
+    x_row,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    TUNING: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Places m0 .. of matrix number `matrix` of a stack times rows of x: float32 [BLOCK_M, N], all factors but x's."""
+    if SCALED:
+        blocks_ptr, scales_ptr = blocks_ptr + matrix * (ROWS * K // 8), scales_ptr + matrix * (ROWS * K // GROUP)
+        return gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_row, ROWS, K, BLOCK_M, BLOCK_K, STAGES)
+    else:
+        WARPS: tl.constexpr = TUNING.num_warps
+        FRAGMENTS: tl.constexpr = TUNING.fragments
+        ARCH: tl.constexpr = TUNING.arch
+        blocks_ptr += matrix * words_of(ROWS, K, FRAGMENTS)
+        scales_ptr += matrix * scales_in(ROWS, K, WARPS, FRAGMENTS)
+        base = tl.load(bases_ptr + matrix).to(tl.int32)
+        acc = gemm_fp4(
+            blocks_ptr,
+            scales_ptr,
+            base,
+            x_ptr,
+            m0,
+            x_row,
+            ROWS,
+            K,
+            BLOCK_M,
+            BLOCK_K,
+            STAGES,
+            WARPS,
+            FRAGMENTS,
+            ARCH,
+        )
+        return acc * e8m0_to_float32(base)
+
+
+@triton.constexpr_function
+def words_of(rows: int, k: int, fragments: bool) -> int:
+    """int32 of a matrix's blocks."""
+    return -(-rows // 16) * -(-k // 128) * 256 if fragments else rows * k // 8
+
+
+@triton.constexpr_function
+def scales_in(rows: int, k: int, warps: int, fragments: bool) -> int:
+    """Elements of a matrix's scales: int32 in fragments, else uint8."""
+    return -(-rows // 16) * -(-k // (256 * warps)) * 32 * warps if fragments else rows * k // 32
+
+
+@triton.constexpr_function
+def act_unit(limit: float) -> float:
+    """The power of two that brings what swiglu gives, at most limit (limit + 1), to 2^14 to 2^15 of float16."""
+    bound, unit = max(limit, 1.0) * (max(limit, 1.0) + 1), 1.0
+    while bound * unit < 2**14 and unit < 2**20:
+        unit *= 2
+    while bound * unit >= 2**15 and unit > 2**-20:
+        unit /= 2
+    return unit
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def gate_up_kernel(
+    blocks_ptr,
+    scales_ptr,
+    bases_ptr,
+    bias_ptr,
+    x_ptr,
+    x_scale_ptr,
+    order_ptr,
+    starts_ptr,
+    act_ptr,
+    act_scale_ptr,
+    layer,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+    QUANT: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """act = swiglu(W_gate_up x + bias), in the order of `order`; a program a tile of an expert's rows and pairs."""
+    E: tl.constexpr = CONFIG.n_experts
+    I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
+    ROWS: tl.constexpr = 2 * I
+    HALF: tl.constexpr = BLOCK_M // 2
+    FRAGMENTS: tl.constexpr = TUNING.fragments
+    M_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    m0 = pid % M_TILES * BLOCK_M
+    expert, first, end = find_block(starts_ptr, pid // M_TILES, E, BLOCK_N)
+    if expert < E:
+        place = first + tl.arange(0, BLOCK_N)
+        pair = tl.load(order_ptr + tl.minimum(place, end - 1))
+        token = pair // CONFIG.experts_per_token
+        matrix = tl.cast(layer, tl.int64) * E + expert
+        acc = expert_product(
+            blocks_ptr,
+            scales_ptr,
+            bases_ptr,
+            x_ptr,
+            x_scale_ptr,
+            matrix,
+            m0,
+            token,
+            ROWS,
+            CONFIG.hidden_size,
+            BLOCK_M,
+            BLOCK_K,
+            STAGES,
+            TUNING,
+            SCALED,
+        )
+        if not SCALED:
+            acc *= tl.load(x_scale_ptr + token)[None, :]
+        gate, up = split_rows(acc, FRAGMENTS)
+        i = m0 // 2 + tl.arange(0, HALF)
+        bias = bias_ptr + matrix * ROWS + 2 * i
+        gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
+        up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
+        act = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
+        if QUANT:
+            elements, scale = quantize_mxfp8(tl.reshape(act, (BLOCK_N * HALF // GROUP, GROUP)))
+            act = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_N, HALF))
+        at = place.to(tl.int64)[:, None] * I + i[None, :]
+        mask = (place < end)[:, None] & (i < I)[None, :]
+        if SCALED:
+            group = m0 // (2 * GROUP) + tl.arange(0, HALF // GROUP)
+            tl.store(act_ptr + at, tl.reshape(elements, (BLOCK_N, HALF)), mask=mask)
+            at = place.to(tl.int64)[:, None] * (I // GROUP) + group[None, :]
+            mask = (place < end)[:, None] & (group < I // GROUP)[None, :]
+            tl.store(act_scale_ptr + at, tl.reshape(scale, (BLOCK_N, HALF // GROUP)), mask=mask)
+        else:
+            UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
+            tl.store(act_ptr + at, to_half(act * UNIT), mask=mask)
+
+
+@triton.jit(do_not_specialize=DYNAMIC)
+def down_kernel(
+    blocks_ptr,
+    scales_ptr,
+    bases_ptr,
+    bias_ptr,
+    act_ptr,
+    act_scale_ptr,
+    order_ptr,
+    starts_ptr,
+    weights_ptr,
+    expert_out_ptr,
+    layer,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """expert_out [tokens, top_k, hidden] = weight * (W_down act + bias); a program a tile of rows and pairs."""
+    E: tl.constexpr = CONFIG.n_experts
+    H: tl.constexpr = CONFIG.hidden_size
+    FRAGMENTS: tl.constexpr = TUNING.fragments
+    M_TILES: tl.constexpr = (H + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    m0 = pid % M_TILES * BLOCK_M
+    expert, first, end = find_block(starts_ptr, pid // M_TILES, E, BLOCK_N)
+    if expert < E:
+        place = first + tl.arange(0, BLOCK_N)
+        inside = tl.minimum(place, end - 1)
+        pair = tl.load(order_ptr + inside).to(tl.int64)
+        matrix = tl.cast(layer, tl.int64) * E + expert
+        acc = expert_product(
+            blocks_ptr,
+            scales_ptr,
+            bases_ptr,
+            act_ptr,
+            act_scale_ptr,
+            matrix,
+            m0,
+            inside,
+            H,
+            CONFIG.intermediate_size,
+            BLOCK_M,
+            BLOCK_K,
+            STAGES,
+            TUNING,
+            SCALED,
+        )
+        if not SCALED:
+            UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
+            acc *= 1.0 / UNIT
+        row = row_of(m0 + tl.arange(0, BLOCK_M), FRAGMENTS)
+        bias = tl.load(bias_ptr + matrix * H + row, mask=row < H, other=0.0).to(tl.float32)
+        y = tl.trans(acc + bias[:, None]) * tl.load(weights_ptr + pair)[:, None]
+        tl.store(expert_out_ptr + pair[:, None] * H + row[None, :], y, mask=(place < end)[:, None] & (row < H)[None, :])
+
+
+class Buffers(NamedTuple):
+    """What a block of at most `tokens` tokens leaves from launch to launch."""
+
+    x: torch.Tensor  # float32 [tokens, hidden], the residual stream, but for expert_out
+    parts: torch.Tensor  # bfloat16 [2, tokens, hidden or q rows], a product's vectors: high parts, low parts
+    qkv: torch.Tensor  # float32 [tokens, q + k + v rows]
+    expert_in: torch.Tensor  # float16 or, for scaled products, float8_e4m3fn [tokens, hidden]
+    expert_in_scale: torch.Tensor  # float32 [tokens], or uint8 [tokens, hidden / 32]
+    chosen: torch.Tensor  # int32 [tokens, top_k]
+    weights: torch.Tensor  # float32 [tokens, top_k]
+    order: torch.Tensor  # int32 [tokens * top_k], pairs in the order of their experts
+    starts: torch.Tensor  # int32 [experts + 1], where each expert's pairs begin
+    act: torch.Tensor  # like expert_in [tokens * top_k, intermediate], in that order
+    act_scale: torch.Tensor  # uint8 [tokens * top_k, intermediate / 32], for scaled products
+    expert_out: torch.Tensor  # float32 [tokens, top_k, hidden]
+
+
+def buffer_shapes(config: ModelConfig, tokens: int, scaled: bool) -> Buffers:
+    """(shape, dtype) of each."""
+    h, i, top_k = config.hidden_size, config.intermediate_size, config.experts_per_token
+    f32, f16, u8, i32 = torch.float32, torch.float16, torch.uint8, torch.int32
+    operand = torch.float8_e4m3fn if scaled else f16
+    return Buffers(
+        x=((tokens, h), f32),
+        parts=((2, tokens, max(h, config.q_size)), torch.bfloat16),
+        qkv=((tokens, config.qkv_size), f32),
+        expert_in=((tokens, h), operand),
+        expert_in_scale=((tokens, h // MXFP4_GROUP), u8) if scaled else ((tokens,), f32),
+        chosen=((tokens, top_k), i32),
+        weights=((tokens, top_k), f32),
+        order=((tokens * top_k,), i32),
+        starts=((config.n_experts + 1,), i32),
+        act=((tokens * top_k, i), operand),
+        act_scale=((tokens * top_k if scaled else 0, i // MXFP4_GROUP), u8),
+        expert_out=((tokens, top_k, h), f32),
+    )
+
+
+def block_tokens(max_context: int, tuning: BlockTuning) -> int:
+    """Tokens of the largest block that a context of so many positions needs; 0 if there is none."""
+    return min(tuning.tokens, max_context - 1) if max_context > tuning.least_tokens else 0
+
+
+def prefill_bytes(config: ModelConfig, max_context: int, tuning: BlockTuning) -> int:
+    """Device memory for the buffers, at most."""
+    shapes = buffer_shapes(config, block_tokens(max_context, tuning), scaled=False)
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
+
+
+class Prefill:
+    """Blocks of tokens through a model's layers."""
+
+    def __init__(
+        self, config: ModelConfig, tuning: Tuning, blocks: BlockTuning, quant: bool, weights: Weights, state: State
+    ):
+        """weights, state: those of the decoding kernel, `tuning` its tuning, which says how experts are packed."""
+        self.config, self.tuning, self.blocks, self.quant = config, tuning, blocks, quant
+        self.weights, self.state = weights, state
+        self.scaled = quant and tuning.dot_scaled and not tuning.fragments
+        device = state.x.device
+        self.tokens = block_tokens(state.k_cache.shape[2], blocks)
+        shapes = buffer_shapes(config, self.tokens, self.scaled)
+        self.buffers = Buffers(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes))
+        self.gate_up_bases = largest_scales(weights.gate_up_scales)
+        self.down_bases = largest_scales(weights.down_scales)
+
+    def feed(self, position: int, n_tokens: int) -> None:
+        """Fill the cache from `position` on with the state's next n_tokens tokens, whose predecessors are in it."""
+        end = position + n_tokens
+        while position < end:
+            n = min(self.tokens, end - position)
+            self._feed_block(position, n)
+            position += n
+
+    def _feed_block(self, position: int, n: int) -> None:
+        c, w, s, b = self.config, self.weights, self.state, self.buffers
+        t = self.blocks
+        embed_kernel[(n,)](s.tokens, w.embed, b.x, position, H=c.hidden_size)
+        for layer in range(c.n_layers):
+            attention_norm_kernel[(n,)](
+                b.x, b.expert_out, w.attn_norm, b.parts, layer, n * c.hidden_size, CONFIG=c, num_warps=t.norm_warps
+            )
+            self._dense(w.qkv, w.qkv_scales, w.qkv_bias, b.qkv, layer, n, c.qkv_size, c.hidden_size, c.dense.qkv)
+            max_context = s.k_cache.shape[2]
+            append_kernel[(n,)](b.qkv, s.k_cache, s.v_cache, s.cos, s.sin, layer, position, max_context, CONFIG=c)
+            if layer == c.n_layers - 1:
+                return
+            self._attention(layer, position, n, max_context)
+            self._dense(w.o, w.o_scales, w.o_bias, b.x, layer, n, c.hidden_size, c.q_size, c.dense.o, add=True)
+            self._experts(layer, n)
+
+    def _dense(
+        self,
+        matrix: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor,
+        y: torch.Tensor,
+        layer: int,
+        n: int,
+        rows: int,
+        k: int,
+        dense_format: str,
+        add: bool = False,
+    ) -> None:
+        tile = self.blocks.dense_tile(n)
+        dense_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(n, tile.n),)](
+            matrix,
+            scales,
+            bias,
+            self.buffers.parts,
+            y,
+            layer,
+            n,
+            n * k,
+            ROWS=rows,
+            K=k,
+            FORMAT=dense_format,
+            ADD=add,
+            **tile.options(),
+        )
+
+    def _attention(self, layer: int, position: int, n: int, max_context: int) -> None:
+        c, w, s, b, t = self.config, self.weights, self.state, self.buffers, self.blocks
+        group = c.n_heads // c.n_kv_heads
+        m = max(t.attention_m, next_power_of_2(group))
+        attention_kernel[(triton.cdiv(n, m // group) * c.n_kv_heads,)](
+            b.qkv,
+            s.k_cache,
+            s.v_cache,
+            w.sinks,
+            s.cos,
+            s.sin,
+            s.windows,
+            b.parts,
+            layer,
+            position,
+            n,
+            max_context,
+            n * c.q_size,
+            CONFIG=c,
+            BLOCK_M=m,
+            BLOCK_T=t.attention_t,
+            STAGES=t.attention_stages,
+            num_warps=t.attention_warps,
+        )
+
+    def _experts(self, layer: int, n: int) -> None:
+        c, w, b, t = self.config, self.weights, self.buffers, self.blocks
+        expert_norm_kernel[(n,)](
+            b.x,
+            w.mlp_norm,
+            b.parts,
+            b.expert_in,
+            b.expert_in_scale,
+            layer,
+            n * c.hidden_size,
+            CONFIG=c,
+            QUANT=self.quant,
+            SCALED=self.scaled,
+            num_warps=t.norm_warps,
+        )
+        router_kernel[(triton.cdiv(n, t.router_n),)](
+            w.router,
+            w.router_scales,
+            w.router_bias,
+            b.parts,
+            b.chosen,
+            b.weights,
+            layer,
+            n,
+            n * c.hidden_size,
+            CONFIG=c,
+            BLOCK_N=t.router_n,
+            BLOCK_K=t.router_k,
+            STAGES=t.router_stages,
+            num_warps=t.router_warps,
+        )
+        n_pairs = n * c.experts_per_token
+        grouping_kernel[(c.n_experts,)](b.chosen, b.order, b.starts, n_pairs, BLOCK=t.grouping)
+        tile = t.expert_tile(n_pairs / c.n_experts)
+        # Each expert's last block may be short, so there are at most so many.
+        n_blocks = n_pairs // tile.n + min(c.n_experts, n_pairs)
+        shared = dict(CONFIG=c, TUNING=self.tuning, SCALED=self.scaled, **tile.options())
+        gate_up_kernel[(triton.cdiv(2 * c.intermediate_size, tile.m) * n_blocks,)](
+            w.gate_up,
+            w.gate_up_scales,
+            self.gate_up_bases,
+            w.gate_up_bias,
+            b.expert_in,
+            b.expert_in_scale,
+            b.order,
+            b.starts,
+            b.act,
+            b.act_scale,
+            layer,
+            QUANT=self.quant,
+            **shared,
+        )
+        down_kernel[(triton.cdiv(c.hidden_size, tile.m) * n_blocks,)](
+            w.down,
+            w.down_scales,
+            self.down_bases,
+            w.down_bias,
+            b.act,
+            b.act_scale,
+            b.order,
+            b.starts,
+            b.weights,
+            b.expert_out,
+            layer,
+            **shared,
+        )
+
+
+def largest_scales(scales: torch.Tensor) -> torch.Tensor:
+    """uint8 [layers * experts]: the largest E8M0 scale of each matrix of a stack [layers, experts, ...] that is none of
+    NaN."""
+    layers, experts = scales.shape[:2]
+    found = torch.zeros(layers, experts, dtype=torch.uint8, device=scales.device)
+    for layer, largest in zip(scales, found):
+        flat = layer.view(torch.uint8).reshape(experts, -1)
+        largest.copy_(flat.masked_fill(flat == 255, 0).amax(1))
+    return found.flatten()
