@@ -1,0 +1,114 @@
+"""Prompts in blocks at 120b's width, against the same tokens fed one by one."""
+
+import pytest
+import torch
+from test_megakernel_on_gpu import CUDA, F32, endless, relative_rms
+
+from gpt_oss_megakernel import MegaModel
+from host.checkpoint import RandomCheckpoint
+from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
+
+LENGTHS = [1, 2, 127, 128, 129, 1000, 5000]
+# The experts' vectors are float16, 2^-12 of each element. Where that changes the fourth expert for the fifth, which
+# is a tie of their logits, a token's hidden state differs by a tenth, and what attends to it by a little.
+TOLERANCE, QUANT_TOLERANCE = 5e-3, 0.05
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return RandomCheckpoint(endless(GPT_OSS_120B.cut(3)), device=CUDA)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["default", "quant"])
+def model(checkpoint, request):
+    return MegaModel(checkpoint, request.param, max_context=LENGTHS[-1] + 1)
+
+
+@pytest.fixture(scope="module")
+def token_ids(checkpoint):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(checkpoint.config.vocab_size, (LENGTHS[-1],), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model, token_ids):
+    """Logits of the last position of each prompt."""
+    model.reset()
+    wanted = {n - 1 for n in LENGTHS}
+    found = {}
+    for position, token_id in enumerate(token_ids):
+        if position in wanted:
+            found[position + 1] = model.logits(token_id, position)
+        else:
+            model.step(token_id, position)
+    return found
+
+
+def logits_after(model: MegaModel, token_ids: list[int], held: int = 0) -> torch.Tensor:
+    last = len(token_ids) - 1
+    model._write_tokens(token_ids[held:], held)
+    if last > held:
+        model.prefill.feed(held, last - held)
+    return model.logits(token_ids[-1], last)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_logits_are_those_of_tokens_fed_one_by_one(model, token_ids, one_by_one, n):
+    model.reset()
+    error = relative_rms(logits_after(model, token_ids[:n]), one_by_one[n])
+    print(f"{n} tokens: relative rms {error:.1e}")
+    assert error < (QUANT_TOLERANCE if model.quant else TOLERANCE)
+
+
+def test_a_prompt_in_pieces(model, token_ids, one_by_one):
+    """Blocks that begin anywhere, the window's border among them."""
+    model.reset()
+    model._write_tokens(token_ids[:1000], 0)
+    for start, end in ((0, 5), (5, 130), (130, 131), (131, 600), (600, 999)):
+        model.prefill.feed(start, end - start)
+    error = relative_rms(model.logits(token_ids[999], 999), one_by_one[1000])
+    assert error < (QUANT_TOLERANCE if model.quant else TOLERANCE)
+
+
+def test_the_same_prompt_gives_the_same_bits(model, token_ids):
+    runs = []
+    for _ in range(2):
+        model.reset()
+        runs.append((logits_after(model, token_ids[:1000]), model.state.k_cache.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("dense_format", [FP8_ROWS, FP8_GROUPS])
+def test_dense_matrices_in_fp8(checkpoint, token_ids, dense_format):
+    dense = DenseFormats(*[dense_format] * 4)
+    model = MegaModel(checkpoint, max_context=256, kv_dtype=F32, dense=dense)
+    for position, token_id in enumerate(token_ids[:150]):
+        expected = model.logits(token_id, position)
+    model.reset()
+    assert relative_rms(logits_after(model, token_ids[:150]), expected) < TOLERANCE
+
+
+def test_float32_cache(checkpoint, token_ids):
+    model = MegaModel(checkpoint, max_context=256, kv_dtype=F32)
+    for position, token_id in enumerate(token_ids[:200]):
+        expected = model.logits(token_id, position)
+    keys = model.state.k_cache.clone()
+    model.reset()
+    assert relative_rms(logits_after(model, token_ids[:200]), expected) < TOLERANCE
+    assert relative_rms(model.state.k_cache, keys) < TOLERANCE
+
+
+def test_all_of_the_context(checkpoint):
+    """131,072 tokens, the last nine of them in a block and one by one after the same others."""
+    n = checkpoint.config.max_position_embeddings
+    model = MegaModel(checkpoint, max_context=n)
+    ids = torch.randint(checkpoint.config.vocab_size, (n,), generator=torch.Generator().manual_seed(3)).tolist()
+    model._write_tokens(ids, 0)
+    model.prefill.feed(0, n - 9)
+    for position in range(n - 9, n - 1):
+        model._feed(position)
+    expected, keys = model.logits(ids[-1], n - 1), model.state.k_cache[:, :, n - 9 :].clone()
+    model._write_tokens(ids[n - 9 :], n - 9)
+    model.prefill.feed(n - 9, 8)
+    assert relative_rms(model.logits(ids[-1], n - 1), expected) < TOLERANCE
+    assert relative_rms(model.state.k_cache[:, :, n - 9 :].float(), keys.float()) < TOLERANCE
