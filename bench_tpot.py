@@ -288,7 +288,7 @@ def main() -> None:
     check_matplotlib(args.plot)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
-    dense = dense_formats(args)
+    dense = dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, config, device.type != "cpu", available_bytes(device))
     name = checkpoint.name if args.random_weights else Path(checkpoint.name).name
