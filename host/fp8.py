@@ -16,7 +16,7 @@ from host.errors import InputError
 
 E4M3_MAX = 448.0
 E8M0_NAN = 255
-PIECE_BYTES = 2 << 20  # that are quantized at a time, within a CPU's caches
+PIECE_BYTES = 1 << 20  # that are quantized at a time, within a CPU's caches
 
 
 def quantize_fp8(matrix: Tensor, dense_format: str) -> tuple[Tensor, Tensor]:

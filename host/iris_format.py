@@ -9,13 +9,13 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import mode
 
 import numpy as np
 import torch
 
 from host.checkpoint import TOKENIZER_NAME
 from host.config import (
-    BF16,
     CONFIG_NAME,
     FP8_GROUPS,
     FP8_ROWS,
@@ -87,9 +87,10 @@ _SHORT_OF_LAYER = {
     "mlp.experts.down_proj_bias": "down_b",
 }
 _FLOAT32 = {"norm_attn", "norm_moe", "sinks", "final_norm"}
-_SCALED_OF_LAYER = ("w_q", "w_k", "w_v", "w_o", "router_w")  # in FP8 these, and lm_head, have scales
+# What has scales in FP8, one of a model and five of a layer -> the field of DenseFormats that tells of it.
+_SCALED = {"lm_head": "head", "w_q": "qkv", "w_k": "qkv", "w_v": "qkv", "w_o": "o", "router_w": "router"}
 SCALES_ENDING = "_scales"
-MAX_ENTRIES = len(_SHORT) + 1 + (len(_SHORT_OF_LAYER) + len(_SCALED_OF_LAYER)) * MAX_LAYERS + len(DOCUMENTS)
+MAX_ENTRIES = len(_SHORT) + 1 + (len(_SHORT_OF_LAYER) + 5) * MAX_LAYERS + len(DOCUMENTS)
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,20 @@ def archive_tensors(config: ModelConfig) -> dict[str, tuple[torch.dtype, tuple[i
 
 
 def stored_formats(entries: Mapping[str, Entry]) -> DenseFormats:
-    """How the first matrix of each kind is stored. Whether the others are stored like it is not checked."""
+    """How dense matrices are stored: a kind is FP8 if any of its matrices is, and most of its scales tell which FP8.
 
-    def of(name: str) -> str:
-        if name not in entries or entries[name].dtype != torch.float8_e4m3fn:
-            return BF16
-        scales = entries.get(name + SCALES_ENDING)
-        return FP8_GROUPS if scales and scales.dtype == torch.uint8 else FP8_ROWS
-
-    return DenseFormats(qkv=of("L0.w_q"), o=of("L0.w_o"), router=of("L0.router_w"), head=of("lm_head"))
+    Whether the others are like that is not checked.
+    """
+    scales_of = {}
+    for name, entry in entries.items():
+        component = _SCALED.get(name.rpartition(".")[2])
+        if component and entry.dtype == torch.float8_e4m3fn:
+            scales = entries.get(name + SCALES_ENDING)
+            scales_of.setdefault(component, []).extend([scales.dtype] if scales else [])
+    formats = {}
+    for component, dtypes in scales_of.items():
+        formats[component] = FP8_GROUPS if dtypes and mode(dtypes) == torch.uint8 else FP8_ROWS
+    return DenseFormats(**formats)
 
 
 def place_entries(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[Entry]:
