@@ -216,7 +216,7 @@ def _check_tensors(header: Header, config: ModelConfig, source: str) -> None:
         elif name in expected:
             wanted = expected[name]
         elif name.removesuffix(SCALES_ENDING) in expected:
-            raise InputError(f"{source}: tensor {name} is there, but {name.removesuffix(SCALES_ENDING)} has no scales")
+            raise InputError(f"{source}: tensor {name} is there, but {name.removesuffix(SCALES_ENDING)} is not FP8")
         else:
             raise InputError(f"{source}: unknown tensor {name!r}: not part of the model that {CONFIG_NAME} describes")
         if (entry.dtype, entry.shape) != wanted:
