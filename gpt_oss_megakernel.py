@@ -216,8 +216,8 @@ class MegaModel:
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         start = time.perf_counter()
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
-        self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
         self.load_seconds = time.perf_counter() - start
+        self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
         self.trace_position = trace_position
         self.state = self._new_state(kv_dtype)
         self._compile()

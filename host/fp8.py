@@ -55,7 +55,7 @@ def quantize_into(
     elements: Tensor,
     scales: Tensor,
     matrix: Tensor,
-    piece_bytes: int = PIECE_BYTES,
+    piece_bytes: int,
     move: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> None:
     """quantize_fp8 of a matrix [rows, K], a few rows at a time, as that takes several times their bytes.
@@ -116,5 +116,5 @@ class QuantizedCheckpoint:
             scales = matrix.new_empty(rows, dtype=torch.float32)
         else:
             scales = matrix.new_empty(rows, k // GROUP, dtype=torch.uint8)
-        quantize_into(elements, scales, matrix)
+        quantize_into(elements, scales, matrix, PIECE_BYTES)
         return elements, scales

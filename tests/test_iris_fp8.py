@@ -116,7 +116,7 @@ def run(monkeypatch, capsys):
 @pytest.mark.parametrize("piece_bytes", [1, 2 * 96 * 5, 1 << 20])
 @each_format
 def test_quantized_checkpoint_has_each_matrix_as_the_quantizer_makes_it(dense, piece_bytes, monkeypatch):
-    monkeypatch.setattr("host.fp8.quantize_into.__defaults__", (piece_bytes, lambda rows: rows))
+    monkeypatch.setattr("host.fp8.PIECE_BYTES", piece_bytes)
     checkpoint = small_checkpoint()
     quantized = QuantizedCheckpoint(checkpoint, dense)
     assert quantized.config == dataclasses.replace(checkpoint.config, dense=dense)
@@ -215,8 +215,15 @@ def test_writing_ends_at_each_check(folder, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="looks into /proc")
 @pytest.mark.parametrize("dense", [in_fp8(FP8_ROWS, "head"), in_fp8(FP8_GROUPS, "head")], ids=FORMATS)
-def test_memory_holds_one_matrix_and_a_few_rows(dense, tmp_path):
+def test_memory_holds_one_matrix_and_a_few_rows(dense, tmp_path, monkeypatch):
     """The LM head has 51 MB in bfloat16, which are mapped, and 26 MB in FP8; as float32 it would have 102 MB."""
+    pieces = []
+
+    def noting_quantizer(rows: torch.Tensor, dense_format: str) -> tuple[torch.Tensor, torch.Tensor]:
+        pieces.append(rows.nbytes)
+        return quantize_fp8(rows, dense_format)
+
+    monkeypatch.setattr("host.fp8.quantize_fp8", noting_quantizer)
     config = small_config(vocab_size=200_000, hidden_size=128, n_layers=1, layer_is_sliding=(True,))
     write_archive(RandomCheckpoint(config), tmp_path / "bf16.iris")
     peaks = []
@@ -228,6 +235,8 @@ def test_memory_holds_one_matrix_and_a_few_rows(dense, tmp_path):
         peaks.append(max(seen) - before)
     assert peaks[0] < 10e6
     assert peaks[1] < 60e6
+    assert sum(pieces) == 200_000 * 128 * 2
+    assert max(pieces) <= 1 << 20
 
 
 def status(key: str) -> int:
