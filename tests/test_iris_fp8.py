@@ -42,7 +42,7 @@ import run_reference
 import run_triton_phased
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import RandomCheckpoint
-from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, checkpoint_bytes, scale_name
+from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, checkpoint_bytes, scale_name
 from host.errors import InputError
 from host.fp8 import QuantizedCheckpoint, quantize_fp8
 from host.iris_writer import write_archive
@@ -188,6 +188,13 @@ def test_a_cut_model(run, archive, folder, tmp_path):
         write_archive(QuantizedCheckpoint(open_checkpoint(source, 1), MIXED), tmp_path / f"{source.name}.iris")
     assert filecmp.cmp(tmp_path / "model.iris", tmp_path / f"{archive(MIXED).name}.iris", shallow=False)
     assert open_archive(archive(MIXED), 1).config == open_archive(tmp_path / "model.iris").config
+
+
+def test_random_weights(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "20b", small_checkpoint().config)
+    words, dense = FLAGS["head, groups"]
+    assert run(convert_to_iris, "--random-weights", "20b", "--out", tmp_path / "m.iris", *words)[0] == 0
+    assert open_archive(tmp_path / "m.iris", verify=True).config.dense == dense
 
 
 def test_the_space_needed_is_that_of_the_smaller_file(run, folder, archive, tmp_path, monkeypatch):
