@@ -51,13 +51,14 @@ from host.cli import (
     FP8_COMPONENTS,
     ArgumentParser,
     add_model_arguments,
+    formats_text,
     positive_int,
     prompt_ids_from,
     run_main,
     token_id_list,
 )
 from host.conditions import conditions
-from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token
+from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token, held_formats
 from host.errors import InputError
 from host.files import read_small
 from host.limits import check_memory
@@ -587,6 +588,15 @@ def open_test_model(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpo
     return other
 
 
+def check_formats(flag: str, side: Side, checkpoint: Checkpoint) -> None:
+    """InputError where an archive has FP8 matrices that are not what the side's name says."""
+    asker = f"{flag} {side.name}"
+    held = held_formats(checkpoint, side.dense, dict.fromkeys(FP8_COMPONENTS, asker))
+    if held != side.dense:
+        has = f"{checkpoint.name} holds {formats_text(checkpoint.config.dense)}"
+        raise InputError(f"{asker}: {has}, of which no bfloat16 can be had: name it, as in default+fp8-attn")
+
+
 def check_context(windows: Sequence[Window], generated: int, *configs: ModelConfig) -> int:
     """Positions that both sides need; InputError where a model has fewer."""
     longest = max(window.n_positions for window in windows)
@@ -604,6 +614,8 @@ def main() -> None:
     plan = plan_for(args, device.type == "cpu")
     checkpoint, tokenizer = open_model(args)
     test_checkpoint = open_test_model(args, checkpoint)
+    check_formats("--ref", args.ref, checkpoint)
+    check_formats("--test", args.test, test_checkpoint)
 
     config = checkpoint.config
     prompt_ids = prompt_ids_from(args, tokenizer, config) if args.streams == "greedy" else []

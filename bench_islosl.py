@@ -313,7 +313,7 @@ def main() -> None:
     check_report_files(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
-    dense = dense_formats(args)
+    dense = dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, device.type != "cpu")
     check_fits(plan.longest, checkpoint, config, device)

@@ -258,7 +258,7 @@ def main() -> None:
     check_report_files(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
-    dense = dense_formats(args)
+    dense = dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, config, device.type != "cpu", available_bytes(device))
     name = display_name(checkpoint)

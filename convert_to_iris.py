@@ -16,9 +16,18 @@ from pathlib import Path
 import torch
 
 from host.checkpoint import Checkpoint, RandomCheckpoint
-from host.cli import ArgumentParser, positive_int, run_main
-from host.config import PRESETS
+from host.cli import (
+    FP8_COMPONENTS,
+    ArgumentParser,
+    add_fp8_arguments,
+    dense_formats,
+    formats_text,
+    positive_int,
+    run_main,
+)
+from host.config import PRESETS, held_formats
 from host.errors import InputError
+from host.fp8 import QuantizedCheckpoint
 from host.iris_compare import first_difference
 from host.iris_writer import write_archive
 from load_iris import IrisArchive, open_archive
@@ -43,12 +52,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--layers", metavar="N", type=positive_int, help="convert, or compare with, the first N layers of --model only"
     )
+    add_fp8_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace an archive that is there already")
     args = parser.parse_args()
     if args.out and not (args.model or args.random_weights):
         raise InputError("--out: what to convert? --model or --random-weights says so")
     if not args.out and (args.random_weights or args.force):
         raise InputError("--random-weights and --force go with --out")
+    if not args.out and (args.fp8_attn or args.fp8_head or args.fp8_components or args.fp8_scale):
+        raise InputError("--fp8-attn, --fp8-head, --fp8-components and --fp8-scale go with --out")
     if args.layers and not (args.out or args.model):
         raise InputError("--layers: of which --model?")
     if args.info and args.model:
@@ -60,6 +72,7 @@ def convert(args: argparse.Namespace) -> None:
     """Writes args.out. An interrupted run says how to go on."""
     try:
         checkpoint = open_source(args)
+        checkpoint = QuantizedCheckpoint(checkpoint, dense_formats(args, checkpoint))
         start = time.perf_counter()
         with signals_noted() as check:
             n_bytes = write_archive(
@@ -88,7 +101,10 @@ def open_source(args: argparse.Namespace) -> Checkpoint:
 
 
 def verify(path: Path, model: str | None, n_layers: int | None) -> None:
-    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs."""
+    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs.
+
+    What the archive has in FP8 and the checkpoint in bfloat16 is quantized and compared bit by bit.
+    """
     archive = open_archive(path)
     if archive.header.digests is None and model is None:
         raise InputError(f"{path}: version 1 holds no checksums; --model names a checkpoint to compare with")
@@ -96,7 +112,10 @@ def verify(path: Path, model: str | None, n_layers: int | None) -> None:
         archive.verify(show_progress=sys.stderr.isatty())
         print(f"{path}: {len(archive.header.entries)} checksums match")
     if model is not None:
-        difference = first_difference(archive, open_checkpoint(model, n_layers), show_progress=sys.stderr.isatty())
+        checkpoint = open_checkpoint(model, n_layers)
+        dense = held_formats(checkpoint, archive.config.dense, dict.fromkeys(FP8_COMPONENTS, str(path)))
+        checkpoint = QuantizedCheckpoint(checkpoint, dense)
+        difference = first_difference(archive, checkpoint, show_progress=sys.stderr.isatty())
         if difference:
             raise InputError(f"{path}: {difference} differs from that of {model}")
         print(f"{path}: the same as {model}")
@@ -112,6 +131,8 @@ def describe(archive: IrisArchive) -> Iterator[str]:
     yield f"experts {config.n_experts}, {config.experts_per_token} for each token"
     yield f"vocabulary {config.vocab_size}, stop ids {', '.join(map(str, config.stop_ids)) or 'none'}"
     yield f"positions {config.max_position_embeddings}"
+    if formats := formats_text(config.dense):
+        yield f"dense matrices {formats}"
     kinds = {}
     for entry in header.entries.values():
         layer, _, rest = entry.name.rpartition(".")

@@ -57,7 +57,7 @@ from host.cli import (
     stream_generation,
     torch_device,
 )
-from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes
+from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes, held_formats
 from host.errors import InputError, MegakernelAborted
 from host.launch import (
     LEAST_SLOTS,
@@ -209,13 +209,14 @@ class MegaModel:
     ):
         """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
 
-        dense: how the dense matrices are held, quantized while they are loaded; bfloat16 unless said.
+        dense: how the dense matrices are held that the checkpoint has in bfloat16, quantized while they are loaded; as
+        they are unless said. InputError if an archive has them in another FP8 format than this says.
         blocks: how prompts are fed, see prefill.py.
         kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
         checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
         device.
         """
-        self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=dense or DenseFormats())
+        self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=held_formats(checkpoint, dense))
         self.device = usable_device(device)
         self.quant = quant
         self.max_context = context_length(self.config, max_context)
@@ -230,6 +231,7 @@ class MegaModel:
         start = time.perf_counter()
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
         self.load_seconds = time.perf_counter() - start
+        self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
         self.trace_position = trace_position
         self._start(kv_dtype)
 
@@ -526,7 +528,7 @@ def main() -> None:
                 args.max_context,
                 num_programs=args.num_programs,
                 show_progress=sys.stderr.isatty(),
-                dense=dense_formats(args),
+                dense=dense_formats(args, checkpoint),
                 trace_position=None if traced is None else len(prompt_ids) - 1 + traced - 1,
             )
             if args.load_rate:
@@ -551,8 +553,8 @@ def main() -> None:
 
 
 def load_rate(model: MegaModel) -> str:
-    """One line: bytes of the weights as published, and what loading them took, packing for the device included."""
-    gigabytes = checkpoint_bytes(model.config) / 1e9
+    """One line: bytes of the weights as the checkpoint has them, and what loading took, packing included."""
+    gigabytes = model.checkpoint_bytes / 1e9
     return f"weights: {gigabytes:.3f} GB in {model.load_seconds:.2f} s, {gigabytes / model.load_seconds:.2f} GB/s"
 
 

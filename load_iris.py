@@ -1,5 +1,6 @@
 """Open an .iris archive, the whole model in one file, and read its tensors as views of the mapped file."""
 
+import dataclasses
 import hashlib
 import mmap
 import os
@@ -16,8 +17,10 @@ from huggingface_hub.utils import tqdm
 from host.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 from host.config import (
     CONFIG_NAME,
+    FP8_GROUPS,
     GENERATION_NAME,
     MAX_JSON_BYTES,
+    MXFP4_GROUP,
     PRESETS,
     ModelConfig,
     expected_tensors,
@@ -26,7 +29,16 @@ from host.config import (
 )
 from host.errors import InputError
 from host.files import open_regular, read_small
-from host.iris_format import DOCUMENTS, Entry, Header, archive_name, archive_tensors, read_header
+from host.iris_format import (
+    DOCUMENTS,
+    SCALES_ENDING,
+    Entry,
+    Header,
+    archive_name,
+    archive_tensors,
+    read_header,
+    stored_formats,
+)
 from host.mapped import name_on_bus_error, release_pages
 
 HASH_CHUNK = 8 << 20
@@ -38,6 +50,7 @@ class IrisArchive:
     """A checkpoint in one file whose table was checked against its configuration; blobs are not read yet.
 
     Tensors are views of the mapped file, so host memory holds only the pages in use. Norms and sinks are float32.
+    `config.dense` tells which dense matrices are FP8; their scales are tensors beside them.
     """
 
     def __init__(self, path: Path, descriptor: int):
@@ -46,7 +59,7 @@ class IrisArchive:
         self._path = path
         self._file = open(descriptor, "rb", buffering=0)
         self.header: Header = read_header(self._read, os.fstat(descriptor).st_size, self.name)
-        self.config: ModelConfig = self._read_config()
+        self.config: ModelConfig = dataclasses.replace(self._read_config(), dense=stored_formats(self.header.entries))
         _check_tensors(self.header, self.config, self.name)
         self._entries = self._entries_of(self.config)
         name_on_bus_error(self.name)
@@ -192,12 +205,18 @@ def _map(file, n_bytes: int, name: str) -> torch.Tensor:
 
 
 def _check_tensors(header: Header, config: ModelConfig, source: str) -> None:
+    if config.dense.o == FP8_GROUPS and config.q_size % MXFP4_GROUP:  # hidden sizes are multiples of it
+        raise InputError(
+            f"{source}: tensor L0.w_o_scales is uint8, but rows of {config.q_size} elements are no whole groups of 32"
+        )
     expected = archive_tensors(config)
     for name, entry in header.entries.items():
         if name in DOCUMENTS and header.version > 1:
             wanted = (torch.uint8, (entry.n_bytes,))
         elif name in expected:
             wanted = expected[name]
+        elif name.removesuffix(SCALES_ENDING) in expected:
+            raise InputError(f"{source}: tensor {name} is there, but {name.removesuffix(SCALES_ENDING)} is not FP8")
         else:
             raise InputError(f"{source}: unknown tensor {name!r}: not part of the model that {CONFIG_NAME} describes")
         if (entry.dtype, entry.shape) != wanted:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from host.config import BF16, DenseFormats, ModelConfig, expected_tensors
+from host.config import BF16, DenseFormats, ModelConfig, expected_tensors, held_formats, scale_name
 from host.errors import InputError
 from host.fp8 import dequantize_fp8, quantize_fp8
 from host.rope import rope_tables
@@ -25,16 +25,6 @@ E8M0_VALUES = (*(2.0 ** (byte - 127) for byte in range(255)), math.nan)
 MXFP8_GROUP = 32
 E4M3_MAX = 448.0
 E4M3_MAX_EXPONENT = 8  # 448 = 1.75 * 2^8
-
-# Ending of a published name -> the field of DenseFormats.
-DENSE_MATRICES = {
-    "q_proj.weight": "qkv",
-    "k_proj.weight": "qkv",
-    "v_proj.weight": "qkv",
-    "o_proj.weight": "o",
-    "router.weight": "router",
-    "lm_head.weight": "head",
-}
 
 Recorder = Callable[[str, Tensor], None]
 
@@ -184,16 +174,17 @@ class Weights:
     """A checkpoint's tensors as numbers on a device: kept if the model is small, else read anew at each use."""
 
     def __init__(self, checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype, dense: DenseFormats):
-        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
-        self._formats = {ending: getattr(dense, field) for ending, field in DENSE_MATRICES.items()}
+        self._checkpoint, self._device, self._dtype, self._dense = checkpoint, device, dtype, dense
         values = sum((2 if kind == "U8" else 1) * math.prod(shape) for shape, kind in expected_tensors(config).values())
         self._kept = {} if values * dtype.itemsize < KEEP_BYTES else None
 
     def tensor(self, name: str) -> Tensor:
         def read() -> Tensor:
             tensor = self._checkpoint.tensor(name).to(self._device)
-            dense_format = self._formats.get(".".join(name.split(".")[-2:]), BF16)
-            if dense_format != BF16:
+            if tensor.dtype == torch.float8_e4m3fn:
+                scales = self._checkpoint.tensor(scale_name(name)).to(self._device)
+                tensor = dequantize_fp8(tensor, scales)
+            elif (dense_format := self._dense.of(name)) != BF16:
                 tensor = dequantize_fp8(*quantize_fp8(tensor, dense_format))
             return tensor.to(self._dtype)
 
@@ -243,13 +234,14 @@ class Reference:
     ):
         """checkpoint: anything with .config and .tensor(name). kv_dtype None keeps K and V unrounded.
 
-        dense: dense matrices are rounded to these formats, see host/fp8.py; bfloat16 unless said.
+        dense: dense matrices are rounded to these formats, see host/fp8.py; they stay as they are unless said, in
+        bfloat16 or as an archive has them. InputError if it has them in another format than this says.
         max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first.
         """
         self.config = checkpoint.config if n_layers is None else checkpoint.config.cut(n_layers)
         self.quant, self.dtype, self.max_context = quant, dtype, max_context
         self.device = torch.device(device or "cpu")
-        self._weights = Weights(checkpoint, self.config, self.device, dtype, dense or DenseFormats())
+        self._weights = Weights(checkpoint, self.config, self.device, dtype, held_formats(checkpoint, dense))
         self._cos, self._sin = (table.to(dtype) for table in rope_tables(self.config, max_context, self.device))
         shape = (self.config.n_layers, max_context, self.config.n_kv_heads, self.config.head_dim)
         self.keys = torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device)

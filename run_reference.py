@@ -48,7 +48,7 @@ def main() -> None:
     max_context = context_length(config, args.max_context)
     # The files stay mapped; of what is converted, the LM head in float32 is the largest.
     check_memory(config, max_context, kv_dtype, device, weights=4 * config.vocab_size * config.hidden_size)
-    dense = dense_formats(args)
+    dense = dense_formats(args, checkpoint)
     model = Reference(checkpoint, args.quant, kv_dtype, max_context, device, dense=dense)
     with logits_writer(args.logits_out, config.vocab_size) as on_logits:
         stream_generation(

@@ -182,7 +182,8 @@ def main() -> None:
     config = checkpoint.config
     prompt_ids = prompt_ids_from(args, tokenizer, config)
     with logits_writer(args.logits_out, config.vocab_size) as on_logits:
-        options = {"max_context": args.max_context, "num_programs": args.num_programs, "dense": dense_formats(args)}
+        dense = dense_formats(args, checkpoint)
+        options = {"max_context": args.max_context, "num_programs": args.num_programs, "dense": dense}
         model = PhasedModel(checkpoint, args.quant, show_progress=sys.stderr.isatty(), **options)
         mega = MegaModel(checkpoint, args.quant, weights=model.weights, **options) if args.times else None
         generation = stream_generation(

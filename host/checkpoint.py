@@ -40,7 +40,8 @@ class Checkpoint(Protocol):
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of this published name, in its published shape and dtype (bfloat16 or uint8).
 
-        Norms and sinks may come as float32.
+        Norms and sinks may come as float32. A dense matrix that `config.dense` says is FP8 comes as float8_e4m3fn, its
+        scales under host.config.scale_name as float32 or uint8.
         """
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from host.config import BF16, FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token
+from host.checkpoint import Checkpoint
+from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token, held_formats
 from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer
 from host.limits import DEFAULT_CONTEXT, context_length
 
@@ -163,23 +164,31 @@ def component_list(text: str) -> tuple[str, ...]:
     return names
 
 
-def dense_formats(args: argparse.Namespace) -> DenseFormats:
-    """What add_fp8_arguments asks for. InputError if it gives a scale to nothing."""
-    names = {*args.fp8_components}
+def dense_formats(args: argparse.Namespace, checkpoint: Checkpoint) -> DenseFormats:
+    """What add_fp8_arguments asks for beyond what the checkpoint has, see held_formats.
+
+    InputError if that is another format than the checkpoint's, or a scale is given to nothing.
+    """
+    flags = dict.fromkeys(args.fp8_components, "--fp8-components")
     if args.fp8_attn:
-        names |= {"qkv", "o"}
+        flags |= dict.fromkeys(("qkv", "o"), "--fp8-attn")
     if args.fp8_head:
-        names.add("head")
-    if args.fp8_scale and not names:
+        flags["head"] = "--fp8-head"
+    if args.fp8_scale and not flags:
         raise InputError("--fp8-scale: which matrices? see --fp8-attn, --fp8-head and --fp8-components")
-    return DenseFormats(**dict.fromkeys(names, FP8_SCALES[args.fp8_scale or "row"]))
+    asked = DenseFormats(**dict.fromkeys(flags, FP8_SCALES[args.fp8_scale or "row"]))
+    return held_formats(checkpoint, asked, flags)
+
+
+def formats_text(dense: DenseFormats) -> str:
+    """What is not in bfloat16: "qkv o fp8-row, head fp8-32" for example."""
+    names = {kind: [name for name in FP8_COMPONENTS if getattr(dense, name) == kind] for kind in FP8_SCALES.values()}
+    return ", ".join(f"{' '.join(found)} {kind}" for kind, found in names.items() if found)
 
 
 def path_name(quant: bool, dense: DenseFormats) -> str:
     """What a user calls a path through the kernel: "default", "quant" or, for example, "quant, qkv o fp8-row"."""
-    names = [name for name in FP8_COMPONENTS if getattr(dense, name) != BF16]
-    path = "quant" if quant else "default"
-    return f"{path}, {' '.join(names)} {getattr(dense, names[0])}" if names else path
+    return ", ".join(filter(None, ("quant" if quant else "default", formats_text(dense))))
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:

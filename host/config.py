@@ -3,6 +3,7 @@
 import json
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,18 @@ MAX_LAYERS = 1024  # a damaged file may ask for billions, and each layer costs m
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 BF16, FP8_ROWS, FP8_GROUPS = "bf16", "fp8-row", "fp8-32"  # bfloat16; E4M3 with a scale a row, or one for 32 elements
 LAYER_KINDS = ("sliding_attention", "full_attention")
+ITEM_BYTES = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}  # by dtype as safetensors spells it
+SCALE_ENDING = "_scale"  # of the name of an FP8 matrix's scales, behind that of the matrix
+
+# Ending of the published name of each dense matrix -> the field of DenseFormats that says how it is held.
+DENSE_MATRICES = {
+    "q_proj.weight": "qkv",
+    "k_proj.weight": "qkv",
+    "v_proj.weight": "qkv",
+    "o_proj.weight": "o",
+    "router.weight": "router",
+    "lm_head.weight": "head",
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +53,17 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class DenseFormats:
-    """How a device holds each dense matrix: BF16, as published, or one of the others, see host/fp8.py."""
+    """How a device or a file holds each dense matrix: BF16, as published, or one of the others, see host/fp8.py."""
 
     qkv: str = BF16
     o: str = BF16
     router: str = BF16
     head: str = BF16
+
+    def of(self, name: str) -> str:
+        """The format of the tensor of this published name; BF16 if it is no dense matrix."""
+        component = DENSE_MATRICES.get(".".join(name.split(".")[-2:]))
+        return getattr(self, component) if component else BF16
 
 
 @dataclass(frozen=True)
@@ -110,8 +128,29 @@ GPT_OSS_20B = ModelConfig(n_layers=24, n_experts=32, layer_is_sliding=(True, Fal
 PRESETS = {"120b": GPT_OSS_120B, "20b": GPT_OSS_20B}
 
 
+def held_formats(checkpoint, asked: DenseFormats | None, askers: Mapping[str, str] | None = None) -> DenseFormats:
+    """The formats in which dense matrices can be had: as asked for where the checkpoint has bfloat16, else its own.
+
+    askers: field of DenseFormats -> the flag that asks for it. InputError if that is another than the checkpoint's, as
+    what was rounded once is not rounded again; bfloat16 asks for nothing.
+    """
+    formats = dict(checkpoint.config.dense.__dict__)
+    for name, wanted in (asked or DenseFormats()).__dict__.items():
+        if wanted != BF16:
+            if formats[name] not in (BF16, wanted):
+                asker = (askers or {}).get(name, f"dense.{name}")
+                raise InputError(
+                    f"{asker}: {checkpoint.name} holds {name} in {formats[name]}, which cannot become {wanted}"
+                )
+            formats[name] = wanted
+    return DenseFormats(**formats)
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype as safetensors spells it) of each tensor of a checkpoint in the published layout."""
+    """Name -> (shape, dtype as safetensors spells it) of each tensor of a checkpoint in the published layout.
+
+    With `config.dense` some matrices are E4M3, and their scales are tensors of their own, called scale_name.
+    """
     hidden, inter, experts = config.hidden_size, config.intermediate_size, config.n_experts
     tensors = {
         "model.embed_tokens.weight": ((config.vocab_size, hidden), "BF16"),
@@ -135,13 +174,25 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], st
             tensors[f"{mlp}.experts.{proj}_proj_blocks"] = ((experts, rows, groups, MXFP4_GROUP // 2), "U8")
             tensors[f"{mlp}.experts.{proj}_proj_scales"] = ((experts, rows, groups), "U8")
             tensors[f"{mlp}.experts.{proj}_proj_bias"] = ((experts, rows), "BF16")
+    for name, (shape, _) in list(tensors.items()):
+        dense_format = config.dense.of(name)
+        if dense_format != BF16:
+            rows, k = shape
+            tensors[name] = shape, "F8_E4M3"
+            tensors[scale_name(name)] = (
+                ((rows,), "F32") if dense_format == FP8_ROWS else ((rows, k // MXFP4_GROUP), "U8")
+            )
     return tensors
+
+
+def scale_name(name: str) -> str:
+    """What the scales of the FP8 matrix of this published name are called."""
+    return f"{name}{SCALE_ENDING}"
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
     """Bytes of all tensors of a checkpoint in the published layout."""
-    width = {"BF16": 2, "U8": 1}
-    return sum(math.prod(shape) * width[dtype] for shape, dtype in expected_tensors(config).values())
+    return sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in expected_tensors(config).values())
 
 
 def check_token(token_id: int, config: ModelConfig) -> None:

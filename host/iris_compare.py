@@ -1,5 +1,7 @@
 """Compare two checkpoints, tensor by tensor."""
 
+import dataclasses
+
 import torch
 from huggingface_hub.utils import tqdm
 
@@ -13,8 +15,10 @@ def first_difference(ours: Checkpoint, theirs: Checkpoint, show_progress: bool =
 
     Values are compared bit by bit, in the wider of two dtypes.
     """
-    if ours.config != theirs.config:
+    if dataclasses.replace(ours.config, dense=theirs.config.dense) != theirs.config:
         return "the configuration"
+    if ours.config.dense != theirs.config.dense:
+        return "the format of the dense matrices"
     if ours.document(TOKENIZER_NAME) != theirs.document(TOKENIZER_NAME):
         return "the tokenizer"
     with tqdm(unit="tensors", desc="comparing", disable=not show_progress) as bar:

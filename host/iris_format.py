@@ -7,14 +7,25 @@ that names the file.
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import mode
 
 import numpy as np
 import torch
 
 from host.checkpoint import TOKENIZER_NAME
-from host.config import CONFIG_NAME, GENERATION_NAME, MAX_LAYERS, ModelConfig, expected_tensors
+from host.config import (
+    CONFIG_NAME,
+    FP8_GROUPS,
+    FP8_ROWS,
+    GENERATION_NAME,
+    MAX_LAYERS,
+    SCALE_ENDING,
+    DenseFormats,
+    ModelConfig,
+    expected_tensors,
+)
 from host.errors import InputError
 
 MAGIC = b"IRISMDL1"
@@ -22,8 +33,14 @@ VERSION = 2  # of what is written; 1 is read
 PUBLISHED_ORDER = 0  # values stand in the order of the published checkpoints
 HEADER_ALIGNMENT = 4096
 BLOB_ALIGNMENT = 256
-DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.int32)  # by code
-SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
+DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.int32, torch.float8_e4m3fn)  # by code
+VERSION_1_DTYPES = 4  # the first ones
+SAFETENSORS_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 MAX_DIMS = 8
 
 DOCUMENTS = (CONFIG_NAME, GENERATION_NAME, TOKENIZER_NAME)  # stored beside the tensors
@@ -70,7 +87,10 @@ _SHORT_OF_LAYER = {
     "mlp.experts.down_proj_bias": "down_b",
 }
 _FLOAT32 = {"norm_attn", "norm_moe", "sinks", "final_norm"}
-MAX_ENTRIES = len(_SHORT) + len(_SHORT_OF_LAYER) * MAX_LAYERS + len(DOCUMENTS)
+# What has scales in FP8, one of a model and five of a layer -> the field of DenseFormats that tells of it.
+_SCALED = {"lm_head": "head", "w_q": "qkv", "w_k": "qkv", "w_v": "qkv", "w_o": "o", "router_w": "router"}
+SCALES_ENDING = "_scales"
+MAX_ENTRIES = len(_SHORT) + 1 + (len(_SHORT_OF_LAYER) + 5) * MAX_LAYERS + len(DOCUMENTS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,9 @@ class Header:
 
 
 def archive_name(published: str) -> str:
-    """The name in an archive of a tensor of the published layout."""
+    """The name in an archive of a tensor of the published layout, or of the scales of one."""
+    if published.endswith(SCALE_ENDING):
+        return archive_name(published.removesuffix(SCALE_ENDING)) + SCALES_ENDING
     if published in _SHORT:
         return _SHORT[published]
     layer, _, rest = published.removeprefix("model.layers.").partition(".")
@@ -114,6 +136,23 @@ def archive_tensors(config: ModelConfig) -> dict[str, tuple[torch.dtype, tuple[i
         is_float32 = name.rpartition(".")[2] in _FLOAT32
         tensors[name] = (torch.float32 if is_float32 else SAFETENSORS_DTYPES[dtype], shape)
     return tensors
+
+
+def stored_formats(entries: Mapping[str, Entry]) -> DenseFormats:
+    """How dense matrices are stored: a kind is FP8 if any of its matrices is, and most of its scales tell which FP8.
+
+    Whether the others are like that is not checked.
+    """
+    scales_of = {}
+    for name, entry in entries.items():
+        component = _SCALED.get(name.rpartition(".")[2])
+        if component and entry.dtype == torch.float8_e4m3fn:
+            scales = entries.get(name + SCALES_ENDING)
+            scales_of.setdefault(component, []).extend([scales.dtype] if scales else [])
+    formats = {}
+    for component, dtypes in scales_of.items():
+        formats[component] = FP8_GROUPS if dtypes and mode(dtypes) == torch.uint8 else FP8_ROWS
+    return DenseFormats(**formats)
 
 
 def place_entries(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[Entry]:
@@ -202,7 +241,7 @@ def _entries(table: np.ndarray, version: int, source: str) -> dict[str, Entry]:
         if name in entries:
             raise InputError(f"{source}: tensor {name!r} is there twice")
         dtype, n_dims = int(row["dtype"]), int(row["n_dims"])
-        if dtype >= len(DTYPES):
+        if dtype >= (VERSION_1_DTYPES if version == 1 else len(DTYPES)):
             raise InputError(f"{source}: tensor {name!r} is of dtype {dtype}, which is not known")
         if not 1 <= n_dims <= MAX_DIMS:
             raise InputError(f"{source}: tensor {name!r} has {n_dims} dimensions, not 1 to {MAX_DIMS}")

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from host.checkpoint import TOKENIZER_NAME, Checkpoint, config_to_dict
-from host.config import CONFIG_NAME, GENERATION_NAME
+from host.config import BF16, CONFIG_NAME, GENERATION_NAME, scale_name
 from host.iris_format import Entry, archive_name, archive_tensors, encode_header, place_entries
 from host.output_file import replacing, write_all
 from host.weights import LAYER_TENSORS, MODEL_TENSORS, published_names
@@ -29,6 +29,7 @@ def write_archive(
 ) -> int:
     """Write an archive of version 2, returns its bytes. The host holds one tensor at a time, or a mapped file's pages.
 
+    Dense matrices are written as the checkpoint has them; host.fp8.QuantizedCheckpoint has them in FP8.
     `check` is called again and again: what it raises ends the writing, with nothing left at `path`.
     InputError, and nothing at `path`, if it is there already (but with `force`), there is no space, or the checkpoint
     is damaged.
@@ -87,8 +88,12 @@ def _plan(checkpoint: Checkpoint, documents: dict[str, bytes]) -> list[Entry]:
     """Documents first, then the tensors of one kind behind each other, as a kernel on a CPU reads them in place."""
     config = checkpoint.config
     tensors = archive_tensors(config)
-    fields = (*MODEL_TENSORS, *LAYER_TENSORS)
-    names = [archive_name(name) for field in fields for name in published_names(field, config.n_layers)]
+    names = []
+    for field in (*MODEL_TENSORS, *LAYER_TENSORS):
+        published = published_names(field, config.n_layers)
+        names += map(archive_name, published)
+        if config.dense.of(published[0]) != BF16:
+            names += [archive_name(scale_name(name)) for name in published]
     kinds = [(name, torch.uint8, (len(data),)) for name, data in documents.items()]
     return place_entries(kinds + [(name, *tensors[name]) for name in names])
 

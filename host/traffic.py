@@ -2,10 +2,9 @@
 
 import math
 
-from host.config import BF16, FP8_ROWS, MXFP4_GROUP, ModelConfig, expected_tensors
+from host.config import ITEM_BYTES, SCALE_ENDING, ModelConfig, expected_tensors
 from host.phases import Phase, phases_of_token
 
-ITEM_BYTES = {"BF16": 2, "U8": 1}
 KV_ITEM_BYTES = 2  # bfloat16
 PHASE_OF_TENSOR = {  # the phase that reads a tensor, by what precedes the last part of its published name
     "model.embed_tokens": "embedding",
@@ -22,7 +21,6 @@ PHASE_OF_TENSOR = {  # the phase that reads a tensor, by what precedes the last 
     "model.norm": "LM head",
     "lm_head": "LM head",
 }
-DENSE_FIELDS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "router": "router", "lm_head": "head"}
 
 
 def weight_bytes_per_token(config: ModelConfig) -> int:
@@ -61,7 +59,7 @@ def _tensor_bytes(config: ModelConfig) -> dict[str, int]:
     """Published name -> bytes of it that a token uses."""
     sizes = {}
     for name, (shape, dtype) in expected_tensors(config).items():
-        n_bytes = _stored_bytes(name, shape, dtype, config)
+        n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
         if ".experts." in name:
             n_bytes = n_bytes // config.n_experts * config.experts_per_token
         elif name == "model.embed_tokens.weight":
@@ -70,22 +68,13 @@ def _tensor_bytes(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def _stored_bytes(name: str, shape: tuple[int, ...], dtype: str, config: ModelConfig) -> int:
-    """Bytes of a tensor as `config.dense` has it held."""
-    dense_format = next((getattr(config.dense, field) for key, field in DENSE_FIELDS.items() if key in name), BF16)
-    if dense_format == BF16 or not name.endswith(".weight"):
-        return math.prod(shape) * ITEM_BYTES[dtype]
-    rows, k = shape
-    return rows * (k + (4 if dense_format == FP8_ROWS else k // MXFP4_GROUP))
-
-
 def _phase_of(name: str) -> Phase:
     """The phase that reads a tensor of the published name `name`."""
     layer = None
     if name.startswith("model.layers."):
         number, name = name.removeprefix("model.layers.").split(".", 1)
         layer = int(number)
-    for suffix in ("_blocks", "_scales", "_bias", ".weight", ".bias", ".sinks"):
+    for suffix in (SCALE_ENDING, "_blocks", "_scales", "_bias", ".weight", ".bias", ".sinks"):
         name = name.removesuffix(suffix)
     return Phase(PHASE_OF_TENSOR[name], layer)
 

@@ -6,8 +6,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from common.gemv_dense import item_bytes, scale_stride
-from host.config import BF16, FP8_GROUPS, FP8_ROWS, ModelConfig, expected_tensors
-from host.fp8 import quantize_fp8
+from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, ModelConfig, expected_tensors, scale_name
+from host.fp8 import quantize_into
 from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
 from host.launch import Tuning
 from host.upload import Uploader
@@ -132,15 +132,23 @@ def published_names(field: str, n_layers: int) -> list[str]:
     return [f"model.layers.{n}.{name}" for n in range(n_layers) for name in LAYER_TENSORS[field]]
 
 
+def tensor_names(field: str, n_layers: int) -> list[str]:
+    """The same, for scales of dense matrices too."""
+    if field in PUBLISHED:
+        return published_names(field, n_layers)
+    return [scale_name(name) for name in published_names(field.removesuffix("_scales"), n_layers)]
+
+
 def weights_in_place(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> dict[str, torch.Tensor]:
     """Fields of Weights that a CPU can use where they lie: those that a mapped archive holds in one piece."""
     run_of = getattr(checkpoint, "run_of", None)  # see load_iris.IrisArchive
     fields = {}
     if run_of and device.type == "cpu":
         for field, (shape, dtype) in weight_shapes(config, tuning)._asdict().items():
-            stands = field in PUBLISHED and not _is_converted(field, config, tuning)
-            run = run_of(published_names(field, config.n_layers)) if stands else None
-            if run is not None:
+            n_bytes = torch.Size(shape).numel() * dtype.itemsize
+            stands = n_bytes and not _is_converted(field, checkpoint.config, config, tuning)
+            run = run_of(tensor_names(field, config.n_layers)) if stands else None
+            if run is not None and run.nbytes == n_bytes:  # scales may need padding
                 fields[field] = run.view(dtype).view(shape)
     return fields
 
@@ -156,7 +164,8 @@ def load_weights(
 ) -> Weights:
     """A checkpoint's weights on the device, copied but for weights_in_place.
 
-    config: that of the checkpoint, whose `dense` says how the dense matrices are held, as `tuning` does for experts.
+    config: that of the checkpoint, but its `dense` says how the dense matrices are held, as `tuning` does for experts;
+    those that the checkpoint has in bfloat16 are quantized on the device.
     """
     fields = weights_in_place(checkpoint, config, device, tuning)
     places = {}
@@ -169,12 +178,14 @@ def load_weights(
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
         for name, tensor in checkpoint.tensors() if places else ():
             if name in places:
-                place, scales = places.pop(name), places.pop(f"{name} scales", None)
-                if scales is None:
-                    _fill(place, name, tensor, tuning, upload)
+                place = places.pop(name)
+                if tensor.dtype == torch.bfloat16 and scale_name(name) in places:
+                    scales = places.pop(scale_name(name))
+                    quantize_into(place, scales, tensor, PIECE_BYTES, upload)
+                    bar.update(scales.nbytes)
                 else:
-                    _fill_fp8(place, scales, tensor, upload)
-                bar.update(place.nbytes + (0 if scales is None else scales.nbytes))
+                    _fill(place, name, tensor, tuning, upload)
+                bar.update(place.nbytes)
     if places:
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
     if device.type == "cuda":
@@ -182,10 +193,11 @@ def load_weights(
     return Weights(**fields)
 
 
-def _is_converted(field: str, config: ModelConfig, tuning: Tuning) -> bool:
-    """Whether the values are other than the published ones, or in another order."""
-    if field in DENSE_FIELDS:
-        return dense_matrices(config)[field][1] != BF16
+def _is_converted(field: str, stored: ModelConfig, config: ModelConfig, tuning: Tuning) -> bool:
+    """Whether the values are other than the checkpoint's, or in another order."""
+    matrix = field.removesuffix("_scales")
+    if matrix in DENSE_FIELDS:
+        return dense_matrices(stored)[matrix][1] != dense_matrices(config)[matrix][1]
     return tuning.fragments and field in ("gate_up", "gate_up_scales", "down", "down_scales")
 
 
@@ -196,29 +208,18 @@ def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning, 
         for some, matrices in zip(place.split(step), tensor.split(step)):
             matrices = upload(matrices)
             some.copy_(pack_blocks(matrices) if name.endswith("_blocks") else pack_scales(matrices, tuning.num_warps))
+    elif name.endswith(SCALE_ENDING):
+        place[..., : tensor.shape[-1]].copy_(upload(tensor))
     else:
         target = place.view(tensor.dtype) if place.dtype == torch.int32 else place
         upload.into(target.view(tensor.shape), tensor)
 
 
-def _fill_fp8(place: torch.Tensor, scales: torch.Tensor, tensor: torch.Tensor, upload: Uploader) -> None:
-    """Quantizes a dense matrix to its place and, beside it, its scales' place."""
-    dense_format = FP8_ROWS if scales.dim() == 1 else FP8_GROUPS
-    step = max(1, PIECE_BYTES // tensor[0].nbytes)
-    for target, target_scales, rows in zip(place.split(step), scales.split(step), tensor.split(step)):
-        elements, found = quantize_fp8(upload(rows), dense_format)
-        target.view(torch.uint8).copy_(elements.view(torch.uint8))
-        (target_scales if found.dim() == 1 else target_scales[:, : found.shape[1]]).copy_(found)
-
-
 def _places(config: ModelConfig, field: str, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Published name -> the part of a field of Weights that it fills; "NAME scales" for those of a dense matrix."""
-    source, ending = (field, "") if field in PUBLISHED else (field.removesuffix("_scales"), " scales")
-    names = [f"{name}{ending}" for name in published_names(source, config.n_layers)]
+    """Name of a tensor -> the part of a field of Weights that it fills."""
     if not weights.numel():
         return {}
-    if source in MODEL_TENSORS:
+    names, shapes = tensor_names(field, config.n_layers), expected_tensors(config)
+    if field.removesuffix("_scales") in MODEL_TENSORS:
         return {names[0]: weights}
-    shapes = expected_tensors(config)
-    rows = [shapes[name.removesuffix(ending)][0][0] for name in names]
-    return dict(zip(names, weights.flatten(0, 1).split(rows)))
+    return dict(zip(names, weights.flatten(0, 1).split([shapes[name][0][0] for name in names])))

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 
 from host.checkpoint import config_to_dict
-from host.config import ModelConfig
+from host.config import BF16 as DENSE_BF16
+from host.config import FP8_ROWS, DenseFormats, ModelConfig
 
-BF16, F32, U8, I32 = range(4)
-ITEM_BYTES = {BF16: 2, F32: 4, U8: 1, I32: 4}
+BF16, F32, U8, I32, F8 = range(5)
+ITEM_BYTES = {BF16: 2, F32: 4, U8: 1, I32: 4, F8: 1}
 PREFIX_BYTES, ROW_BYTES, DIGEST_BYTES, TRAILER_BYTES = 16, 216, 32, 16
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 
@@ -47,25 +48,40 @@ LAYER_ROWS = (
     ("down_scales", "mlp.experts.down_proj_scales", U8),
     ("down_b", "mlp.experts.down_proj_bias", BF16),
 )
+# Names of dense matrices -> the field of DenseFormats that tells of each.
+DENSE_ROWS = {"w_q": "qkv", "w_k": "qkv", "w_v": "qkv", "w_o": "o", "router_w": "router", "lm_head": "head"}
 # As LAYER_ROWS lists them, but weights and biases of the same input next to each other: what the writer puts in a row.
 WRITTEN_TOGETHER = (("norm_attn",), ("w_q", "w_k", "w_v"), ("b_q", "b_k", "b_v")) + tuple(
     (short,) for short, _, _ in LAYER_ROWS[7:]
 )
 
 
-def row_kinds(n_layers: int) -> dict[str, tuple[str, int]]:
-    """Name in an archive -> (published name, dtype), layer by layer."""
+def row_kinds(n_layers: int, dense: DenseFormats | None = None) -> dict[str, tuple[str, int]]:
+    """Name in an archive -> (published name, dtype), layer by layer; scales at the end."""
     kinds = {short: (published, dtype) for short, published, dtype in MODEL_ROWS}
     for n in range(n_layers):
         kinds |= {f"L{n}.{short}": (f"model.layers.{n}.{rest}", dtype) for short, rest, dtype in LAYER_ROWS}
+    for name, (published, _) in list(kinds.items()):
+        dense_format = format_of(name, dense)
+        if dense_format != DENSE_BF16:
+            kinds[name] = published, F8
+            kinds[f"{name}_scales"] = f"{published}_scale", F32 if dense_format == FP8_ROWS else U8
     return kinds
 
 
-def written_order(n_layers: int) -> list[str]:
+def format_of(name: str, dense: DenseFormats | None) -> str:
+    """That of a tensor of this name in an archive."""
+    return getattr(dense or DenseFormats(), DENSE_ROWS.get(name.rpartition(".")[2], ""), DENSE_BF16)
+
+
+def written_order(n_layers: int, dense: DenseFormats | None = None) -> list[str]:
     """The tensors of an archive in the order in which they are written: kind by kind, all layers of each."""
-    names = [short for short, _, _ in MODEL_ROWS]
-    for together in WRITTEN_TOGETHER:
-        names += [f"L{n}.{short}" for n in range(n_layers) for short in together]
+    kinds = [[short] for short, _, _ in MODEL_ROWS]
+    kinds += [[f"L{n}.{short}" for n in range(n_layers) for short in together] for together in WRITTEN_TOGETHER]
+    names = []
+    for kind in kinds:
+        is_scaled = format_of(kind[0], dense) != DENSE_BF16
+        names += kind + [f"{name}_scales" for name in kind if is_scaled]
     return names
 
 
@@ -175,7 +191,7 @@ def archive_of(
 
     Version 2 holds `documents`, only the configuration if there are none; version 1 never does.
     """
-    kinds = row_kinds(checkpoint.config.n_layers)
+    kinds = row_kinds(checkpoint.config.n_layers, checkpoint.config.dense)
     if documents is None:
         documents = {CONFIG: config_json(checkpoint)}
     parts = [(name, U8, (len(data),), data) for name, data in documents.items() if version != 1]
@@ -266,7 +282,7 @@ BROKEN_HEADERS: dict[str, tuple[Change, str]] = {
     "version 4294967295": (header_changes(version=2**32 - 1), "of version 4294967295"),
     "no tensors": (header_changes(count=0), "claims 0 tensors"),
     "4 billion tensors": (header_changes(count=2**32 - 1), "claims 4294967295 tensors"),
-    "one tensor more than any model has": (header_changes(count=19463), "claims 19463 tensors, a model has 1 to 19462"),
+    "one tensor more than any model has": (header_changes(count=24584), "claims 24584 tensors, a model has 1 to 24583"),
     "more tensors than there is room for": (header_changes(count=19462), "ends within its header"),
     "name that is not UTF-8": (row_changes(3, name=b"\xff\xfe"), "tensor 3 of the table has no readable name"),
     "name that ends within a character": (row_changes(3, name=b"x" * 127 + b"\xc3"), "tensor 3 of the table"),
@@ -278,7 +294,7 @@ BROKEN_HEADERS: dict[str, tuple[Change, str]] = {
     "no name": (row_changes(0, name=b""), "tensor 0 of the table"),
     "name with more behind its end": (row_changes(-1, name=b"embed\0x"), "of the table has no readable name"),
     "name that is there twice": (row_changes(-1, name=b"lm_head"), "tensor 'lm_head' is there twice"),
-    "dtype 4": (row_changes(3, dtype=4), "is of dtype 4, which is not known"),
+    "dtype 5": (row_changes(3, dtype=5), "is of dtype 5, which is not known"),
     "dtype 4294967295": (row_changes(3, dtype=2**32 - 1), "is of dtype 4294967295"),
     "no dimensions": (row_changes(3, n_dims=0), "has 0 dimensions, not 1 to 8"),
     "9 dimensions": (row_changes(3, n_dims=9), "has 9 dimensions, not 1 to 8"),
@@ -326,6 +342,7 @@ BROKEN_HEADERS_OF_VERSION_2: dict[str, tuple[Change, str]] = {
     ),
 }
 BROKEN: list[tuple[int, str, Change, str]] = [
+    (1, "dtype 4", row_changes(3, dtype=4), "is of dtype 4, which is not known"),
     *[(version, what, *broken) for version in (1, 2) for what, broken in BROKEN_HEADERS.items()],
     *[(2, what, *broken) for what, broken in BROKEN_HEADERS_OF_VERSION_2.items()],
 ]

@@ -150,6 +150,21 @@ def test_what_is_no_number_stays_visible(dense_format, value):
         assert torch.equal(found[1, [*range(32), *range(64, 96)]], expected[1, [*range(32), *range(64, 96)]])
 
 
+def test_what_a_file_may_hold_besides():
+    """Scales that the quantizer never makes: NaN spreads over its group or row, the others are factors."""
+    elements = torch.tensor([[1.0] * 32 + [-2.0] * 32] * 4).to(torch.float8_e4m3fn)
+    elements.view(torch.uint8)[2, 3] = 0x7F
+    found = dequantize_fp8(elements, torch.tensor([[255, 0], [254, 127], [127, 127], [127, 255]], dtype=torch.uint8))
+    assert found.isnan().nonzero().tolist() == [[0, k] for k in range(32)] + [[2, 3]] + [[3, k] for k in range(32, 64)]
+    assert (found[0, 32:] == -(2.0**-126)).all()
+    assert (found[1, :32] == 2.0**127).all()
+    found = dequantize_fp8(elements, torch.tensor([math.nan, -3.0, 0.0, math.inf]))
+    assert found[0].isnan().all()
+    assert found[1].tolist() == [-3.0] * 32 + [6.0] * 32
+    assert found[2].isnan().nonzero().flatten().tolist() == [3]
+    assert found[3].isinf().all()
+
+
 def test_groups_must_be_whole():
     with pytest.raises(InputError, match="fp8-32: rows of 48 elements are no whole groups of 32"):
         quantize_fp8(torch.ones(2, 48), FP8_GROUPS)

@@ -45,7 +45,7 @@ from host.iris_format import (
 )
 from host.iris_writer import write_archive
 
-DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.int32)
+DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.int32, torch.float8_e4m3fn)
 CHECKPOINT = RandomCheckpoint(small_config())
 DOCUMENTS = {CONFIG: config_json(CHECKPOINT), GENERATION: b'{"eos_token_id": 5}', TOKENIZER: b"{}" * 300}
 
@@ -203,7 +203,7 @@ def test_entry_of_no_bytes_is_no_overlap(good):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_as_many_entries_as_the_largest_model_has(version):
-    assert MAX_ENTRIES == 3 + 19 * MAX_LAYERS + 3
+    assert MAX_ENTRIES == 3 + 19 * MAX_LAYERS + 3 + 1 + 5 * MAX_LAYERS  # documents and scales at the end
     start = iris_files.header_bytes(version, MAX_ENTRIES)
     rows = [Row(f"t{i}".encode(), start, 0, i % 4, (0, i), 2, bytes(32)) for i in range(MAX_ENTRIES)]
     archive = ArchiveBytes(version, rows, b"", start)
@@ -296,7 +296,7 @@ def test_file_that_gives_less_than_its_size(good):
             assert_rejected(header[:n], file_bytes=len(archive.encode()))
 
 
-@pytest.mark.parametrize("count", [19462, 19463, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("count", [19462, 24583, 24584, 2**31, 2**32 - 1])
 @pytest.mark.parametrize("version", [1, 2])
 def test_nothing_is_read_that_cannot_be_there(good, version, count):
     archive, asked = good[version].copy(), []

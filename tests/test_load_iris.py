@@ -1020,7 +1020,7 @@ def refuse_without_a_name(path: Path, verify: bool) -> None:
 def test_the_fuzzer_notices(fuzz, monkeypatch, opening, problem):
     reading = fuzz_iris.archives
 
-    def archives(folder: Path) -> dict:
+    def archives(folder: Path) -> tuple:
         whole = reading(folder)
         monkeypatch.setattr(fuzz_iris, "open_archive", opening)
         return whole

@@ -1,8 +1,9 @@
 """Damages an .iris archive in random ways; each must be refused in one printable line, or still be a whole model.
 
     python -m tools.fuzz_iris --cases 100000 --seed 1
-Run from the repository's root. A case is a small archive of version 2 or 1 after one to three mutations. Most cases
-are sealed again, so that what lies behind the checksums is reached as well. A case that raises anything but an
+Run from the repository's root. A case is a small archive of version 2 or 1, half of them with dense matrices in FP8,
+after one to three mutations. Most cases are sealed again, so that what lies behind the checksums is reached as well. A
+case that raises anything but an
 InputError, takes longer than 2 s or more than 64 MB is printed, and the exit code is 1; it depends on nothing but the
 seed and its number, so that `--first NUMBER --cases 1` shows it again. One that ends the process leaves its file.
 """
@@ -23,10 +24,19 @@ from pathlib import Path
 
 import torch
 
-from host.checkpoint import TOKENIZER_NAME, RandomCheckpoint
+from host.checkpoint import TOKENIZER_NAME, Checkpoint, RandomCheckpoint
 from host.cli import run_main
-from host.config import GENERATION_NAME, ModelConfig, expected_tensors
+from host.config import (
+    FP8_GROUPS,
+    FP8_ROWS,
+    GENERATION_NAME,
+    DenseFormats,
+    ModelConfig,
+    expected_tensors,
+    scale_name,
+)
 from host.errors import InputError
+from host.fp8 import QuantizedCheckpoint, dequantize_fp8
 from host.iris_format import (
     BLOB_ALIGNMENT,
     DIGEST_BYTES,
@@ -34,6 +44,7 @@ from host.iris_format import (
     ENTRY,
     MAGIC,
     PREFIX,
+    SAFETENSORS_DTYPES,
     TRAILER,
     header_bytes,
     seal,
@@ -55,6 +66,7 @@ CONFIG = ModelConfig(
     layer_is_sliding=(True, False),
     stop_ids=(7,),
 )
+DENSE = DenseFormats(qkv=FP8_ROWS, o=FP8_GROUPS, router=FP8_GROUPS, head=FP8_ROWS)
 OTHER_DOCUMENTS = {GENERATION_NAME: b'{"eos_token_id": [7, 9]}', TOKENIZER_NAME: b'{"version": "1.0", "model": {}}'}
 MOST_BYTES = 64 << 20
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
@@ -73,6 +85,10 @@ NAMES = (
     b"\xff",
     b"a\nb",
     b"x" * 128,
+    b"L0.w_q_scales",
+    b"L1.w_o_scales",
+    b"lm_head_scales",
+    b"embed_scales",
     b"config.json",
     b"embed\0x",
 )
@@ -101,20 +117,27 @@ class Archive:
         return PREFIX.size + index * ENTRY.itemsize
 
 
-def archives(folder: Path) -> dict[int, Archive]:
-    """Version -> archive. The folder keeps the configuration, for version 1."""
+def archives(folder: Path) -> tuple[Archive, ...]:
+    """Of version 1, of version 2, and with FP8. The folder keeps the configuration, for version 1."""
     path = folder / "whole.iris"
-    write_archive(_Checkpoint(CONFIG), path)
-    second = path.read_bytes()
-    _, _, n_rows = PREFIX.unpack_from(second)
-    archive = Archive(2, second, n_rows)
+    checkpoint = _Checkpoint(CONFIG)
+    archive = written(checkpoint, path)
+    second, n_rows = archive.data, archive.n_rows
     for name in DOCUMENTS:
         (folder / name).write_bytes(open_archive(path).document(name))
     first_row, end = archive.row_at(len(DOCUMENTS)), archive.row_at(n_rows)  # the documents are the first rows
     table = second[first_row:end]
     header = PREFIX.pack(MAGIC, 1, n_rows - len(DOCUMENTS)) + table
     first = header.ljust(archive.header_bytes, b"\0") + second[archive.header_bytes :]
-    return {1: Archive(1, first, n_rows - len(DOCUMENTS)), 2: archive}
+    return Archive(1, first, n_rows - len(DOCUMENTS)), archive, written(QuantizedCheckpoint(checkpoint, DENSE), path)
+
+
+def written(checkpoint: Checkpoint, path: Path) -> Archive:
+    """An archive of version 2."""
+    write_archive(checkpoint, path, force=True)
+    data = path.read_bytes()
+    _, _, n_rows = PREFIX.unpack_from(data)
+    return Archive(2, data, n_rows)
 
 
 # Mutations: each changes the bytes of a file in place.
@@ -172,12 +195,31 @@ def set_sizes(rng: random.Random, archive: Archive, data: bytearray) -> None:
     """Another dtype, shape and place of a row, which agree with each other."""
     row = _row(rng, archive)
     shape = [rng.choice((0, 1, 2, 16, 24, 32, 64)) for _ in range(rng.randint(1, 4))]
-    dtype, item_bytes = rng.choice(((0, 2), (1, 4), (2, 1), (3, 4)))
+    dtype, item_bytes = rng.choice(((0, 2), (1, 4), (2, 1), (3, 4), (4, 1)))
     n_bytes = item_bytes * math.prod(shape)
     offset = rng.randrange(len(data) // BLOB_ALIGNMENT) * BLOB_ALIGNMENT
     if rng.random() < 0.5:
         offset, _ = _place_of(data, row)
     NUMBERS.pack_into(data, row + NAME_BYTES, offset, n_bytes, dtype, len(shape), *shape, *[0] * (8 - len(shape)))
+
+
+def set_dtype(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """Another dtype of a row, half the time of all rows with the same end of the name."""
+    row, dtype = _row(rng, archive), rng.choice((0, 1, 2, 4))
+    kind = _name_of(data, row).rpartition(b".")[2]
+    rows = [archive.row_at(index) for index in range(archive.n_rows)]
+    for at in rows if rng.random() < 0.5 else (row,):
+        if _name_of(data, at).rpartition(b".")[2] == kind:
+            data[at + NAME_BYTES + 16 : at + NAME_BYTES + 20] = dtype.to_bytes(4, "little")
+
+
+def damage_blob(rng: random.Random, archive: Archive, data: bytearray) -> None:
+    """A part of a blob with one byte, such as the NaN of E4M3 or E8M0."""
+    offset, n_bytes = _place_of(data, _row(rng, archive))
+    start = offset + rng.randrange(n_bytes or 1)
+    n = min(rng.randint(1, 64), offset + n_bytes - start, len(data) - start)
+    if n > 0:
+        data[start : start + n] = rng.choice((b"\0", b"\x7f", b"\x80", b"\xff")) * n
 
 
 def transpose(rng: random.Random, archive: Archive, data: bytearray) -> None:
@@ -238,6 +280,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     set_field,
     set_field,
     set_sizes,
+    set_dtype,
+    damage_blob,
     transpose,
     rename,
     resize,
@@ -266,6 +310,10 @@ def _document_row(rng: random.Random, archive: Archive) -> int:
 def _place_of(data: bytearray, row: int) -> tuple[int, int]:
     """(offset, bytes) that a row tells of."""
     return NUMBERS.unpack_from(data, row + NAME_BYTES)[:2]
+
+
+def _name_of(data: bytearray, row: int) -> bytes:
+    return bytes(data[row : row + NAME_BYTES]).rstrip(b"\0")
 
 
 def _set_file_bytes(archive: Archive, data: bytearray) -> None:
@@ -337,18 +385,20 @@ def read_all(path: Path, verify: bool) -> None:
     assert end <= path.stat().st_size, f"{entries[-1].name} ends at {end}"
     for name, (shape, dtype) in expected_tensors(archive.config).items():
         tensor = archive.tensor(name)
-        kinds = (torch.uint8,) if dtype == "U8" else (torch.bfloat16, torch.float32)
+        kinds = (SAFETENSORS_DTYPES[dtype], torch.float32) if dtype == "BF16" else (SAFETENSORS_DTYPES[dtype],)
         assert tuple(tensor.shape) == shape and tensor.dtype in kinds, f"{name} is {tensor.dtype} {list(tensor.shape)}"
         tensor.view(-1).view(torch.uint8).max()
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert dequantize_fp8(tensor, archive.tensor(scale_name(name))).shape == shape, name
     for name in DOCUMENTS:
         archive.document(name)
 
 
-def cases(seed: int, numbers: range, whole: dict[int, Archive], path: Path) -> Iterator[tuple[int, bool]]:
+def cases(seed: int, numbers: range, whole: tuple[Archive, ...], path: Path) -> Iterator[tuple[int, bool]]:
     """Writes the file of each case: (its number, whether checksums are to be compared)."""
     for number in numbers:
         rng = random.Random(f"{seed} {number}")
-        data = mutated(rng, whole[rng.choice((1, 2, 2, 2))])
+        data = mutated(rng, whole[rng.choice((0, 1, 2, 2))])
         path.write_bytes(data)
         yield number, rng.random() < 0.5
 

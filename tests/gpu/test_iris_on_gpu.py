@@ -7,7 +7,8 @@ import host.upload
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import RandomCheckpoint
 from host.cli import DEFAULT_MODEL
-from host.config import GPT_OSS_120B
+from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
+from host.fp8 import QuantizedCheckpoint
 from host.iris_writer import write_archive
 from host.launch import tuning_for
 from host.upload import Uploader
@@ -57,3 +58,19 @@ def test_full_width_weights_are_those_of_the_checkpoint(tmp_path):
     archive = open_archive(tmp_path / "m.iris", verify=True)
     for field, ours, theirs in zip(Weights._fields, load_weights(archive, WIDE, CUDA, tuning), expected):
         assert torch.equal(ours, theirs), field
+
+
+@pytest.mark.parametrize("dense_format", [FP8_ROWS, FP8_GROUPS])
+@pytest.mark.parametrize("quant", [False, True], ids=["default", "quant"])
+def test_the_shipped_model_says_the_same_from_an_archive_in_fp8(quant, dense_format, tmp_path):
+    """The bytes that a CPU has quantized are those that the GPU makes at load, and are not quantized again."""
+    dense = DenseFormats(dense_format, dense_format, dense_format, dense_format)
+    checkpoint = open_checkpoint(DEFAULT_MODEL)
+    write_archive(QuantizedCheckpoint(checkpoint, dense), tmp_path / "m.iris")
+    expected = MegaModel(checkpoint, quant, max_context=64, dense=dense)
+    model = MegaModel.from_pretrained(tmp_path / "m.iris", quant, max_context=64)
+    assert model.config == expected.config
+    for field, ours, theirs in zip(Weights._fields, model.weights, expected.weights):
+        assert torch.equal(ours, theirs), field
+    prompt = [1, 2, 3, 500]
+    assert list(model.generate(prompt, 40)) == list(expected.generate(prompt, 40))
