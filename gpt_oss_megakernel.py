@@ -118,7 +118,7 @@ def megakernel(
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     no_experts = (tl.cast(0, tl.int32),)  # yet
     plan = plan_until(0, no_experts, n_layers, want_head, shares)
-    stream = fill(open_stream(s, pid, 0, 0, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
+    stream = fill(open_stream(s, pid, 0, 0, CONFIG, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
     tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
     wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
 

@@ -29,7 +29,7 @@ def embedding_kernel(w, s, position, n_programs, CONFIG: tl.constexpr, TUNING: t
 def stream_phase(w, s, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE):
     """(a stream of one phase's n_units, the first at `place` of the layer; the plan that ends with them)."""
     plan = Plan(n_units, plan.experts, plan.n_layers, plan.shares)
-    stream = open_stream(s, pid, layer, place, TUNING)
+    stream = open_stream(s, pid, layer, place, CONFIG, TUNING)
     return fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window), plan
 
 
@@ -83,7 +83,7 @@ def gate_up_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.con
     plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
     shares = plan.shares
     stream = open_stream(
-        s, pid, layer, shares.qkv + shares.o, TUNING
+        s, pid, layer, shares.qkv + shares.o, CONFIG, TUNING
     )  # which the phase fills when it has chosen experts
     plan = Plan(shares.gate_up, plan.experts, plan.n_layers, shares)
     phases.gate_up_phase(w, s, layer, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)

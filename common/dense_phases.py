@@ -19,7 +19,8 @@ from common.gemv_dense import (
 )
 from common.prefetch import prefetch_l2
 from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
-from common.stream import release, share, take
+from common.spread import spread_vector
+from common.stream import release, scratch_words, share, take
 from common.sums import collect_dense, leave_dense
 
 
@@ -46,14 +47,31 @@ def load_dense_vector(x_ptr, K: tl.constexpr, FORMAT: tl.constexpr, TUNING: tl.c
 
 
 @triton.jit
-def load_residual(s, FORMAT: tl.constexpr, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
-    """x plus what the experts left, as blocks."""
+def load_normed(s, norm_ptr, stream, FORMAT: tl.constexpr, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
+    """(the residual, x plus what the experts left, times a norm's weights, as load_dense_vector; its rms_rstd)."""
     H: tl.constexpr = CONFIG.hidden_size
+    ARCH: tl.constexpr = TUNING.arch
+    x = load_once(s.x, H, FORMAT, TUNING, zero)
     TOP_K: tl.constexpr = CONFIG.experts_per_token
-    x = load_dense_vector(s.x, H, FORMAT, TUNING, zero)
     for slot in tl.static_range(TOP_K):
-        x = add_blocks(x, load_dense_vector(s.expert_out + slot * H, H, FORMAT, TUNING, zero))
-    return x
+        x = add_blocks(x, load_once(s.expert_out + slot * H, H, FORMAT, TUNING, zero))
+    rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
+    x = multiply_blocks(x, load_once(norm_ptr, H, FORMAT, TUNING, zero))
+    if TUNING.ring_slots > 0:
+        LANES: tl.constexpr = row_lanes(H, FORMAT, TUNING)
+        EACH: tl.constexpr = 16 // item_bytes(FORMAT)
+        WORDS: tl.constexpr = scratch_words(CONFIG, TUNING)
+        x = spread_vector(stream.sums, x, H, LANES, 32 * TUNING.num_warps // LANES, EACH, WORDS, ARCH)
+    return x, rstd
+
+
+@triton.jit
+def load_once(x_ptr, K: tl.constexpr, FORMAT: tl.constexpr, TUNING: tl.constexpr, zero):
+    """x [K] as blocks, each element once; see spread_vector where rows come through a ring."""
+    if TUNING.ring_slots > 0:
+        return load_lane_vector(x_ptr, K, 32 * TUNING.num_warps, 1, 4)
+    else:
+        return load_row_vector(x_ptr, K, TUNING.dense_k, FORMAT, zero)
 
 
 @triton.jit
@@ -171,9 +189,7 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     M: tl.constexpr = TUNING.qkv_m
     STEP: tl.constexpr = TUNING.dense_batch * M
     FORMAT: tl.constexpr = CONFIG.dense.qkv
-    x = load_residual(s, FORMAT, CONFIG, TUNING, zero)
-    rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_dense_vector(w.attn_norm + layer * H, H, FORMAT, TUNING, zero))
+    x, rstd = load_normed(s, w.attn_norm + layer * H, stream, FORMAT, CONFIG, TUNING, zero)
     matrix = qkv_matrix(w, layer, CONFIG)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
@@ -249,9 +265,7 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     FORMAT: tl.constexpr = CONFIG.dense.head
     matrix = (w.lm_head, w.lm_head_scales)
     tile = first_dense_rows(matrix, first, end, H, M, FORMAT, TUNING)
-    x = load_residual(s, FORMAT, CONFIG, TUNING, zero)
-    rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_dense_vector(w.final_norm, H, FORMAT, TUNING, zero))
+    x, rstd = load_normed(s, w.final_norm, stream, FORMAT, CONFIG, TUNING, zero)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     for row0 in range(first, end, STEP):

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from common.fp4_fragments import block_bytes, scale_bytes
-from common.gemv_dense import item_bytes, row_scale_bytes
+from common.gemv_dense import item_bytes, row_lanes, row_scale_bytes
 from common.ring import behind_slots, fill_slot, open_ring, wait_for_slot
 from common.router import element
+from common.spread import spread_words
 from common.sums import sum_words
 
 
@@ -38,7 +39,7 @@ class Stream(NamedTuple):
     """Where a program is in the order of its units."""
 
     slots: tl.tensor  # see common/ring.py
-    sums: tl.tensor  # address of the program's memory for common/sums.py
+    sums: tl.tensor  # address of the program's memory for common/sums.py and common/spread.py
     asked: tl.tensor  # units asked for
     taken: tl.tensor  # units taken
     layer: tl.tensor  # of the next unit to ask for
@@ -118,11 +119,22 @@ def plan_until(layer, experts, n_layers, want_head, shares):
     return Plan(layer * each + tl.where(layer < n_layers, dense, shares.head * want_head), experts, n_layers, shares)
 
 
+@triton.constexpr_function
+def scratch_words(config, tuning) -> int:
+    """float32 of a program's memory for what its threads exchange: sums of rows, or of a vector a piece."""
+
+    def vector(dense_format: str) -> int:
+        run = row_lanes(config.hidden_size, dense_format, tuning) * 16 // item_bytes(dense_format)
+        return spread_words(run, 32 * tuning.num_warps)
+
+    return max(sum_words(tuning), vector(config.dense.qkv), vector(config.dense.head))
+
+
 @triton.jit
-def open_stream(s, pid, layer, place, TUNING: tl.constexpr):
+def open_stream(s, pid, layer, place, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """A stream whose first unit is the one at `place` of a layer; () where weights are not streamed."""
     ARCH: tl.constexpr = TUNING.arch
-    WORDS: tl.constexpr = sum_words(TUNING)
+    WORDS: tl.constexpr = scratch_words(CONFIG, TUNING)
     if TUNING.ring_slots > 0:
         slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, 4 * WORDS, ARCH)
         if ARCH == "cuda":

@@ -96,3 +96,40 @@ def load_float(address, ARCH: tl.constexpr):
         )
     else:
         return tl.load(address.to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def store_float4(address, a, b, c, d, ARCH: tl.constexpr):
+    """Four float32 to each of `address`, multiples of 16."""
+    if ARCH == "cuda":
+        tl.inline_asm_elementwise(
+            "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;",
+            "=r,r,f,f,f,f",
+            [address, a, b, c, d],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        ptr = address.to(tl.pointer_type(tl.float32))
+        tl.store(ptr, a)
+        tl.store(ptr + 1, b)
+        tl.store(ptr + 2, c)
+        tl.store(ptr + 3, d)
+
+
+@triton.jit
+def load_float4(address, ARCH: tl.constexpr):
+    """The four float32 at each of `address`, multiples of 16."""
+    if ARCH == "cuda":
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+            "=f,=f,=f,=f,r",
+            [address],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        ptr = address.to(tl.pointer_type(tl.float32))
+        return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)

@@ -142,7 +142,7 @@ def decode_kernel(
     no_experts = (tl.cast(0, tl.int32),)
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     plan = plan_until(0, no_experts, n_layers, want_head, shares)
-    stream = fill(open_stream(s, pid, 0, 0, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
+    stream = fill(open_stream(s, pid, 0, 0, CONFIG, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
     event = note(log_ptr, 0, stream, nothing)
     for layer in range(n_layers):
         plan = plan_until(layer, no_experts, n_layers, want_head, shares)
