@@ -612,7 +612,7 @@ class Prefill:
         dense_format: str,
         add: bool = False,
     ) -> None:
-        tile = self.blocks.dense_tile(n)
+        tile = self.blocks.dense_tile(rows, n)
         dense_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(n, tile.n),)](
             matrix,
             scales,
