@@ -436,10 +436,14 @@ class MegaModel:
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
     def _feed(self, position: int, token: bool = False, logits: bool = False) -> None:
-        """Launch a position through all layers. The cache forgets what came after it."""
-        self.n_fed = position
+        """Launch a position through all layers.
+
+        The cache no longer holds what came after it, nor, behind a gap, this position.
+        """
+        self.n_fed = min(self.n_fed, position)
         self._launch(position, token=token, logits=logits)
-        self.n_fed = position + 1
+        if self.n_fed == position:
+            self.n_fed = position + 1
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         try:

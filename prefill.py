@@ -17,7 +17,7 @@ import triton.language as tl
 
 from common.attention_rows import attend_rows
 from common.gemm_dense import gemm_dense
-from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, row_of, split_rows
+from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, row_of, split_rows, vector_stride
 from common.gemv_dense import matrix_at, scales_of
 from common.grouping import find_block, group_pairs
 from common.parts import half_unit, to_half, two_parts
@@ -32,7 +32,7 @@ from host.state import State
 from host.weights import Weights
 
 # What changes from launch to launch must not compile a kernel of its own.
-DYNAMIC = ["layer", "position", "n_tokens", "part_stride", "n_pairs", "max_context"]
+DYNAMIC = ["layer", "position", "n_tokens", "n_pairs", "max_context"]
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -46,8 +46,8 @@ def embed_kernel(tokens_ptr, embed_ptr, x_ptr, position, H: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
-def attention_norm_kernel(x_ptr, expert_out_ptr, norm_ptr, parts_ptr, layer, part_stride, CONFIG: tl.constexpr):
-    """x += what the layer before's experts left; parts = rmsnorm(x); a program a token."""
+def attention_norm_kernel(x_ptr, expert_out_ptr, norm_ptr, high_ptr, low_ptr, layer, CONFIG: tl.constexpr):
+    """x += what the layer before's experts left; (high, low) = rmsnorm(x); a program a token."""
     H: tl.constexpr = CONFIG.hidden_size
     TOP_K: tl.constexpr = CONFIG.experts_per_token
     t = tl.program_id(0).to(tl.int64)
@@ -57,30 +57,31 @@ def attention_norm_kernel(x_ptr, expert_out_ptr, norm_ptr, parts_ptr, layer, par
         for slot in tl.static_range(TOP_K):
             x += tl.load(expert_out_ptr + (t * TOP_K + slot) * H + h, mask=h < H, other=0.0)
         tl.store(x_ptr + t * H + h, x, mask=h < H)
-    store_parts(parts_ptr + t * H + h, part_stride, _normed(x, norm_ptr + layer * H, CONFIG), h < H)
+    store_parts(high_ptr, low_ptr, t * H + h, _normed(x, norm_ptr + layer * H, CONFIG), h < H)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def expert_norm_kernel(
     x_ptr,
     norm_ptr,
-    parts_ptr,
+    high_ptr,
+    low_ptr,
     expert_in_ptr,
     expert_in_scale_ptr,
     layer,
-    part_stride,
     CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
     QUANT: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """parts = rmsnorm(x), for the router; the experts' input is the same; a program a token."""
+    """(high, low) = rmsnorm(x), for the router; the experts' input is the same; a program a token."""
     H: tl.constexpr = CONFIG.hidden_size
     BLOCK_H: tl.constexpr = triton.next_power_of_2(H)
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
     x = _normed(x, norm_ptr + layer * H, CONFIG)
-    store_parts(parts_ptr + t * H + h, part_stride, x, h < H)
+    store_parts(high_ptr, low_ptr, t * H + h, x, h < H)
     if QUANT:
         elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
         x = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_H,))
@@ -89,8 +90,10 @@ def expert_norm_kernel(
         tl.store(expert_in_ptr + t * H + h, tl.reshape(elements, (BLOCK_H,)), mask=h < H)
         tl.store(expert_in_scale_ptr + t * (H // GROUP) + group, scale, mask=group < H // GROUP)
     else:
+        FRAGMENTS: tl.constexpr = TUNING.fragments
+        STRIDE: tl.constexpr = vector_stride(H, FRAGMENTS)
         unit, undo = half_unit(tl.max(tl.abs(x), axis=0))
-        tl.store(expert_in_ptr + t * H + h, to_half(x * unit), mask=h < H)
+        tl.store(expert_in_ptr + t * STRIDE + column_of(h, FRAGMENTS), to_half(x * unit), mask=h < H)
         tl.store(expert_in_scale_ptr + t, undo)
 
 
@@ -103,10 +106,10 @@ def _normed(x, norm_ptr, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def store_parts(ptr, part_stride, x, mask):
+def store_parts(high_ptr, low_ptr, at, x, mask):
     high, low = two_parts(x)
-    tl.store(ptr, high, mask=mask)
-    tl.store(ptr + part_stride, low, mask=mask)
+    tl.store(high_ptr + at, high, mask=mask)
+    tl.store(low_ptr + at, low, mask=mask)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -114,11 +117,11 @@ def dense_kernel(
     w_ptr,
     scales_ptr,
     bias_ptr,
-    x_ptr,
+    high_ptr,
+    low_ptr,
     y_ptr,
     layer,
     n_tokens,
-    part_stride,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -137,11 +140,11 @@ def dense_kernel(
     acc = gemm_dense(
         w_ptr,
         scales_ptr,
-        x_ptr,
+        high_ptr,
+        low_ptr,
         row0,
         token0,
         n_tokens,
-        part_stride,
         ROWS,
         K,
         FORMAT,
@@ -189,18 +192,18 @@ def attention_kernel(
     cos_ptr,
     sin_ptr,
     windows_ptr,
-    parts_ptr,
+    high_ptr,
+    low_ptr,
     layer,
     position,
     n_tokens,
     max_context,
-    part_stride,
     CONFIG: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """parts [tokens, heads, head_dim] = attention; a program a KV head and some tokens, the last ones first."""
+    """(high, low) [tokens, heads, head_dim] = attention; a program a KV head and some tokens, the last ones first."""
     D: tl.constexpr = CONFIG.head_dim
     G: tl.constexpr = CONFIG.n_heads // CONFIG.n_kv_heads
     TOKENS: tl.constexpr = BLOCK_M // G
@@ -237,7 +240,7 @@ def attention_kernel(
         STAGES,
     )
     at = token.to(tl.int64)[:, None] * CONFIG.q_size + head[:, None] * D + tl.arange(0, D)[None, :]
-    store_parts(parts_ptr + at, part_stride, y, mine[:, None])
+    store_parts(high_ptr, low_ptr, at, y, mine[:, None])
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -245,12 +248,12 @@ def router_kernel(
     w_ptr,
     scales_ptr,
     bias_ptr,
-    x_ptr,
+    high_ptr,
+    low_ptr,
     chosen_ptr,
     weights_ptr,
     layer,
     n_tokens,
-    part_stride,
     CONFIG: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -267,7 +270,7 @@ def router_kernel(
     layer = tl.cast(layer, tl.int64)
     w_ptr, scales_ptr = matrix_at(w_ptr, layer, E, H, FORMAT), scales_of(scales_ptr, layer, E, H, FORMAT)
     acc = gemm_dense(
-        w_ptr, scales_ptr, x_ptr, 0, token0, n_tokens, part_stride, E, H, FORMAT, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+        w_ptr, scales_ptr, high_ptr, low_ptr, 0, token0, n_tokens, E, H, FORMAT, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
     )
     expert = tl.arange(0, BLOCK_M)
     bias = tl.load(bias_ptr + layer * E + expert, mask=expert < E, other=0.0).to(tl.float32)
@@ -300,6 +303,7 @@ def expert_product(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
     TUNING: tl.constexpr,
     SCALED: tl.constexpr,
 ):
@@ -326,6 +330,7 @@ def expert_product(
             BLOCK_M,
             BLOCK_K,
             STAGES,
+            NUM_WARPS,
             WARPS,
             FRAGMENTS,
             ARCH,
@@ -377,6 +382,7 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
 ):
     """act = swiglu(W_gate_up x + bias), in the order of `order`; a program a tile of an expert's rows and pairs."""
     E: tl.constexpr = CONFIG.n_experts
@@ -407,6 +413,7 @@ def gate_up_kernel(
             BLOCK_M,
             BLOCK_K,
             STAGES,
+            NUM_WARPS,
             TUNING,
             SCALED,
         )
@@ -421,9 +428,9 @@ def gate_up_kernel(
         if QUANT:
             elements, scale = quantize_mxfp8(tl.reshape(act, (BLOCK_N * HALF // GROUP, GROUP)))
             act = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_N, HALF))
-        at = place.to(tl.int64)[:, None] * I + i[None, :]
         mask = (place < end)[:, None] & (i < I)[None, :]
         if SCALED:
+            at = place.to(tl.int64)[:, None] * I + i[None, :]
             group = m0 // (2 * GROUP) + tl.arange(0, HALF // GROUP)
             tl.store(act_ptr + at, tl.reshape(elements, (BLOCK_N, HALF)), mask=mask)
             at = place.to(tl.int64)[:, None] * (I // GROUP) + group[None, :]
@@ -431,6 +438,8 @@ def gate_up_kernel(
             tl.store(act_scale_ptr + at, tl.reshape(scale, (BLOCK_N, HALF // GROUP)), mask=mask)
         else:
             UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
+            STRIDE: tl.constexpr = vector_stride(I, FRAGMENTS)
+            at = place.to(tl.int64)[:, None] * STRIDE + column_of(i, FRAGMENTS)[None, :]
             tl.store(act_ptr + at, to_half(act * UNIT), mask=mask)
 
 
@@ -454,6 +463,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
 ):
     """expert_out [tokens, top_k, hidden] = weight * (W_down act + bias); a program a tile of rows and pairs."""
     E: tl.constexpr = CONFIG.n_experts
@@ -482,6 +492,7 @@ def down_kernel(
             BLOCK_M,
             BLOCK_K,
             STAGES,
+            NUM_WARPS,
             TUNING,
             SCALED,
         )
@@ -498,35 +509,37 @@ class Buffers(NamedTuple):
     """What a block of at most `tokens` tokens leaves from launch to launch."""
 
     x: torch.Tensor  # float32 [tokens, hidden], the residual stream, but for expert_out
-    parts: torch.Tensor  # bfloat16 [2, tokens, hidden or q rows], a product's vectors: high parts, low parts
+    high: torch.Tensor  # bfloat16 [tokens, hidden or q rows], a dense product's vectors, see common/parts.py
+    low: torch.Tensor
     qkv: torch.Tensor  # float32 [tokens, q + k + v rows]
-    expert_in: torch.Tensor  # float16 or, for scaled products, float8_e4m3fn [tokens, hidden]
+    expert_in: torch.Tensor  # float16 [tokens, vector_stride] or, for scaled products, float8_e4m3fn [tokens, hidden]
     expert_in_scale: torch.Tensor  # float32 [tokens], or uint8 [tokens, hidden / 32]
     chosen: torch.Tensor  # int32 [tokens, top_k]
     weights: torch.Tensor  # float32 [tokens, top_k]
     order: torch.Tensor  # int32 [tokens * top_k], pairs in the order of their experts
     starts: torch.Tensor  # int32 [experts + 1], where each expert's pairs begin
-    act: torch.Tensor  # like expert_in [tokens * top_k, intermediate], in that order
+    act: torch.Tensor  # like expert_in, [tokens * top_k, intermediate], in that order
     act_scale: torch.Tensor  # uint8 [tokens * top_k, intermediate / 32], for scaled products
     expert_out: torch.Tensor  # float32 [tokens, top_k, hidden]
 
 
-def buffer_shapes(config: ModelConfig, tokens: int, scaled: bool) -> Buffers:
+def buffer_shapes(config: ModelConfig, tokens: int, scaled: bool, fragments: bool) -> Buffers:
     """(shape, dtype) of each."""
     h, i, top_k = config.hidden_size, config.intermediate_size, config.experts_per_token
     f32, f16, u8, i32 = torch.float32, torch.float16, torch.uint8, torch.int32
     operand = torch.float8_e4m3fn if scaled else f16
     return Buffers(
         x=((tokens, h), f32),
-        parts=((2, tokens, max(h, config.q_size)), torch.bfloat16),
+        high=((tokens, max(h, config.q_size)), torch.bfloat16),
+        low=((tokens, max(h, config.q_size)), torch.bfloat16),
         qkv=((tokens, config.qkv_size), f32),
-        expert_in=((tokens, h), operand),
+        expert_in=((tokens, vector_stride(h, fragments)), operand),
         expert_in_scale=((tokens, h // MXFP4_GROUP), u8) if scaled else ((tokens,), f32),
         chosen=((tokens, top_k), i32),
         weights=((tokens, top_k), f32),
         order=((tokens * top_k,), i32),
         starts=((config.n_experts + 1,), i32),
-        act=((tokens * top_k, i), operand),
+        act=((tokens * top_k, vector_stride(i, fragments)), operand),
         act_scale=((tokens * top_k if scaled else 0, i // MXFP4_GROUP), u8),
         expert_out=((tokens, top_k, h), f32),
     )
@@ -539,7 +552,7 @@ def block_tokens(max_context: int, tuning: BlockTuning) -> int:
 
 def prefill_bytes(config: ModelConfig, max_context: int, tuning: BlockTuning) -> int:
     """Device memory for the buffers, at most."""
-    shapes = buffer_shapes(config, block_tokens(max_context, tuning), scaled=False)
+    shapes = buffer_shapes(config, block_tokens(max_context, tuning), scaled=False, fragments=True)
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
 
 
@@ -555,8 +568,9 @@ class Prefill:
         self.scaled = quant and tuning.dot_scaled and not tuning.fragments
         device = state.x.device
         self.tokens = block_tokens(state.k_cache.shape[2], blocks)
-        shapes = buffer_shapes(config, self.tokens, self.scaled)
-        self.buffers = Buffers(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes))
+        shapes = buffer_shapes(config, self.tokens, self.scaled, tuning.fragments)
+        # What lies beyond a vector's elements is never written: zeros.
+        self.buffers = Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
         self.gate_up_bases = largest_scales(weights.gate_up_scales)
         self.down_bases = largest_scales(weights.down_scales)
 
@@ -574,7 +588,7 @@ class Prefill:
         embed_kernel[(n,)](s.tokens, w.embed, b.x, position, H=c.hidden_size)
         for layer in range(c.n_layers):
             attention_norm_kernel[(n,)](
-                b.x, b.expert_out, w.attn_norm, b.parts, layer, n * c.hidden_size, CONFIG=c, num_warps=t.norm_warps
+                b.x, b.expert_out, w.attn_norm, b.high, b.low, layer, CONFIG=c, num_warps=t.norm_warps
             )
             self._dense(w.qkv, w.qkv_scales, w.qkv_bias, b.qkv, layer, n, c.qkv_size, c.hidden_size, c.dense.qkv)
             max_context = s.k_cache.shape[2]
@@ -598,16 +612,16 @@ class Prefill:
         dense_format: str,
         add: bool = False,
     ) -> None:
-        tile = self.blocks.dense_tile(n)
+        tile = self.blocks.dense_tile(rows, n)
         dense_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(n, tile.n),)](
             matrix,
             scales,
             bias,
-            self.buffers.parts,
+            self.buffers.high,
+            self.buffers.low,
             y,
             layer,
             n,
-            n * k,
             ROWS=rows,
             K=k,
             FORMAT=dense_format,
@@ -627,12 +641,12 @@ class Prefill:
             s.cos,
             s.sin,
             s.windows,
-            b.parts,
+            b.high,
+            b.low,
             layer,
             position,
             n,
             max_context,
-            n * c.q_size,
             CONFIG=c,
             BLOCK_M=m,
             BLOCK_T=t.attention_t,
@@ -645,12 +659,13 @@ class Prefill:
         expert_norm_kernel[(n,)](
             b.x,
             w.mlp_norm,
-            b.parts,
+            b.high,
+            b.low,
             b.expert_in,
             b.expert_in_scale,
             layer,
-            n * c.hidden_size,
             CONFIG=c,
+            TUNING=self.tuning,
             QUANT=self.quant,
             SCALED=self.scaled,
             num_warps=t.norm_warps,
@@ -659,12 +674,12 @@ class Prefill:
             w.router,
             w.router_scales,
             w.router_bias,
-            b.parts,
+            b.high,
+            b.low,
             b.chosen,
             b.weights,
             layer,
             n,
-            n * c.hidden_size,
             CONFIG=c,
             BLOCK_N=t.router_n,
             BLOCK_K=t.router_k,
@@ -676,7 +691,7 @@ class Prefill:
         tile = t.expert_tile(n_pairs / c.n_experts)
         # Each expert's last block may be short, so there are at most so many.
         n_blocks = n_pairs // tile.n + min(c.n_experts, n_pairs)
-        shared = dict(CONFIG=c, TUNING=self.tuning, SCALED=self.scaled, **tile.options())
+        shared = dict(CONFIG=c, TUNING=self.tuning, SCALED=self.scaled, NUM_WARPS=tile.num_warps, **tile.options())
         gate_up_kernel[(triton.cdiv(2 * c.intermediate_size, tile.m) * n_blocks,)](
             w.gate_up,
             w.gate_up_scales,

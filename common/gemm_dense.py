@@ -15,11 +15,11 @@ from common.quant import GROUP, e8m0_to_float32
 def gemm_dense(
     w_ptr,
     scales_ptr,
-    x_ptr,
+    high_ptr,
+    low_ptr,
     row0,
     column0,
     n_columns,
-    part_stride,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -30,23 +30,24 @@ def gemm_dense(
 ):
     """Rows row0 .. of W times columns column0 .. of x^T, float32 [BLOCK_M, BLOCK_N].
 
-    w_ptr int32, a matrix [ROWS, K] in FORMAT; x_ptr bfloat16 [n_columns, K], and part_stride elements behind it its low
-    parts. Rows and columns beyond the last are repeated ones.
+    w_ptr int32, a matrix [ROWS, K] in FORMAT; high_ptr, low_ptr bfloat16 [n_columns, K], the parts of x. Rows and
+    columns beyond the last are repeated ones.
     """
     row = tl.minimum(row0 + tl.arange(0, BLOCK_M), ROWS - 1)
     column = tl.minimum(column0 + tl.arange(0, BLOCK_N), n_columns - 1)
     element = tl.bfloat16 if FORMAT == "bf16" else tl.float8e4nv
     w_ptr = w_ptr.to(tl.pointer_type(element)) + row.to(tl.int64)[:, None] * K
-    x_ptr += column.to(tl.int64)[:, None] * K
+    column = column.to(tl.int64)[:, None] * K
+    high_ptr, low_ptr = high_ptr + column, low_ptr + column
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)[None, :]
         if K % BLOCK_K == 0:
-            w, high, low = tl.load(w_ptr + k), tl.load(x_ptr + k), tl.load(x_ptr + part_stride + k)
+            w, high, low = tl.load(w_ptr + k), tl.load(high_ptr + k), tl.load(low_ptr + k)
         else:
             w = tl.load(w_ptr + k, mask=k < K, other=0.0)
-            high = tl.load(x_ptr + k, mask=k < K, other=0.0)
-            low = tl.load(x_ptr + part_stride + k, mask=k < K, other=0.0)
+            high = tl.load(high_ptr + k, mask=k < K, other=0.0)
+            low = tl.load(low_ptr + k, mask=k < K, other=0.0)
         w = w.to(tl.bfloat16)
         if FORMAT == "fp8-32":
             w = _scale_groups(w, scales_ptr, row, k0, K, BLOCK_M, BLOCK_K)

@@ -5,7 +5,9 @@ largest scale of the matrix. That is exact for elements within 2^-22 of the larg
 their absolute precision. `gemm_fp4_fp8` takes MXFP8 vectors to scaled matrix cores.
 
 The matrix stands in rows, [rows, K / 8] int32 words and [rows, K / 32] scales, or in the order of host/fragments.py.
-There the even rows of a tile of 16 come before the odd ones, and so they do in a result: see row_of.
+There the even rows of a tile of 16 come before the odd ones, and so they do in a result: see row_of. In that order
+each thread decodes what it holds as an operand of the tensor cores, so that nothing is exchanged between threads, which
+took 16 barriers a step. For that the columns of every 128 stand in another order, also in the vectors: see column_of.
 """
 
 import triton
@@ -52,6 +54,25 @@ def row_of(m, FRAGMENTS: tl.constexpr):
         return m
 
 
+@triton.constexpr_function
+def vector_stride(k: int, fragments: bool) -> int:
+    """Elements from one vector's to the next one's."""
+    return -(-k // 128) * 128 if fragments else k
+
+
+@triton.jit
+def column_of(k, FRAGMENTS: tl.constexpr):
+    """Where a vector's element k stands.
+
+    A thread holds elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of each 16 of a row of the left operand, t being one of
+    four. Its share of 128 is 32 that follow each other, four packed words.
+    """
+    if FRAGMENTS:
+        return k // 128 * 128 + k // 4 % 8 * 16 + k // 2 % 2 * 8 + k // 32 % 4 * 2 + k % 2
+    else:
+        return k
+
+
 @triton.jit
 def split_rows(acc, FRAGMENTS: tl.constexpr):
     """(even rows, odd rows), [M / 2, N] each, of a result [M, N] that begins with an even row."""
@@ -76,51 +97,55 @@ def gemm_fp4(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PACKED_WARPS: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     ARCH: tl.constexpr,
 ):
-    """Places m0 .. m0 + BLOCK_M of W times the vectors x_row [N] of x float16 [.., K]: float32 [BLOCK_M, N].
+    """Places m0 .. m0 + BLOCK_M of W times the vectors x_row [N] of x: float32 [BLOCK_M, N].
 
-    m0 is a multiple of 16, base the matrix's largest scale, WARPS what the fragments were packed for. The result lacks
-    a factor of 2^(base - 127). Places beyond the matrix hold something finite.
+    x_ptr float16 [.., vector_stride(K)], see column_of, zeros beyond K; m0 is a multiple of 16, base the matrix's
+    largest scale, NUM_WARPS those of the kernel, PACKED_WARPS those that the fragments were packed for, whose BLOCK_M
+    is a multiple of 16 NUM_WARPS, BLOCK_K of 128. The result lacks a factor of 2^(base - 127). Places beyond the matrix
+    hold something finite.
     """
-    m = m0 + tl.arange(0, BLOCK_M)
-    x_ptr += x_row.to(tl.int64)[:, None] * K
+    STRIDE: tl.constexpr = vector_stride(K, FRAGMENTS)
+    x_ptr += x_row.to(tl.int64)[:, None] * STRIDE
     acc = tl.zeros([BLOCK_M, x_row.shape[0]], tl.float32)
-    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for k0 in tl.range(0, STRIDE, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)[None, :]
-        if K % BLOCK_K == 0:
+        if STRIDE % BLOCK_K == 0:
             x = tl.load(x_ptr + k)
         else:
-            x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        words = _load_words(blocks_ptr, m, k0, ROWS, K, BLOCK_K, FRAGMENTS)
-        scales = _load_scales(scales_ptr, m0, k0, ROWS, K, BLOCK_M, BLOCK_K, WARPS, FRAGMENTS)
-        w = _decode(words, _half_scales(scales, base), FRAGMENTS, ARCH)
+            x = tl.load(x_ptr + k, mask=k < STRIDE, other=0.0)
+        if FRAGMENTS:
+            words, scales = _load_fragments(
+                blocks_ptr, scales_ptr, m0, k0, ROWS, K, BLOCK_M, BLOCK_K, NUM_WARPS, PACKED_WARPS
+            )
+            w = _decode_fragments(words, _half_scales(scales, base), NUM_WARPS, ARCH)
+        else:
+            words, scales = _load_rows(blocks_ptr, scales_ptr, m0, k0, ROWS, K, BLOCK_M, BLOCK_K)
+            w = _decode_rows(words, _half_scales(scales, base))
         acc = tl.dot(w, tl.trans(x), acc)
     return acc
 
 
 @triton.jit
-def _load_words(blocks_ptr, m, k0, ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FRAGMENTS: tl.constexpr):
-    """int32 [M, BLOCK_K / 8]; zeros beyond K."""
+def _load_rows(
+    blocks_ptr, scales_ptr, m0, k0, ROWS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """(int32 words [BLOCK_M, BLOCK_K / 8], scales int32 [BLOCK_M, BLOCK_K / 32]), zeros beyond K."""
+    row = tl.minimum(m0 + tl.arange(0, BLOCK_M), ROWS - 1)[:, None]
     word = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
-    if FRAGMENTS:
-        TILE: tl.constexpr = block_bytes(K) // 4
-        LAST: tl.constexpr = (ROWS + 15) // 16 * 16 - 1
-        place = tl.minimum(m, LAST)[:, None]
-        at = place // 16 * TILE + word // 16 * (QUAD_BYTES // 4) + place % 16 * 16 + word % 16
-        if TILE % (BLOCK_K * 2) == 0:
-            return tl.load(blocks_ptr + at)
-        else:
-            return tl.load(blocks_ptr + at, mask=word // 16 * 256 < TILE, other=0)
-    else:
-        row = tl.minimum(m, ROWS - 1)[:, None]
-        return tl.load(blocks_ptr + row * (K // 8) + word, mask=word < K // 8, other=0)
+    group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
+    words = tl.load(blocks_ptr + row * (K // 8) + word, mask=word < K // 8, other=0)
+    scales = tl.load(scales_ptr + row * (K // GROUP) + group, mask=group < K // GROUP, other=0)
+    return words, scales.to(tl.int32)
 
 
 @triton.jit
-def _load_scales(
+def _load_fragments(
+    blocks_ptr,
     scales_ptr,
     m0,
     k0,
@@ -128,29 +153,40 @@ def _load_scales(
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WARPS: tl.constexpr,
-    FRAGMENTS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PACKED_WARPS: tl.constexpr,
 ):
-    """E8M0, int32 [BLOCK_M, BLOCK_K / 32]; beyond K those of finite numbers."""
+    """The same, its rows in the order in which warps load them.
+
+    Of eight after eight rows: each warp's first eight, then each warp's second eight, of the 16 NUM_WARPS that are
+    multiplied together.
+    """
+    TILE: tl.constexpr = block_bytes(K) // 4
+    LAST: tl.constexpr = (ROWS + 15) // 16 - 1  # of the tiles
+    i = tl.arange(0, BLOCK_M)
+    warp, half, turn = i // 8 % NUM_WARPS, i // (8 * NUM_WARPS) % 2, i // (16 * NUM_WARPS)
+    tile = tl.minimum(m0 // 16 + turn * NUM_WARPS + warp, LAST)
+    word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
+    at = (tile * TILE + (8 * half + i % 8) * 16)[:, None] + (word // 16 * (QUAD_BYTES // 4) + word % 16)[None, :]
+    if TILE % (2 * BLOCK_K) == 0:
+        words = tl.load(blocks_ptr + at)
+    else:
+        words = tl.load(blocks_ptr + at, mask=(word // 16 * (QUAD_BYTES // 4) < TILE)[None, :], other=0)
+    # A word has the scales of a group, of an even and an odd row and of two steps.
+    SCALES: tl.constexpr = scale_bytes(K, PACKED_WARPS) // 4
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     group = k0 // GROUP + tl.arange(0, GROUPS)
-    if FRAGMENTS:
-        # A word has the scales of a group, of an even and an odd row and of two steps.
-        TILE: tl.constexpr = scale_bytes(K, WARPS) // 4
-        pair = m0 // 2 + tl.arange(0, BLOCK_M // 2)
-        tile = tl.minimum(pair // 8, (ROWS + 15) // 16 - 1)
-        quad = group // QUAD
-        at = (quad // (2 * WARPS) * WARPS + quad % WARPS) * 32 + group % QUAD
-        at = tile[:, None] * TILE + pair[:, None] % 8 * QUAD + at[None, :]
-        inside = (quad // (2 * WARPS) * WARPS * 32 < TILE)[None, :]
-        words = tl.load(scales_ptr + at, mask=inside, other=0)
-        shift = (quad // WARPS % 2 * 16)[None, None, None, :] + (tl.arange(0, 2) * 8)[None, :, None, None]
-        scales = tl.reshape(words, (BLOCK_M // 16, 1, 8, GROUPS)) >> shift
-        return tl.reshape(scales, (BLOCK_M, GROUPS)) & 0xFF
-    else:
-        row = tl.minimum(m0 + tl.arange(0, BLOCK_M), ROWS - 1)[:, None]
-        at = row * (K // GROUP) + group[None, :]
-        return tl.load(scales_ptr + at, mask=(group < K // GROUP)[None, :], other=0).to(tl.int32)
+    quad = group // QUAD
+    pair = tl.arange(0, BLOCK_M // 2)
+    tile = tl.minimum(m0 // 16 + pair // 8, LAST)
+    first = quad // (2 * PACKED_WARPS) * (32 * PACKED_WARPS)
+    at = (tile * SCALES + pair % 8 * QUAD)[:, None] + (first + quad % PACKED_WARPS * 32 + group % QUAD)[None, :]
+    scales = tl.load(scales_ptr + at, mask=(first < SCALES)[None, :], other=0)
+    TURNS: tl.constexpr = BLOCK_M // (16 * NUM_WARPS)
+    odd = (tl.arange(0, 2) * 8)[None, :, None, None]
+    later = (quad // PACKED_WARPS % 2 * 16)[None, None, None, :]
+    scales = tl.reshape(scales, (TURNS, 1, 8 * NUM_WARPS, GROUPS)) >> (odd + later)
+    return words, tl.reshape(scales, (BLOCK_M, GROUPS)) & 0xFF
 
 
 @triton.jit
@@ -161,13 +197,23 @@ def _half_scales(scales, base):
 
 
 @triton.jit
-def _decode(words, scales, FRAGMENTS: tl.constexpr, ARCH: tl.constexpr):
+def _decode_rows(words, scales):
     """float16 [M, 8 W] of int32 words [M, W] and _half_scales [M, W / 4]."""
+    scale = _as_half(_for_words(scales))
+    e = ()
+    for i in tl.static_range(8):
+        nibble = words >> (4 * i)
+        e = e + (_as_half(((nibble & 8) << 12) | ((nibble & 7) << 9)) * scale,)
+    return tl.reshape(_join8(e), (words.shape[0], 8 * words.shape[1]))
+
+
+@triton.jit
+def _decode_fragments(words, scales, NUM_WARPS: tl.constexpr, ARCH: tl.constexpr):
+    """The same of what _load_fragments gave: rows in the order of places, columns in that of column_of."""
     M: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    scales = tl.broadcast_to(scales[:, :, None], (M, W // 4, 4))
-    scales = tl.reshape(scales, (M, W))
-    if FRAGMENTS and ARCH == "cuda":
+    scales = _for_words(scales)
+    if ARCH == "cuda":
         e = tl.inline_asm_elementwise(
             DECODE,
             "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
@@ -180,15 +226,19 @@ def _decode(words, scales, FRAGMENTS: tl.constexpr, ARCH: tl.constexpr):
         e = ()
         scale = _as_half(scales)
         for i in tl.static_range(8):
-            if FRAGMENTS:
-                place = ((words & PLACES[i // 2][0]) * PLACES[i // 2][1]) & PLACES[0][0]
-                bits = place >> (16 * (i % 2))
-            else:
-                nibble = words >> (4 * i)
-                bits = ((nibble & 8) << 12) | ((nibble & 7) << 9)
-            e = e + (_as_half(bits) * scale,)
-    w = tl.join(_join4(e[0], e[2], e[4], e[6]), _join4(e[1], e[3], e[5], e[7]))
-    return tl.reshape(w, (M, 8 * W))
+            place = ((words & PLACES[i // 2][0]) * PLACES[i // 2][1]) & PLACES[0][0]
+            e = e + (_as_half(place >> (16 * (i % 2))) * scale,)
+    # turn, half, warp, row of eight, 128 columns, thread of four, its word, and of that three bits of the element
+    w = tl.reshape(_join8(e), (M // (16 * NUM_WARPS), 2, NUM_WARPS, 8, W // 16, 4, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(w, (0, 2, 1, 3, 4, 6, 7, 8, 5, 9)), (M, 8 * W))
+
+
+@triton.jit
+def _for_words(scales):
+    """[M, G] -> [M, 4 G]: each scale for the four words of its group."""
+    M: tl.constexpr = scales.shape[0]
+    G: tl.constexpr = scales.shape[1]
+    return tl.reshape(tl.broadcast_to(scales[:, :, None], (M, G, 4)), (M, 4 * G))
 
 
 @triton.jit
@@ -198,9 +248,11 @@ def _as_half(bits):
 
 
 @triton.jit
-def _join4(a, b, c, d):
-    """Side by side in two last dimensions of two."""
-    return tl.join(tl.join(a, c), tl.join(b, d))
+def _join8(e):
+    """Eight tensors side by side in three last dimensions of two."""
+    a, b = tl.join(e[0], e[4]), tl.join(e[2], e[6])
+    c, d = tl.join(e[1], e[5]), tl.join(e[3], e[7])
+    return tl.join(tl.join(a, b), tl.join(c, d))
 
 
 @triton.jit

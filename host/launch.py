@@ -171,12 +171,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """Launch parameters of prefill.py. Tiles are tuples, for few tokens first; m and k are multiples of 64 and 128."""
+    """Launch parameters of prefill.py."""
 
     tokens: int  # at most in a block
     least_tokens: int  # fewer are decoded one by one
-    dense: tuple[Tile, ...]
-    expert: tuple[Tile, ...]
+    dense: tuple[Tile, ...]  # the smallest first
+    least_programs: int  # of a dense product, while there are smaller tiles
+    expert: tuple[Tile, ...]  # for few tokens first; m is a multiple of 16 warps, k of 128
     norm_warps: int
     attention_m: int  # query heads times positions
     attention_t: int  # keys at a time
@@ -188,9 +189,14 @@ class BlockTuning:
     router_stages: int
     grouping: int  # pairs at a time
 
-    def dense_tile(self, n_tokens: int) -> Tile:
-        """The first that holds all tokens, or the last."""
-        return next((tile for tile in self.dense if n_tokens <= tile.n), self.dense[-1])
+    def dense_tile(self, rows: int, n_tokens: int) -> Tile:
+        """The largest that leaves least_programs something to do, or the smallest."""
+
+        def programs(tile: Tile) -> int:
+            return -(-rows // tile.m) * -(-n_tokens // tile.n)
+
+        enough = [tile for tile in self.dense if programs(tile) >= self.least_programs]
+        return enough[-1] if enough else self.dense[0]
 
     def expert_tile(self, mean_tokens: float) -> Tile:
         """The first that holds what an expert has on average, or the last."""
@@ -200,7 +206,8 @@ class BlockTuning:
 BLOCKS_SM_90 = BlockTuning(
     tokens=4096,
     least_tokens=4,
-    dense=(Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
+    dense=(Tile(64, 32, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    least_programs=132,
     expert=(Tile(128, 16, 128, 4, 3), Tile(128, 32, 128, 4, 3), Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
     norm_warps=4,
     attention_m=128,
@@ -216,7 +223,8 @@ BLOCKS_SM_90 = BlockTuning(
 BLOCKS_GFX950 = BlockTuning(
     tokens=4096,
     least_tokens=4,
-    dense=(Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
+    dense=(Tile(64, 32, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
+    least_programs=256,
     expert=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
     norm_warps=4,
     attention_m=128,
@@ -234,6 +242,7 @@ BLOCKS_CPU = BlockTuning(
     tokens=512,
     least_tokens=3,
     dense=(Tile(512, 64, 512),),
+    least_programs=1,
     expert=(Tile(512, 32, 512),),
     norm_warps=4,
     attention_m=128,
