@@ -33,9 +33,9 @@ def gemm_kernel(
     out_ptr,
     w_ptr,
     scales_ptr,
-    x_ptr,
+    high_ptr,
+    low_ptr,
     n_columns,
-    part_stride,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -46,20 +46,7 @@ def gemm_kernel(
     """out [tiles of rows * BLOCK_M, tiles of columns * BLOCK_N], a program a tile of each."""
     row0, column0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     acc = gemm_dense(
-        w_ptr,
-        scales_ptr,
-        x_ptr,
-        row0,
-        column0,
-        n_columns,
-        part_stride,
-        ROWS,
-        K,
-        FORMAT,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        1,
+        w_ptr, scales_ptr, high_ptr, low_ptr, row0, column0, n_columns, ROWS, K, FORMAT, BLOCK_M, BLOCK_N, BLOCK_K, 1
     )
     row, column = row0 + tl.arange(0, BLOCK_M)[:, None], column0 + tl.arange(0, BLOCK_N)[None, :]
     tl.store(out_ptr + row * (tl.num_programs(1) * BLOCK_N) + column, acc)
@@ -145,23 +132,19 @@ def parts_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def gemm(matrix: Matrix, x: torch.Tensor, dense_format: str, block_m: int, block_n: int, block_k: int) -> torch.Tensor:
-    """float64 [rows, vectors]. Rows and columns beyond must repeat the last ones, and are cut off.
-
-    The parts lie further apart than they must, with NaN between them.
-    """
+    """float64 [rows, vectors]. Rows and columns beyond must repeat the last ones, and are cut off."""
     (rows, k), n = matrix.elements.shape, len(x)
-    gap = torch.full((3 * k + block_k,), torch.nan, dtype=torch.bfloat16)
-    high, low = parts_of(x).flatten(1)
-    memory = torch.cat((high, gap, low, gap))
+    past = torch.full((3 * k + block_k,), torch.nan, dtype=torch.bfloat16)
+    high, low = (torch.cat((part.flatten(), past)) for part in parts_of(x))
     tiles = triton.cdiv(rows, block_m), triton.cdiv(n, block_n)
     out = torch.full((tiles[0] * block_m, tiles[1] * block_n), torch.nan)
     gemm_kernel[tiles](
         out,
         matrix.words().view(torch.int32),
         matrix.padded_scales(),
-        memory,
+        high,
+        low,
         n,
-        len(high) + len(gap),
         ROWS=rows,
         K=k,
         FORMAT=dense_format,

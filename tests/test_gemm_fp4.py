@@ -11,19 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, row_of, split_rows
+from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, row_of, split_rows, vector_stride
 from host.fragments import pack_blocks, pack_scales
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 NAN_SCALE = 255
 # How a matrix stands in memory, and the vectors: rows and float16, rows and MXFP8 for scaled matrix cores, fragments
-# for so many warps and float16.
-ROWS, SCALED, FRAGMENTS = "rows", "scaled", [1, 2, 4, 8]
+# and float16: packed for so many warps, and multiplied by so many, or as many as a block has tiles.
+ROWS, SCALED, FRAGMENTS = "rows", "scaled", [(1, 1), (2, 4), (4, 2), (8, 8)]
 WAYS = [ROWS, SCALED, *FRAGMENTS]
 # K is a whole number of groups of 32, but no whole quad of them; rows are no whole tiles of 16.
 SHAPES = [(1, 32), (7, 96), (16, 128), (33, 160), (40, 416), (19, 2880)]
-BLOCKS = [(16, 128), (64, 128), (64, 512)]
-with_way = pytest.mark.parametrize("way", WAYS)
+BLOCKS = [(16, 128), (64, 512), (128, 128)]
+with_way = pytest.mark.parametrize("way", WAYS, ids=str)
 with_blocks = pytest.mark.parametrize("block_m, block_k", BLOCKS)
 
 
@@ -41,7 +41,8 @@ def gemm_kernel(
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WARPS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PACKED_WARPS: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
@@ -53,15 +54,30 @@ def gemm_kernel(
         acc = gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_row, ROWS, K, BLOCK_M, BLOCK_K, 1)
     else:
         acc = gemm_fp4(
-            blocks_ptr, scales_ptr, base, x_ptr, m0, x_row, ROWS, K, BLOCK_M, BLOCK_K, 1, WARPS, FRAGMENTS, "cpu"
+            blocks_ptr,
+            scales_ptr,
+            base,
+            x_ptr,
+            m0,
+            x_row,
+            ROWS,
+            K,
+            BLOCK_M,
+            BLOCK_K,
+            1,
+            NUM_WARPS,
+            PACKED_WARPS,
+            FRAGMENTS,
+            "cpu",
         )
     tl.store(out_ptr + (m0 + tl.arange(0, BLOCK_M))[:, None] * N + n[None, :], acc)
 
 
 @triton.jit
-def row_kernel(out_ptr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
-    m = tl.arange(0, N)
-    tl.store(out_ptr + m, row_of(m, FRAGMENTS))
+def order_kernel(rows_ptr, columns_ptr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(rows_ptr + i, row_of(i, FRAGMENTS))
+    tl.store(columns_ptr + i, column_of(i, FRAGMENTS))
 
 
 @triton.jit
@@ -137,11 +153,14 @@ def gemm(
     x_rows = x_rows or list(range(len(vectors.elements)))
     n = max(16, triton.next_power_of_2(len(x_rows)))
     blocks = pack_blocks(matrix.published()) if fragments else matrix.published().flatten(1).view(torch.int32)
-    scales = pack_scales(matrix.scales, way) if fragments else matrix.scales
+    packed_warps, num_warps = (way[0], min(way[1], block_m // 16)) if fragments else (0, 0)
+    scales = pack_scales(matrix.scales, packed_warps) if fragments else matrix.scales
     if way == SCALED:
         x, x_scales = exactly(vectors.elements, torch.float8_e4m3fn), vectors.scales
     else:
         x, x_scales = exactly(vectors.values(), torch.float16), torch.zeros(0, dtype=torch.uint8)
+    if fragments:
+        x = in_the_order_of_fragments(x)
     n_tiles = triton.cdiv(rows, block_m)
     places = n_tiles * block_m
     out = torch.full((places, n), torch.nan)
@@ -158,7 +177,8 @@ def gemm(
         N=n,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
-        WARPS=way if fragments else 0,
+        NUM_WARPS=num_warps,
+        PACKED_WARPS=packed_warps,
         FRAGMENTS=fragments,
         SCALED=way == SCALED,
     )
@@ -175,16 +195,43 @@ def place_in_fragments(row: int) -> int:
     return row // 16 * 16 + [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15][row % 16]
 
 
+def column_in_fragments(k: int) -> int:
+    """Of 128 columns thread t of four holds group t: of each 16 elements the four that mma.m16n8k16 gives it."""
+    thread, element = k // 32 % 4, k % 32
+    step, place = element // 4, [2 * thread, 2 * thread + 1, 2 * thread + 8, 2 * thread + 9][element % 4]
+    return k // 128 * 128 + 16 * step + place
+
+
+def in_the_order_of_fragments(x: torch.Tensor) -> torch.Tensor:
+    """[vectors, K] -> [vectors, K in whole 128], zeros beyond K."""
+    k = x.shape[1]
+    padded = x.new_zeros(len(x), -(-k // 128) * 128)
+    padded[:, [column_in_fragments(column) for column in range(k)]] = x
+    return padded
+
+
 def expected(matrix: Matrix, vectors: Vectors) -> torch.Tensor:
     return matrix.values() @ vectors.values().T
 
 
-def test_rows_in_the_order_of_fragments():
-    for n, fragments in ((16, True), (128, True), (64, False)):
-        out = torch.full((n,), -1, dtype=torch.int32)
-        row_kernel[(1,)](out, N=n, FRAGMENTS=fragments)
-        place = torch.tensor([place_in_fragments(row) if fragments else row for row in range(n)])
-        assert out[place].tolist() == list(range(n))
+@pytest.mark.parametrize("n", [16, 128, 512])
+def test_the_order_of_fragments(n):
+    rows, columns = torch.full((2, n), -1, dtype=torch.int32)
+    order_kernel[(1,)](rows, columns, N=n, FRAGMENTS=True)
+    assert rows[[place_in_fragments(row) for row in range(n)]].tolist() == list(range(n))
+    assert columns.tolist() == [column_in_fragments(k) for k in range(n)]
+    assert n < 128 or sorted(columns.tolist()) == list(range(n))
+
+
+def test_rows_stand_in_their_order():
+    rows, columns = torch.full((2, 64), -1, dtype=torch.int32)
+    order_kernel[(1,)](rows, columns, N=64, FRAGMENTS=False)
+    assert rows.tolist() == columns.tolist() == list(range(64))
+
+
+@pytest.mark.parametrize("k, padded", [(32, 128), (128, 128), (160, 256), (2880, 2944)])
+def test_vectors_for_fragments_have_whole_quads(k, padded):
+    assert (vector_stride(k, True), vector_stride(k, False)) == (padded, k)
 
 
 @pytest.mark.parametrize("m, n", [(16, 16), (64, 2), (128, 32)])
@@ -260,7 +307,7 @@ def test_every_code_at_every_place_of_a_word(way):
 
 
 @pytest.mark.parametrize("base", [0, 1, 26, 127, 200, 253, 254])
-@pytest.mark.parametrize("way", [ROWS, 2])
+@pytest.mark.parametrize("way", [ROWS, FRAGMENTS[1]], ids=str)
 def test_scales_from_end_to_end(way, base):
     """Relative to the largest one they are exact down to 2^-23, in subnormal float16 too."""
     least = max(0, base - 23)
@@ -275,7 +322,7 @@ def test_scales_from_end_to_end(way, base):
     assert torch.equal(gemm(matrix, vectors, way), expected(matrix, vectors))
 
 
-@pytest.mark.parametrize("way", [ROWS, *FRAGMENTS])
+@pytest.mark.parametrize("way", [ROWS, *FRAGMENTS], ids=str)
 def test_small_scales_keep_the_absolute_precision_of_large_ones(way):
     """Scales of all E8M0 beside the largest: what float16 cannot hold is off by half of its least step, 2^-24."""
     generator = torch.Generator().manual_seed(0)
@@ -291,7 +338,7 @@ def test_small_scales_keep_the_absolute_precision_of_large_ones(way):
 
 
 @pytest.mark.parametrize("below", [22, 23, 24, 25, 28, 29, 60, 254])
-@pytest.mark.parametrize("way", [ROWS, 1])
+@pytest.mark.parametrize("way", [ROWS, FRAGMENTS[0]], ids=str)
 def test_one_small_scale_beside_the_largest(way, below):
     """Row 0 has the largest scale, row 1 one so far `below`: rounded to multiples of 2^-24 of the largest, no more."""
     matrix = Matrix(torch.arange(32).repeat(2, 1) % 16, torch.tensor([[254], [254 - below]]))
