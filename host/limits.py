@@ -29,7 +29,10 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
 def required_bytes(
     config: ModelConfig, max_context: int, kv_dtype: torch.dtype = torch.bfloat16, weights: int | None = None
 ) -> int:
-    """Device memory for the weights, the KV cache, a prompt's blocks and the workspace. `weights`: bytes, the kernel's unless said."""
+    """Device memory for the weights, the KV cache, a prompt's blocks and the workspace.
+
+    weights: bytes, the kernel's unless said.
+    """
     kv_cache = 2 * kv_dtype.itemsize * config.n_layers * config.kv_size * max_context
     weights = weight_bytes(config) if weights is None else weights
     return weights + kv_cache + buffer_bytes(config, max_context) + WORKSPACE_BYTES
