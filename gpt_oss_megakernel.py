@@ -76,7 +76,7 @@ from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text
 from host.traffic import bytes_by_phase
 from host.weights import Weights, bytes_to_load, load_weights
 from load_model import open_checkpoint, open_tokenizer
-from prefill import Prefill, prefill_bytes
+from prefill import Prefill
 from tokenizer_util import Tokenizer
 
 shared_memory.install()
@@ -226,7 +226,6 @@ class MegaModel:
         self.grid = (self.num_programs,)
         self.blocks = blocks or blocks_for(self.device)
         needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
-        needed += prefill_bytes(self.config, self.max_context, self.blocks)
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         start = time.perf_counter()
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
