@@ -10,6 +10,7 @@ import triton.language as tl
 from common.parts import two_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST_SINK = tl.constexpr(-1e30)  # in place of those below, -inf among them: no weight beside any score
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def attend_rows(
     IN_BF16: tl.constexpr = k_ptr.dtype.element_ty == tl.bfloat16
     M: tl.constexpr = q.shape[0]
     q *= SM_SCALE * LOG2_E
-    m = sink * LOG2_E
+    m = tl.where(sink < LEAST_SINK, LEAST_SINK, sink) * LOG2_E
     l = tl.full([M], 1.0, tl.float32)  # noqa: E741
     acc = tl.zeros([M, HEAD_DIM], tl.float32)
     queries = _left(q, IN_BF16)
