@@ -209,7 +209,7 @@ class BlockTuning:
 BLOCKS_SM_90 = BlockTuning(
     tokens=MOST_BLOCK_TOKENS,
     least_tokens=4,
-    dense=(Tile(64, 32, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    dense=(Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
     least_programs=132,
     expert=(Tile(128, 16, 128, 4, 3), Tile(128, 32, 128, 4, 3), Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
     norm_warps=4,
