@@ -19,7 +19,7 @@ from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, row_of, split_row
 from common.gemv_dense import matrix_at, scales_of
 from common.grouping import find_block, group_pairs
 from common.parts import half_unit, to_half, two_parts
-from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, quantize_mxfp8
+from common.quant import GROUP, e8m0_to_float32, quantize_mxfp8, round_to_mxfp8
 from common.rmsnorm import rms_rstd
 from common.rope import load_rotated
 from common.router import top_k_softmax_rows
@@ -81,16 +81,16 @@ def expert_norm_kernel(
     x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
     x = _normed(x, norm_ptr + layer * H, CONFIG)
     store_parts(high_ptr, low_ptr, t * H + h, x, h < H)
-    if QUANT:
-        elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
-        x = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_H,))
     if SCALED:
+        elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
         group = tl.arange(0, BLOCK_H // GROUP)
         tl.store(expert_in_ptr + t * H + h, tl.reshape(elements, (BLOCK_H,)), mask=h < H)
         tl.store(expert_in_scale_ptr + t * (H // GROUP) + group, scale, mask=group < H // GROUP)
     else:
         FRAGMENTS: tl.constexpr = TUNING.fragments
         STRIDE: tl.constexpr = vector_stride(H, FRAGMENTS)
+        if QUANT:
+            x = round_to_mxfp8(x)
         unit, undo = half_unit(tl.max(tl.abs(x), axis=0))
         tl.store(expert_in_ptr + t * STRIDE + column_of(h, FRAGMENTS), to_half(x * unit), mask=h < H)
         tl.store(expert_in_scale_ptr + t, undo)
@@ -424,11 +424,9 @@ def gate_up_kernel(
         gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
         up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
         act = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
-        if QUANT:
-            elements, scale = quantize_mxfp8(tl.reshape(act, (BLOCK_N * HALF // GROUP, GROUP)))
-            act = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_N, HALF))
         mask = (place < end)[:, None] & (i < I)[None, :]
         if SCALED:
+            elements, scale = quantize_mxfp8(tl.reshape(act, (BLOCK_N * HALF // GROUP, GROUP)))
             at = place.to(tl.int64)[:, None] * I + i[None, :]
             group = m0 // (2 * GROUP) + tl.arange(0, HALF // GROUP)
             tl.store(act_ptr + at, tl.reshape(elements, (BLOCK_N, HALF)), mask=mask)
@@ -436,6 +434,8 @@ def gate_up_kernel(
             mask = (place < end)[:, None] & (group < I // GROUP)[None, :]
             tl.store(act_scale_ptr + at, tl.reshape(scale, (BLOCK_N, HALF // GROUP)), mask=mask)
         else:
+            if QUANT:
+                act = round_to_mxfp8(act)
             UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
             STRIDE: tl.constexpr = vector_stride(I, FRAGMENTS)
             at = place.to(tl.int64)[:, None] * STRIDE + column_of(i, FRAGMENTS)[None, :]

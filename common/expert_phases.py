@@ -15,7 +15,7 @@ from common.fp4_fragments import (
 )
 from common.gemv_dense import gemv_rows, load_row_vector, load_rows, matrix_at, scales_of
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
-from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
+from common.quant import GROUP, quantize_mxfp8, round_to_mxfp8
 from common.rmsnorm import largest_magnitude, multiply_blocks, rms_rstd
 from common.router import element, elements, pick, top_k_softmax
 from common.stream import Plan, describe, describe_and_fill, gate_up_item, release, take, tiles_in_a_run
@@ -74,14 +74,6 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
                     tl.store(s.expert_in_scale, scale)
             else:
                 write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT)
-
-
-@triton.jit
-def round_to_mxfp8(x):
-    """float32 x [N], N whole groups, to what MXFP8 makes of it."""
-    groups = tl.reshape(x, (x.shape[0] // GROUP, GROUP))
-    elements, scale = quantize_mxfp8(groups)
-    return tl.reshape(dequantize_mxfp8(elements, scale), x.shape)
 
 
 @triton.jit
