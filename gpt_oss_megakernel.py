@@ -39,7 +39,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import common
 from common import phases
-from common.stream import fill, open_stream, plan_until, shares_of
+from common.stream import describe_and_fill, fill, open_stream, plan_until, shares_of
 from host import cpu_interpreter, shared_memory
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
@@ -76,7 +76,7 @@ from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text
 from host.traffic import bytes_by_phase
 from host.weights import Weights, bytes_to_load, load_weights
 from load_model import open_checkpoint, open_tokenizer
-from prefill import Prefill, prefill_bytes
+from prefill import Prefill
 from tokenizer_util import Tokenizer
 
 shared_memory.install()
@@ -107,7 +107,6 @@ def megakernel(
     BLOCK_H: tl.constexpr = triton.next_power_of_2(CONFIG.hidden_size)
     SPINS: tl.constexpr = TUNING.spin_limit
     ARCH: tl.constexpr = TUNING.arch
-    WINDOW: tl.constexpr = TUNING.window
     SLOTS: tl.constexpr = TUNING.ring_slots
 
     common.mark(s.trace, 0, pid, n_programs, TRACE, ARCH)
@@ -118,7 +117,8 @@ def megakernel(
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     no_experts = (tl.cast(0, tl.int32),)  # yet
     plan = plan_until(0, no_experts, n_layers, want_head, shares)
-    stream = fill(open_stream(s, pid, 0, 0, CONFIG, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
+    stream = open_stream(s, shares, pid, 0, 0, CONFIG, TUNING)
+    stream = describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING)
     tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
     wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
 
@@ -136,7 +136,7 @@ def megakernel(
         phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
         arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
         # Most programs wait here: the whole ring is for O.
-        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, SLOTS)
+        stream = fill(stream, CONFIG, TUNING, SLOTS)
         o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
         wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
 
@@ -226,7 +226,6 @@ class MegaModel:
         self.grid = (self.num_programs,)
         self.blocks = blocks or blocks_for(self.device)
         needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
-        needed += prefill_bytes(self.config, self.max_context, self.blocks)
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         start = time.perf_counter()
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)

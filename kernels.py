@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from common import phases
-from common.stream import Plan, fill, open_stream, plan_until, shares_of
+from common.stream import Plan, describe_and_fill, open_stream, plan_until, shares_of
 from host.launch import next_power_of_2
 
 
@@ -26,11 +26,11 @@ def embedding_kernel(w, s, position, n_programs, CONFIG: tl.constexpr, TUNING: t
 
 
 @triton.jit
-def stream_phase(w, s, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE):
+def stream_phase(w, s, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """(a stream of one phase's n_units, the first at `place` of the layer; the plan that ends with them)."""
     plan = Plan(n_units, plan.experts, plan.n_layers, plan.shares)
-    stream = open_stream(s, pid, layer, place, CONFIG, TUNING)
-    return fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window), plan
+    stream = open_stream(s, plan.shares, pid, layer, place, CONFIG, TUNING)
+    return describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING), plan
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def qkv_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constex
     layer = tl.cast(layer, tl.int64)
     pid = tl.program_id(0)
     plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
-    stream, plan = stream_phase(w, s, plan, layer, 0, plan.shares.qkv, pid, n_programs, CONFIG, TUNING, True)
+    stream, plan = stream_phase(w, s, plan, layer, 0, plan.shares.qkv, pid, n_programs, CONFIG, TUNING)
     tile = phases.first_qkv_tile(w, layer, pid, n_programs, CONFIG, TUNING)
     phases.qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
 
@@ -65,7 +65,7 @@ def o_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr
     pid = tl.program_id(0)
     plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
     shares = plan.shares
-    stream, plan = stream_phase(w, s, plan, layer, shares.qkv, shares.o, pid, n_programs, CONFIG, TUNING, True)
+    stream, plan = stream_phase(w, s, plan, layer, shares.qkv, shares.o, pid, n_programs, CONFIG, TUNING)
     tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
     phases.o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
 
@@ -82,9 +82,8 @@ def gate_up_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.con
     pid = tl.program_id(0)
     plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
     shares = plan.shares
-    stream = open_stream(
-        s, pid, layer, shares.qkv + shares.o, CONFIG, TUNING
-    )  # which the phase fills when it has chosen experts
+    # Which the phase fills when it has chosen experts.
+    stream = open_stream(s, shares, pid, layer, shares.qkv + shares.o, CONFIG, TUNING)
     plan = Plan(shares.gate_up, plan.experts, plan.n_layers, shares)
     phases.gate_up_phase(w, s, layer, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
 
@@ -97,7 +96,7 @@ def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.conste
     plan, weights = phases.choose_experts(s, plan, CONFIG, TUNING)
     shares = plan.shares
     place = shares.qkv + shares.o + shares.gate_up
-    stream, plan = stream_phase(w, s, plan, layer, place, shares.down, pid, n_programs, CONFIG, TUNING, False)
+    stream, plan = stream_phase(w, s, plan, layer, place, shares.down, pid, n_programs, CONFIG, TUNING)
     phases.down_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
 
 
@@ -105,7 +104,7 @@ def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.conste
 def head_kernel(w, s, want_logits, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
     pid = tl.program_id(0)
     plan = plan_of(0, pid, n_programs, CONFIG, TUNING, QUANT)
-    stream, plan = stream_phase(w, s, plan, 0, 0, plan.shares.head, pid, n_programs, CONFIG, TUNING, True)
+    stream, plan = stream_phase(w, s, plan, 0, 0, plan.shares.head, pid, n_programs, CONFIG, TUNING)
     phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
 
 

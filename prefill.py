@@ -9,8 +9,6 @@ an expert's weights are decoded once for all tokens of a tile. The last layer en
 prompt's tokens but the last one leave is the cache. The last token is decoded like any other (gpt_oss_megakernel.py).
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -21,12 +19,13 @@ from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, row_of, split_row
 from common.gemv_dense import matrix_at, scales_of
 from common.grouping import find_block, group_pairs
 from common.parts import half_unit, to_half, two_parts
-from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, quantize_mxfp8
+from common.quant import GROUP, e8m0_to_float32, quantize_mxfp8, round_to_mxfp8
 from common.rmsnorm import rms_rstd
 from common.rope import load_rotated
 from common.router import top_k_softmax_rows
 from common.swiglu import swiglu
-from host.config import MXFP4_GROUP, ModelConfig
+from host.buffers import Buffers, buffer_shapes
+from host.config import ModelConfig
 from host.launch import BlockTuning, Tuning, next_power_of_2
 from host.state import State
 from host.weights import Weights
@@ -82,16 +81,16 @@ def expert_norm_kernel(
     x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
     x = _normed(x, norm_ptr + layer * H, CONFIG)
     store_parts(high_ptr, low_ptr, t * H + h, x, h < H)
-    if QUANT:
-        elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
-        x = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_H,))
     if SCALED:
+        elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
         group = tl.arange(0, BLOCK_H // GROUP)
         tl.store(expert_in_ptr + t * H + h, tl.reshape(elements, (BLOCK_H,)), mask=h < H)
         tl.store(expert_in_scale_ptr + t * (H // GROUP) + group, scale, mask=group < H // GROUP)
     else:
         FRAGMENTS: tl.constexpr = TUNING.fragments
         STRIDE: tl.constexpr = vector_stride(H, FRAGMENTS)
+        if QUANT:
+            x = round_to_mxfp8(x)
         unit, undo = half_unit(tl.max(tl.abs(x), axis=0))
         tl.store(expert_in_ptr + t * STRIDE + column_of(h, FRAGMENTS), to_half(x * unit), mask=h < H)
         tl.store(expert_in_scale_ptr + t, undo)
@@ -425,11 +424,9 @@ def gate_up_kernel(
         gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
         up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
         act = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
-        if QUANT:
-            elements, scale = quantize_mxfp8(tl.reshape(act, (BLOCK_N * HALF // GROUP, GROUP)))
-            act = tl.reshape(dequantize_mxfp8(elements, scale), (BLOCK_N, HALF))
         mask = (place < end)[:, None] & (i < I)[None, :]
         if SCALED:
+            elements, scale = quantize_mxfp8(tl.reshape(act, (BLOCK_N * HALF // GROUP, GROUP)))
             at = place.to(tl.int64)[:, None] * I + i[None, :]
             group = m0 // (2 * GROUP) + tl.arange(0, HALF // GROUP)
             tl.store(act_ptr + at, tl.reshape(elements, (BLOCK_N, HALF)), mask=mask)
@@ -437,6 +434,8 @@ def gate_up_kernel(
             mask = (place < end)[:, None] & (group < I // GROUP)[None, :]
             tl.store(act_scale_ptr + at, tl.reshape(scale, (BLOCK_N, HALF // GROUP)), mask=mask)
         else:
+            if QUANT:
+                act = round_to_mxfp8(act)
             UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
             STRIDE: tl.constexpr = vector_stride(I, FRAGMENTS)
             at = place.to(tl.int64)[:, None] * STRIDE + column_of(i, FRAGMENTS)[None, :]
@@ -505,57 +504,6 @@ def down_kernel(
         tl.store(expert_out_ptr + pair[:, None] * H + row[None, :], y, mask=(place < end)[:, None] & (row < H)[None, :])
 
 
-class Buffers(NamedTuple):
-    """What a block of at most `tokens` tokens leaves from launch to launch."""
-
-    x: torch.Tensor  # float32 [tokens, hidden], the residual stream, but for expert_out
-    high: torch.Tensor  # bfloat16 [tokens, hidden or q rows], a dense product's vectors, see common/parts.py
-    low: torch.Tensor
-    qkv: torch.Tensor  # float32 [tokens, q + k + v rows]
-    expert_in: torch.Tensor  # float16 [tokens, vector_stride] or, for scaled products, float8_e4m3fn [tokens, hidden]
-    expert_in_scale: torch.Tensor  # float32 [tokens], or uint8 [tokens, hidden / 32]
-    chosen: torch.Tensor  # int32 [tokens, top_k]
-    weights: torch.Tensor  # float32 [tokens, top_k]
-    order: torch.Tensor  # int32 [tokens * top_k], pairs in the order of their experts
-    starts: torch.Tensor  # int32 [experts + 1], where each expert's pairs begin
-    act: torch.Tensor  # like expert_in, [tokens * top_k, intermediate], in that order
-    act_scale: torch.Tensor  # uint8 [tokens * top_k, intermediate / 32], for scaled products
-    expert_out: torch.Tensor  # float32 [tokens, top_k, hidden]
-
-
-def buffer_shapes(config: ModelConfig, tokens: int, scaled: bool, fragments: bool) -> Buffers:
-    """(shape, dtype) of each."""
-    h, i, top_k = config.hidden_size, config.intermediate_size, config.experts_per_token
-    f32, f16, u8, i32 = torch.float32, torch.float16, torch.uint8, torch.int32
-    operand = torch.float8_e4m3fn if scaled else f16
-    return Buffers(
-        x=((tokens, h), f32),
-        high=((tokens, max(h, config.q_size)), torch.bfloat16),
-        low=((tokens, max(h, config.q_size)), torch.bfloat16),
-        qkv=((tokens, config.qkv_size), f32),
-        expert_in=((tokens, vector_stride(h, fragments)), operand),
-        expert_in_scale=((tokens, h // MXFP4_GROUP), u8) if scaled else ((tokens,), f32),
-        chosen=((tokens, top_k), i32),
-        weights=((tokens, top_k), f32),
-        order=((tokens * top_k,), i32),
-        starts=((config.n_experts + 1,), i32),
-        act=((tokens * top_k, vector_stride(i, fragments)), operand),
-        act_scale=((tokens * top_k if scaled else 0, i // MXFP4_GROUP), u8),
-        expert_out=((tokens, top_k, h), f32),
-    )
-
-
-def block_tokens(max_context: int, tuning: BlockTuning) -> int:
-    """Tokens of the largest block that a context of so many positions needs; 0 if there is none."""
-    return min(tuning.tokens, max_context - 1) if max_context > tuning.least_tokens else 0
-
-
-def prefill_bytes(config: ModelConfig, max_context: int, tuning: BlockTuning) -> int:
-    """Device memory for the buffers, at most."""
-    shapes = buffer_shapes(config, block_tokens(max_context, tuning), scaled=False, fragments=True)
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
-
-
 class Prefill:
     """Blocks of tokens through a model's layers."""
 
@@ -567,7 +515,8 @@ class Prefill:
         self.weights, self.state = weights, state
         self.scaled = quant and tuning.dot_scaled and not tuning.fragments
         device = state.x.device
-        self.tokens = block_tokens(state.k_cache.shape[2], blocks)
+        max_context = state.k_cache.shape[2]
+        self.tokens = min(blocks.tokens, max_context - 1) if max_context > blocks.least_tokens else 0
         shapes = buffer_shapes(config, self.tokens, self.scaled, tuning.fragments)
         # What lies beyond a vector's elements is never written: zeros.
         self.buffers = Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))

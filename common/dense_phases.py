@@ -20,7 +20,7 @@ from common.gemv_dense import (
 from common.prefetch import prefetch_l2
 from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 from common.spread import spread_vector
-from common.stream import release, scratch_words, share, take
+from common.stream import describe, release, scratch_words, share, take
 from common.sums import collect_dense, leave_dense
 
 
@@ -61,7 +61,7 @@ def load_normed(s, norm_ptr, stream, FORMAT: tl.constexpr, CONFIG: tl.constexpr,
         LANES: tl.constexpr = row_lanes(H, FORMAT, TUNING)
         EACH: tl.constexpr = 16 // item_bytes(FORMAT)
         WORDS: tl.constexpr = scratch_words(CONFIG, TUNING)
-        x = spread_vector(stream.sums, x, H, LANES, 32 * TUNING.num_warps // LANES, EACH, WORDS, ARCH)
+        x = spread_vector(stream.scratch, x, H, LANES, 32 * TUNING.num_warps // LANES, EACH, WORDS, ARCH)
     return x, rstd
 
 
@@ -114,12 +114,13 @@ def multiply_rows(
         if FORMAT == "fp8-row":
             row = row0 + tl.arange(0, BATCH * M)
             scales = tl.load(matrix[1] + row, mask=row < end_row, other=0.0)
+        stream = describe(stream, plan, w, pid, n_programs, CONFIG, TUNING)
         for n in range(tl.minimum(tl.cdiv(end_row - row0, M), BATCH)):
             pieces, stream = take(stream, 0, TUNING)
             mine = gemv_slot(pieces, x, end_row - row0 - n * M, K, M, FORMAT, ARCH)
-            stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
-            leave_dense(stream.sums, n, mine, BATCH, ARCH)
-        y = collect_dense(stream.sums, BATCH * M, x[0].shape[1] // 32, ARCH)
+            stream = release(stream, CONFIG, TUNING)
+            leave_dense(stream.scratch, n, mine, BATCH, ARCH)
+        y = collect_dense(stream.scratch, BATCH * M, x[0].shape[1] // 32, ARCH)
         if FORMAT == "fp8-row":
             y *= scales
         return y, tile, stream

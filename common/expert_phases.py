@@ -15,10 +15,10 @@ from common.fp4_fragments import (
 )
 from common.gemv_dense import gemv_rows, load_row_vector, load_rows, matrix_at, scales_of
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
-from common.quant import GROUP, dequantize_mxfp8, quantize_mxfp8
+from common.quant import GROUP, quantize_mxfp8, round_to_mxfp8
 from common.rmsnorm import largest_magnitude, multiply_blocks, rms_rstd
 from common.router import element, elements, pick, top_k_softmax
-from common.stream import Plan, fill, gate_up_item, release, take, tiles_in_a_run
+from common.stream import Plan, describe, describe_and_fill, gate_up_item, release, take, tiles_in_a_run
 from common.sums import collect_fragments, leave_fragments
 from common.swiglu import swiglu
 
@@ -74,14 +74,6 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
                     tl.store(s.expert_in_scale, scale)
             else:
                 write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT)
-
-
-@triton.jit
-def round_to_mxfp8(x):
-    """float32 x [N], N whole groups, to what MXFP8 makes of it."""
-    groups = tl.reshape(x, (x.shape[0] // GROUP, GROUP))
-    elements, scale = quantize_mxfp8(groups)
-    return tl.reshape(dequantize_mxfp8(elements, scale), x.shape)
 
 
 @triton.jit
@@ -179,12 +171,13 @@ def multiply_experts(stream, plan, w, vector, n, pid, n_programs, K: tl.constexp
     BATCH: tl.constexpr = TUNING.expert_batch
     WARPS: tl.constexpr = TUNING.num_warps
     BLOCKS: tl.constexpr = block_bytes(K)
+    stream = describe(stream, plan, w, pid, n_programs, CONFIG, TUNING)
     for i in range(n):
         pieces, stream = take(stream, BLOCKS, TUNING)
         even, odd = gemv_fp4_fragments(pieces, vector, K, WARPS, ARCH)
-        stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, False)
-        leave_fragments(stream.sums, i, even, odd, BATCH, WARPS, ARCH)
-    even, odd = collect_fragments(stream.sums, BATCH, WARPS, ARCH)
+        stream = release(stream, CONFIG, TUNING)
+        leave_fragments(stream.scratch, i, even, odd, BATCH, WARPS, ARCH)
+    even, odd = collect_fragments(stream.scratch, BATCH, WARPS, ARCH)
     return even, odd, stream
 
 
@@ -229,7 +222,7 @@ def gate_up_phase(
     BATCH: tl.constexpr = TUNING.expert_batch
     plan, expert_weights = choose_experts(s, plan, CONFIG, TUNING)
     experts, shares = plan.experts, plan.shares
-    stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False, TUNING.window)
+    stream = describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING)
     vector = load_expert_in(s, CONFIG, TUNING)
     RUN: tl.constexpr = tiles_in_a_run(TUNING, QUANT)
     PAIRS: tl.constexpr = M // 2

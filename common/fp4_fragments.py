@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from common.lanes import by_lane
+from common.parts import half_unit
 from common.quant import GROUP, e8m0_to_float32
 from common.ring import load_word, load_words
 
@@ -27,7 +28,7 @@ REST_PLACE = tl.constexpr(32)
 # either half, of the others in bits 12 and 8..6, 14 and 5..3, 13 and 2..0. Bits 15 and 11..9 alone, as a float16, are
 # an element times 2^-14, subnormals included. The factors move sign and magnitude at once, and on another pipe than the
 # masks, which are what limits the loop over tiles.
-MISSING_EXPONENT = tl.constexpr(14)
+UNPLACED = tl.constexpr(2.0**14)
 PLACES = tl.constexpr(((0x8E008E00 - (1 << 32), 1), (0x11C011C0, 8), (0x40384038, 66), (0x20072007, 516)))
 
 
@@ -99,9 +100,8 @@ def fragment_unit(largest):
     The largest element becomes 2^14 to 2^15. Vectors below 2^-95 are brought no further up: the unit, 2^(141 -
     exponent), stays a float32, and so does what undoes it, times a weight's scale.
     """
-    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 32)
-    unit = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    return unit, ((exponent - 141 + 127 + MISSING_EXPONENT) << 23).to(tl.float32, bitcast=True)
+    unit, undo = half_unit(largest)
+    return unit, undo * UNPLACED
 
 
 @triton.jit

@@ -45,6 +45,14 @@ def dequantize_mxfp8(elements, e8m0):
 
 
 @triton.jit
+def round_to_mxfp8(x):
+    """float32 x of any shape, whole groups in its last dimension, to what MXFP8 makes of it."""
+    groups = tl.reshape(x, (x.numel // GROUP, GROUP))
+    elements, scale = quantize_mxfp8(groups)
+    return tl.reshape(dequantize_mxfp8(elements, scale), x.shape)
+
+
+@triton.jit
 def load_mxfp8(x_ptr, scale_ptr, offsets, mask):
     """Dequantize E4M3 x at `offsets`, with E8M0 scales at offsets // GROUP, to float32; zeros where masked."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

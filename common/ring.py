@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 BARRIER_BYTES = tl.constexpr(128)  # one mbarrier a slot
+UNIT_BYTES = tl.constexpr(32)  # of a description, see store_unit
 
 
 def _open_asm(slots: int, slot_bytes: int, more_bytes: int = 0) -> str:
@@ -40,21 +41,27 @@ OPEN = triton.constexpr_function(_open_asm)
 
 # Weights are read once a token: they leave the L2 cache first. The second piece, if any, lands behind the first.
 COPY = tl.constexpr("""{
-    .reg .pred first, more;
-    .reg .u32 thread, place;
-    .reg .b64 policy;
-    mov.u32 thread, %tid.x;
-    setp.eq.u32 first, thread, 0;
-    setp.ne.and.u32 more, $6, 0, first;
-    createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
-    add.u32 place, $4, $6;
-    @first mbarrier.arrive.expect_tx.shared.b64 _, [$1], place;
-    @first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
-        [$2], [$3], $4, [$1], policy;
-    add.u32 place, $2, $4;
-    @more cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
-        [place], [$5], $6, [$1], policy;
+    .reg .pred other, more;
+    .reg .u32 place, bytes, more_bytes;
+    .reg .u64 policy, from, more_from, size;
     mov.u32 $0, 0;
+    mov.u32 place, %tid.x;
+    setp.ne.u32 other, place, 0;
+    @other bra done;
+    ld.shared.v2.u64 {from, size}, [$3];
+    cvt.u32.u64 bytes, size;
+    ld.shared.v2.u64 {more_from, size}, [$3+16];
+    cvt.u32.u64 more_bytes, size;
+    createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
+    add.u32 place, bytes, more_bytes;
+    mbarrier.arrive.expect_tx.shared.b64 _, [$1], place;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
+        [$2], [from], bytes, [$1], policy;
+    setp.ne.u32 more, more_bytes, 0;
+    add.u32 place, $2, bytes;
+    @more cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint
+        [place], [more_from], more_bytes, [$1], policy;
+done:
 }""")
 
 # Bounded, as every wait here: copies that never end are a bug, and a trap is better than a GPU that hangs.
@@ -94,21 +101,17 @@ def behind_slots(slots, SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr):
 
 
 @triton.jit
-def fill_slot(
-    slots, n, ptr, n_bytes, more_ptr, more_bytes, SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr
-):
-    """Ask for unit number n = 0, 1, ...: n_bytes from ptr on, and behind them more_bytes, or 0, from more_ptr on.
+def fill_slot(slots, n, unit, SLOTS: tl.constexpr, SLOT_BYTES: tl.constexpr, ARCH: tl.constexpr):
+    """Ask for unit number n = 0, 1, ..., whose pieces store_unit described at address `unit`.
 
-    Bytes and addresses are multiples of 16. All threads must have read what the slot held, as a barrier tells.
+    All threads must have read what the slot held, and stored the unit, as a barrier tells.
     """
     slot = n % SLOTS
     if ARCH == "cuda":
-        barrier = slots + slot * 8
-        at = slots + BARRIER_BYTES + slot * SLOT_BYTES
         tl.inline_asm_elementwise(
             COPY,
-            "=r,r,r,l,r,l,r",
-            [barrier, at, ptr.to(tl.int64), n_bytes, more_ptr.to(tl.int64), more_bytes],
+            "=&r,r,r,r,~{memory}",
+            [slots + slot * 8, slots + BARRIER_BYTES + slot * SLOT_BYTES, unit],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -116,7 +119,32 @@ def fill_slot(
         return slots
     else:
         mine = tl.arange(0, slots[0].shape[0]) == slot
-        return tl.where(mine, ptr.to(tl.int64), slots[0]), tl.where(mine, more_ptr.to(tl.int64), slots[1])
+        unit = unit.to(tl.pointer_type(tl.int64))
+        return tl.where(mine, tl.load(unit), slots[0]), tl.where(mine, tl.load(unit + 2), slots[1])
+
+
+@triton.jit
+def store_unit(address, ptr, n_bytes, more_ptr, more_bytes, mask, ARCH: tl.constexpr):
+    """Describe at each of `address`, UNIT_BYTES, a unit's two pieces, the second of which may have 0 bytes.
+
+    Bytes and addresses are multiples of 16. All int64 but mask, and on NVIDIA `address`, int32.
+    """
+    if ARCH == "cuda":
+        tl.inline_asm_elementwise(
+            """{ .reg .pred inside; setp.ne.s32 inside, $6, 0; mov.u32 $0, 0;
+            @inside st.shared.v2.u64 [$1], {$2, $3}; @inside st.shared.v2.u64 [$1+16], {$4, $5}; }""",
+            "=&r,r,l,l,l,l,r",
+            [address, ptr, n_bytes, more_ptr, more_bytes, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        unit = address.to(tl.pointer_type(tl.int64))
+        tl.store(unit, ptr, mask=mask)
+        tl.store(unit + 1, n_bytes, mask=mask)
+        tl.store(unit + 2, more_ptr, mask=mask)
+        tl.store(unit + 3, more_bytes, mask=mask)
 
 
 @triton.jit

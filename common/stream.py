@@ -11,10 +11,13 @@ import triton.language as tl
 
 from common.fp4_fragments import block_bytes, scale_bytes
 from common.gemv_dense import item_bytes, row_lanes, row_scale_bytes
-from common.ring import behind_slots, fill_slot, open_ring, wait_for_slot
+from common.ring import UNIT_BYTES, behind_slots, fill_slot, open_ring, store_unit, wait_for_slot
 from common.router import element
 from common.spread import spread_words
 from common.sums import sum_words
+
+KNOWN_UNITS = tl.constexpr(64)  # of which a program keeps descriptions; one of 132 has 38 or 39 a layer of 120b
+LEAST_UNITS = tl.constexpr(32)  # a batch of tiles and a ring's slots: what is asked for between two calls of describe
 
 
 class Shares(NamedTuple):
@@ -39,11 +42,11 @@ class Stream(NamedTuple):
     """Where a program is in the order of its units."""
 
     slots: tl.tensor  # see common/ring.py
-    sums: tl.tensor  # address of the program's memory for common/sums.py and common/spread.py
+    scratch: tl.tensor  # address of the program's memory for common/sums.py and common/spread.py
+    first: tl.tensor  # the model's number, among the program's, of unit 0
+    known: tl.tensor  # units that are described, see describe
     asked: tl.tensor  # units asked for
     taken: tl.tensor  # units taken
-    layer: tl.tensor  # of the next unit to ask for
-    place: tl.tensor  # of it among the layer's
 
 
 class Plan(NamedTuple):
@@ -120,6 +123,12 @@ def plan_until(layer, experts, n_layers, want_head, shares):
 
 
 @triton.constexpr_function
+def memory_words(config, tuning) -> int:
+    """float32 of a program's memory: for that, and behind it for the descriptions of units."""
+    return scratch_words(config, tuning) + KNOWN_UNITS.value * UNIT_BYTES.value // 4
+
+
+@triton.constexpr_function
 def scratch_words(config, tuning) -> int:
     """float32 of a program's memory for what its threads exchange: sums of rows, or of a vector a piece."""
 
@@ -131,20 +140,26 @@ def scratch_words(config, tuning) -> int:
 
 
 @triton.jit
-def open_stream(s, pid, layer, place, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+def open_stream(s, shares, pid, layer, place, CONFIG: tl.constexpr, TUNING: tl.constexpr):
     """A stream whose first unit is the one at `place` of a layer; () where weights are not streamed."""
     ARCH: tl.constexpr = TUNING.arch
-    WORDS: tl.constexpr = scratch_words(CONFIG, TUNING)
+    BYTES: tl.constexpr = 4 * memory_words(CONFIG, TUNING)
     if TUNING.ring_slots > 0:
-        slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, 4 * WORDS, ARCH)
+        slots = open_ring(TUNING.ring_slots, TUNING.slot_bytes, BYTES, ARCH)
         if ARCH == "cuda":
-            sums = behind_slots(slots, TUNING.ring_slots, TUNING.slot_bytes)
+            scratch = behind_slots(slots, TUNING.ring_slots, TUNING.slot_bytes)
         else:
-            sums = s.sums.to(tl.int64) + 4 * WORDS * pid
+            scratch = s.scratch.to(tl.int64) + BYTES * pid
         zero = tl.cast(0, tl.int32)
-        return Stream(slots, sums, zero, zero, tl.cast(layer, tl.int32), tl.cast(place, tl.int32))
+        first = tl.cast(layer * units_of_layer(shares) + place, tl.int32)
+        return Stream(slots, scratch, first, zero, zero, zero)
     else:
         return ()
+
+
+@triton.jit
+def units_of_layer(shares):
+    return shares.qkv + shares.o + shares.gate_up + shares.down
 
 
 @triton.jit
@@ -152,111 +167,119 @@ def take(stream, PLACE: tl.constexpr, TUNING: tl.constexpr):
     """(addresses of the next unit's two pieces, the stream), when its bytes have arrived; the first piece has PLACE."""
     ARCH: tl.constexpr = TUNING.arch
     pieces = wait_for_slot(stream.slots, stream.taken, PLACE, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
-    return pieces, Stream(stream.slots, stream.sums, stream.asked, stream.taken + 1, stream.layer, stream.place)
+    return pieces, Stream(stream.slots, stream.scratch, stream.first, stream.known, stream.asked, stream.taken + 1)
 
 
 @triton.jit
-def release(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
-    """Give back the slot of what was taken last, for the next unit of the plan. DENSE: that is no expert's."""
+def release(stream, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Give back the slot of what was taken last, for the next unit that is known."""
     tl.debug_barrier()  # all threads have read it
-    return ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, TUNING.window)
+    return ask(stream, CONFIG, TUNING, TUNING.window)
 
 
 @triton.jit
-def fill(
-    stream,
-    plan,
-    w,
-    pid,
-    n_programs,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
-    DENSE: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Ask for units of the plan until WINDOW are under way or wait to be taken."""
+def fill(stream, CONFIG: tl.constexpr, TUNING: tl.constexpr, WINDOW: tl.constexpr):
+    """Ask for units that are known until WINDOW are under way or wait to be taken."""
     if TUNING.ring_slots > 0:
         for _ in range(WINDOW):
-            stream = ask(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE, WINDOW)
+            stream = ask(stream, CONFIG, TUNING, WINDOW)
     return stream
 
 
 @triton.jit
-def ask(
-    stream,
-    plan,
-    w,
-    pid,
-    n_programs,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
-    DENSE: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Ask for the next unit, if it is in the plan and fewer than WINDOW are under way or wait to be taken."""
-    ARCH: tl.constexpr = TUNING.arch
-    slots, asked, layer, place = stream.slots, stream.asked, stream.layer, stream.place
-    shares = plan.shares
-    each = shares.qkv + shares.o + shares.gate_up + shares.down
-    if (asked < plan.limit) & (asked - stream.taken < WINDOW):
-        layer = tl.where(each > 0, layer, plan.n_layers)  # a program may have units of the LM head alone
-        at, n_bytes, more, more_bytes = locate(w, layer, place, plan, pid, n_programs, CONFIG, TUNING, DENSE)
-        slots = fill_slot(slots, asked, at, n_bytes, more, more_bytes, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
-        asked += 1
-        place += 1
-        if (layer < plan.n_layers) & (place == each):
-            layer += 1
-            place = tl.cast(0, tl.int32)
-    return Stream(slots, stream.sums, asked, stream.taken, layer, place)
+def describe_and_fill(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Know the plan's next units and ask for a window of them."""
+    if TUNING.ring_slots > 0:
+        stream = describe(stream, plan, w, pid, n_programs, CONFIG, TUNING)
+    return fill(stream, CONFIG, TUNING, TUNING.window)
 
 
 @triton.jit
-def locate(w, layer, place, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr):
-    """(address, bytes) of each of the two pieces of a unit; the second of a dense tile may have none."""
+def ask(stream, CONFIG: tl.constexpr, TUNING: tl.constexpr, WINDOW: tl.constexpr):
+    """Ask for the next unit, if it is known and fewer than WINDOW are under way or wait to be taken."""
+    ARCH: tl.constexpr = TUNING.arch
+    slots, asked = stream.slots, stream.asked
+    if (asked < stream.known) & (asked - stream.taken < WINDOW):
+        unit = unit_address(stream, asked, CONFIG, TUNING)
+        slots = fill_slot(slots, asked, unit, TUNING.ring_slots, TUNING.slot_bytes, ARCH)
+        asked += 1
+    return Stream(slots, stream.scratch, stream.first, stream.known, asked, stream.taken)
+
+
+@triton.jit
+def unit_address(stream, n, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Where unit n is described, a number or a tensor."""
+    SCRATCH: tl.constexpr = 4 * scratch_words(CONFIG, TUNING)
+    return stream.scratch + SCRATCH + n % KNOWN_UNITS * UNIT_BYTES
+
+
+@triton.jit
+def describe(stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """Know the plan's next units, unless enough for LEAST_UNITS more requests are known.
+
+    All at once, a thread each: worked out one by one where they were asked for, they took a third of the instructions
+    of a dense tile.
+    """
+    ARCH: tl.constexpr = TUNING.arch
+    known = stream.known
+    if (known < plan.limit) & (known - stream.asked < LEAST_UNITS):
+        tl.debug_barrier()  # whoever asks has read what was there
+        n = stream.asked + tl.arange(0, KNOWN_UNITS)
+        known = tl.minimum(stream.asked + KNOWN_UNITS, plan.limit)
+        at, n_bytes, more, more_bytes = locate(w, stream.first + n, plan, pid, n_programs, CONFIG, TUNING)
+        store_unit(unit_address(stream, n, CONFIG, TUNING), at, n_bytes, more, more_bytes, n < known, ARCH)
+        tl.debug_barrier()
+    return Stream(stream.slots, stream.scratch, stream.first, known, stream.asked, stream.taken)
+
+
+@triton.jit
+def locate(w, number, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """(address, bytes) of each of the two pieces of units, int64 like `number`; the second may have none."""
     H: tl.constexpr = CONFIG.hidden_size
     QKV_FORMAT: tl.constexpr = CONFIG.dense.qkv
     O_FORMAT: tl.constexpr = CONFIG.dense.o
     HEAD_FORMAT: tl.constexpr = CONFIG.dense.head
+    GATE_UP: tl.constexpr = (2 * CONFIG.intermediate_size + TUNING.gate_up_m - 1) // TUNING.gate_up_m
+    DOWN: tl.constexpr = (H + TUNING.down_m - 1) // TUNING.down_m
     shares = plan.shares
-    layer = tl.cast(layer, tl.int64)
-    is_o = place < shares.qkv + shares.o
-    if DENSE:
-        is_o = True
-    if layer >= plan.n_layers:
-        tile = shares.head_first + place
-        at, n_bytes, more, more_bytes = dense_tile(
-            w.lm_head, w.lm_head_scales, 0, tile, CONFIG.vocab_size, H, TUNING.head_m, HEAD_FORMAT
-        )
-    elif place < shares.qkv:
-        tile = shares.qkv_first + place
-        at, n_bytes, more, more_bytes = dense_tile(
-            w.qkv, w.qkv_scales, layer, tile, CONFIG.qkv_size, H, TUNING.qkv_m, QKV_FORMAT
-        )
-    elif is_o:
-        tile = shares.o_first + place - shares.qkv
-        at, n_bytes, more, more_bytes = dense_tile(w.o, w.o_scales, layer, tile, H, CONFIG.q_size, TUNING.o_m, O_FORMAT)
-    else:
-        place -= shares.qkv + shares.o
-        if place < shares.gate_up:
-            TILES: tl.constexpr = (2 * CONFIG.intermediate_size + TUNING.gate_up_m - 1) // TUNING.gate_up_m
-            item = gate_up_item(place, pid, n_programs, shares.run)
-            matrix = layer * CONFIG.n_experts + element(plan.experts, item // TILES)
-            at, n_bytes, more, more_bytes = expert_tile(
-                w.gate_up, w.gate_up_scales, matrix * TILES + item % TILES, H, TUNING
-            )
-        else:
-            DOWN: tl.constexpr = (H + TUNING.down_m - 1) // TUNING.down_m
-            place -= shares.gate_up
-            slot = pid % CONFIG.experts_per_token
-            if shares.lanes < CONFIG.experts_per_token:
-                slot = pid % shares.lanes + place // shares.down_each * shares.lanes
-                place %= shares.down_each
-            matrix = layer * CONFIG.n_experts + element(plan.experts, slot)
-            tile = shares.member + place * shares.members
-            at, n_bytes, more, more_bytes = expert_tile(
-                w.down, w.down_scales, matrix * DOWN + tile, CONFIG.intermediate_size, TUNING
-            )
-    return at, n_bytes, more, more_bytes
+    each = units_of_layer(shares)
+    of_layers = plan.n_layers * each
+    # A program may have units of the LM head alone.
+    layer = tl.where(number < of_layers, number // tl.maximum(each, 1), 0).to(tl.int64)
+    place = tl.where(number < of_layers, number % tl.maximum(each, 1), 0)
+    unit = dense_tile(
+        w.qkv, w.qkv_scales, layer, shares.qkv_first + place, CONFIG.qkv_size, H, TUNING.qkv_m, QKV_FORMAT
+    )
+    place -= shares.qkv
+    o = dense_tile(w.o, w.o_scales, layer, shares.o_first + place, H, CONFIG.q_size, TUNING.o_m, O_FORMAT)
+    unit = keep_or(place < 0, unit, o)
+    place -= shares.o
+    item = gate_up_item(tl.maximum(place, 0), pid, n_programs, shares.run)
+    matrix = layer * CONFIG.n_experts + element(plan.experts, item // GATE_UP)
+    gate_up = expert_tile(w.gate_up, w.gate_up_scales, matrix * GATE_UP + item % GATE_UP, H, TUNING)
+    unit = keep_or(place < 0, unit, gate_up)
+    place -= shares.gate_up
+    turn = tl.maximum(place, 0)
+    slot = pid % CONFIG.experts_per_token + 0 * turn
+    if shares.lanes < CONFIG.experts_per_token:
+        slot = pid % shares.lanes + turn // tl.maximum(shares.down_each, 1) * shares.lanes
+        turn %= tl.maximum(shares.down_each, 1)
+    matrix = layer * CONFIG.n_experts + element(plan.experts, slot)
+    tile = shares.member + turn * shares.members
+    down = expert_tile(w.down, w.down_scales, matrix * DOWN + tile, CONFIG.intermediate_size, TUNING)
+    unit = keep_or(place < 0, unit, down)
+    tile = shares.head_first + number - of_layers
+    head = dense_tile(w.lm_head, w.lm_head_scales, 0 * layer, tile, CONFIG.vocab_size, H, TUNING.head_m, HEAD_FORMAT)
+    return keep_or(number < of_layers, unit, head)
+
+
+@triton.jit
+def keep_or(keep, unit, other):
+    """Where `keep`, a unit's four numbers, else the other's."""
+    chosen = ()
+    for i in tl.static_range(4):
+        chosen = chosen + (tl.where(keep, unit[i], other[i]),)
+    return chosen
 
 
 @triton.jit
@@ -266,8 +289,8 @@ def dense_tile(
     """(address, bytes) of a tile of a layer's matrix [ROWS, K], M rows or what is left, and of its scales."""
     ROW: tl.constexpr = K * item_bytes(FORMAT)
     SCALES: tl.constexpr = row_scale_bytes(K, FORMAT)
-    row = tl.cast(layer * ROWS + tile * M, tl.int64)
-    rows = tl.minimum(ROWS - tile * M, M)
+    row = layer * ROWS + tile * M
+    rows = tl.minimum(ROWS - tile * M, M).to(tl.int64)
     at, more = w_ptr.to(tl.int64) + row * ROW, scales_ptr.to(tl.int64) + row * SCALES
     return at, rows * ROW, more, rows * SCALES
 
@@ -279,4 +302,4 @@ def expert_tile(blocks_ptr, scales_ptr, index, K: tl.constexpr, TUNING: tl.const
     SCALES: tl.constexpr = scale_bytes(K, TUNING.num_warps)
     at = blocks_ptr.to(tl.int64) + index * BLOCKS
     more = scales_ptr.to(tl.int64) + index * SCALES
-    return at, tl.cast(BLOCKS, tl.int32), more, tl.cast(SCALES, tl.int32)
+    return at, 0 * index + BLOCKS, more, 0 * index + SCALES

@@ -154,6 +154,9 @@ SM_90 = Tuning(
 )
 
 
+MOST_BLOCK_TOKENS = 4096  # of a prompt at a time, see prefill.py
+
+
 @dataclass(frozen=True)
 class Tile:
     """Of a matrix product in prefill.py: m matrix rows, n tokens, k elements at a time."""
@@ -204,9 +207,9 @@ class BlockTuning:
 
 
 BLOCKS_SM_90 = BlockTuning(
-    tokens=4096,
+    tokens=MOST_BLOCK_TOKENS,
     least_tokens=4,
-    dense=(Tile(64, 32, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    dense=(Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
     least_programs=132,
     expert=(Tile(128, 16, 128, 4, 3), Tile(128, 32, 128, 4, 3), Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
     norm_warps=4,
@@ -221,7 +224,7 @@ BLOCKS_SM_90 = BlockTuning(
     grouping=1024,
 )
 BLOCKS_GFX950 = BlockTuning(
-    tokens=4096,
+    tokens=MOST_BLOCK_TOKENS,
     least_tokens=4,
     dense=(Tile(64, 32, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
     least_programs=256,

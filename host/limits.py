@@ -4,12 +4,13 @@ import os
 
 import torch
 
+from host.buffers import buffer_bytes
 from host.config import ModelConfig
 from host.errors import InputError
 from host.weights import weight_bytes
 
 DEFAULT_CONTEXT = 4096  # positions
-WORKSPACE_BYTES = 256 << 20  # activations, logits, rotary tables and the compiled kernel: generous
+WORKSPACE_BYTES = 256 << 20  # a token's activations, logits, rotary tables and the compiled kernels: generous
 
 
 def context_length(config: ModelConfig, asked: int | None) -> int:
@@ -28,9 +29,13 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
 def required_bytes(
     config: ModelConfig, max_context: int, kv_dtype: torch.dtype = torch.bfloat16, weights: int | None = None
 ) -> int:
-    """Device memory for the weights, the KV cache and the workspace. `weights`: bytes, the kernel's unless said."""
+    """Device memory for the weights, the KV cache, a prompt's blocks and the workspace.
+
+    weights: bytes, the kernel's unless said.
+    """
     kv_cache = 2 * kv_dtype.itemsize * config.n_layers * config.kv_size * max_context
-    return (weight_bytes(config) if weights is None else weights) + kv_cache + WORKSPACE_BYTES
+    weights = weight_bytes(config) if weights is None else weights
+    return weights + kv_cache + buffer_bytes(config, max_context) + WORKSPACE_BYTES
 
 
 def available_bytes(device: torch.device) -> int:

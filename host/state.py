@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from common import SYNC_WORDS
-from common.stream import scratch_words
+from common.stream import memory_words
 from host.config import MXFP4_GROUP, ModelConfig
 from host.fragments import vector_parts
 from host.launch import Tuning, next_power_of_2
@@ -37,7 +37,9 @@ class State(NamedTuple):
     head_value: torch.Tensor  # [programs] each program's largest logit
     head_index: torch.Tensor  # [programs] int32
     logits: torch.Tensor  # [vocab]
-    sums: torch.Tensor  # [programs, scratch_words] where there is a ring, but on NVIDIA, which has shared memory for it
+    scratch: (
+        torch.Tensor
+    )  # [programs, memory_words] where there is a ring, but on NVIDIA, which has shared memory for it
     sync: torch.Tensor  # [SYNC_WORDS] int32
     trace: torch.Tensor  # [events, programs] int64, see common/trace.py; events is 0 unless a token is to be traced
 
@@ -87,7 +89,7 @@ def new_state(
         head_value=zeros(num_programs),
         head_index=zeros(num_programs, dtype=torch.int32),
         logits=zeros(config.vocab_size),
-        sums=zeros(num_programs if tuning.ring_slots and tuning.arch != "cuda" else 0, scratch_words(config, tuning)),
+        scratch=zeros(num_programs if tuning.ring_slots and tuning.arch != "cuda" else 0, memory_words(config, tuning)),
         sync=zeros(SYNC_WORDS, dtype=torch.int32),
         trace=zeros(trace_events, num_programs, dtype=torch.int64),
     )

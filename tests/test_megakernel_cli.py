@@ -535,6 +535,7 @@ def test_an_abandoned_generation_does_no_harm(model):
 
 
 def test_generate_is_lazy(model, monkeypatch):
+    model.reset()  # nothing of the prompt is held
     launches = []
     launch = model._launch
     monkeypatch.setattr(model, "_launch", lambda *args, **kwargs: (launches.append(args), launch(*args, **kwargs)))

@@ -7,24 +7,41 @@ import torch
 import triton
 import triton.language as tl
 
-from common.ring import BARRIER_BYTES, COPY, OPEN, WAIT, fill_slot, load_word, load_words, open_ring, wait_for_slot
+from common.ring import (
+    BARRIER_BYTES,
+    COPY,
+    OPEN,
+    UNIT_BYTES,
+    WAIT,
+    fill_slot,
+    load_word,
+    load_words,
+    open_ring,
+    store_unit,
+    wait_for_slot,
+)
 from host.shared_memory import REQUEST
 
 SIZES = [(2, 8192), (3, 33024), (8, 25600), (16, 128)]
 
 
 @triton.jit
-def ring_kernel(out_ptr, first_ptr, second_ptr, n_units, AHEAD: tl.constexpr, SLOTS: tl.constexpr):
+def ring_kernel(out_ptr, first_ptr, second_ptr, units_ptr, n_units, AHEAD: tl.constexpr, SLOTS: tl.constexpr):
     """out [units, 2]: the addresses of each unit's pieces, which are 16 bytes further for each unit."""
     slots = open_ring(SLOTS, 256, 0, "cpu")
+    units = units_ptr.to(tl.int64)
+    n = tl.arange(0, 64)
+    first, second = (first_ptr + 4 * n).to(tl.int64), (second_ptr + 4 * n).to(tl.int64)
+    sizes = tl.full([64], 16, tl.int64)
+    store_unit(units + n * UNIT_BYTES, first, sizes, second, sizes, n < n_units + AHEAD, "cpu")
     for n in range(AHEAD):
-        slots = fill_slot(slots, n, first_ptr + 4 * n, 16, second_ptr + 4 * n, 16, SLOTS, 256, "cpu")
+        slots = fill_slot(slots, n, units + n * UNIT_BYTES, SLOTS, 256, "cpu")
     for n in range(n_units):
         pieces = wait_for_slot(slots, n, 128, SLOTS, 256, "cpu")
         tl.store(out_ptr + 2 * n, pieces[0])
         tl.store(out_ptr + 2 * n + 1, pieces[1])
         after = n + AHEAD
-        slots = fill_slot(slots, after, first_ptr + 4 * after, 16, second_ptr + 4 * after, 16, SLOTS, 256, "cpu")
+        slots = fill_slot(slots, after, units + after * UNIT_BYTES, SLOTS, 256, "cpu")
 
 
 @triton.jit
@@ -42,7 +59,9 @@ def units(n: int, ahead: int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(addresses that the ring gives, addresses of the units) [n, 2]."""
     memory = torch.zeros(2, 4, dtype=torch.int32)
     out = torch.zeros(n, 2, dtype=torch.int64)
-    ring_kernel[(1,)](out, memory[0], memory[1], n, AHEAD=ahead, SLOTS=slots)
+    described = torch.zeros(64, 4, dtype=torch.int64)
+    ring_kernel[(1,)](out, memory[0], memory[1], described, n, AHEAD=ahead, SLOTS=slots)
+    assert not described[n + ahead :].any()  # nor written where masked
     starts = torch.tensor([memory[0].data_ptr(), memory[1].data_ptr()])
     return out, starts + 16 * torch.arange(n)[:, None]
 
@@ -101,14 +120,16 @@ def test_each_slot_has_a_barrier_of_one_arrival(slots, slot_bytes):
 
 def test_one_thread_copies_both_pieces_and_expects_their_bytes():
     ptx = COPY.value
-    assert "setp.eq.u32 first, thread, 0;" in ptx
-    assert "setp.ne.and.u32 more, $6, 0, first;" in ptx  # no second piece: no copy of nothing
-    expected = ptx.index("@first mbarrier.arrive.expect_tx.shared.b64 _, [$1], place;")
-    assert "add.u32 place, $4, $6;" in ptx[:expected]
-    copies = re.findall(r"@(\w+) cp\.async\.bulk\.\S+\s+\[(\S+)\], \[(\S+)\], (\S+), \[(\S+)\], policy;", ptx)
-    assert copies == [("first", "$2", "$3", "$4", "$1"), ("more", "place", "$5", "$6", "$1")]
+    assert ptx.index("setp.ne.u32 other, place, 0;") < ptx.index("@other bra done;")
+    described = ["ld.shared.v2.u64 {from, size}, [$3];", "ld.shared.v2.u64 {more_from, size}, [$3+16];"]
+    assert ptx.index("@other bra done;") < ptx.index(described[0]) < ptx.index(described[1])
+    expected = ptx.index("mbarrier.arrive.expect_tx.shared.b64 _, [$1], place;")
+    assert "add.u32 place, bytes, more_bytes;" in ptx[:expected]
+    copies = re.findall(r"(@more )?cp\.async\.bulk\.\S+\s+\[(\S+)\], \[(\S+)\], (\S+), \[(\S+)\], policy;", ptx)
+    assert copies == [("", "$2", "from", "bytes", "$1"), ("@more ", "place", "more_from", "more_bytes", "$1")]
     assert ptx.index("cp.async.bulk") > expected
-    assert ptx.index("add.u32 place, $2, $4;") > ptx.index("@first cp.async.bulk")
+    assert ptx.index("setp.ne.u32 more, more_bytes, 0;") < ptx.index("@more")  # no second piece: no copy of nothing
+    assert ptx.index("add.u32 place, $2, bytes;") > ptx.index("cp.async.bulk")
 
 
 def test_a_wait_is_for_a_phase_and_has_an_end():

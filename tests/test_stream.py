@@ -15,7 +15,20 @@ import triton.language as tl
 from mutations import ODD_SIZES, small_config
 
 from common.router import elements
-from common.stream import Plan, Shares, fill, locate, open_stream, plan_until, release, shares_of, take
+from common.stream import (
+    Plan,
+    Shares,
+    describe,
+    describe_and_fill,
+    fill,
+    locate,
+    open_stream,
+    plan_until,
+    release,
+    shares_of,
+    take,
+    units_of_layer,
+)
 from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import SM_90, Tuning, fit_ring
 from host.state import new_state
@@ -66,7 +79,6 @@ def load_experts(experts_ptr, layer, CONFIG: tl.constexpr):
 def locate_kernel(
     out_ptr,
     w,
-    s,
     experts_ptr,
     pid_ptr,
     first_ptr,
@@ -76,26 +88,23 @@ def locate_kernel(
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
     QUANT: tl.constexpr,
-    DENSE: tl.constexpr,
 ):
-    """out [units, 4]: what locate gives for all places of a layer, with DENSE for QKV's and O's alone.
+    """out [units, 4]: what locate gives for all units of a layer. Layer n_layers is the LM head.
 
-    Layer n_layers is the LM head. A program's units are from number first[program] on.
+    A program's units are from number first[program] on.
     """
+    BLOCK: tl.constexpr = 64
     pid = tl.load(pid_ptr + tl.program_id(0))
     out_ptr += 4 * tl.load(first_ptr + tl.program_id(0))
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     plan = Plan(tl.cast(0, tl.int32), load_experts(experts_ptr, layer, CONFIG), n_layers, shares)
-    n_units = shares.head
-    if layer < n_layers:
-        n_units = shares.qkv + shares.o
-        if not DENSE:
-            n_units += shares.gate_up + shares.down
-    for n in range(n_units):
-        place = tl.cast(n, tl.int32)
-        unit = locate(w, layer, place, plan, pid, n_programs, CONFIG, TUNING, DENSE)
+    each = units_of_layer(shares)
+    n_units = tl.where(layer < n_layers, each, shares.head)
+    for first in range(0, n_units, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        unit = locate(w, layer * each + n, plan, pid, n_programs, CONFIG, TUNING)
         for i in tl.static_range(4):
-            tl.store(out_ptr + 4 * n + i, unit[i])
+            tl.store(out_ptr + 4 * n + i, unit[i], mask=n < n_units)
 
 
 @triton.jit
@@ -109,12 +118,13 @@ def note(log_ptr, event, stream, pieces):
 
 
 @triton.jit
-def take_all(
-    log_ptr, event, n, stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, DENSE: tl.constexpr
-):
-    for _ in range(n):
+def take_all(log_ptr, event, n, stream, plan, w, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
+    """In batches, as the phases do."""
+    for i in range(n):
+        if i % TUNING.dense_batch == 0:
+            stream = describe(stream, plan, w, pid, n_programs, CONFIG, TUNING)
         pieces, stream = take(stream, 1024, TUNING)
-        stream = release(stream, plan, w, pid, n_programs, CONFIG, TUNING, DENSE)
+        stream = release(stream, CONFIG, TUNING)
         event = note(log_ptr, event, stream, pieces)
     return event, stream
 
@@ -136,29 +146,29 @@ def decode_kernel(
     """log [programs, n_events, 4]: a token as the megakernel decodes it, an event for each filling and each unit."""
     pid = tl.program_id(0)
     log_ptr += pid * 4 * n_events
-    WINDOW: tl.constexpr = TUNING.window
     SLOTS: tl.constexpr = TUNING.ring_slots
     nothing = (tl.cast(0, tl.int64), tl.cast(0, tl.int64))
     no_experts = (tl.cast(0, tl.int32),)
     shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
     plan = plan_until(0, no_experts, n_layers, want_head, shares)
-    stream = fill(open_stream(s, pid, 0, 0, CONFIG, TUNING), plan, w, pid, n_programs, CONFIG, TUNING, True, WINDOW)
+    stream = open_stream(s, shares, pid, 0, 0, CONFIG, TUNING)
+    stream = describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING)
     event = note(log_ptr, 0, stream, nothing)
     for layer in range(n_layers):
         plan = plan_until(layer, no_experts, n_layers, want_head, shares)
-        event, stream = take_all(log_ptr, event, shares.qkv, stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
-        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, True, SLOTS)
+        event, stream = take_all(log_ptr, event, shares.qkv, stream, plan, w, pid, n_programs, CONFIG, TUNING)
+        stream = fill(stream, CONFIG, TUNING, SLOTS)
         event = note(log_ptr, event, stream, nothing)
-        event, stream = take_all(log_ptr, event, shares.o, stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
+        event, stream = take_all(log_ptr, event, shares.o, stream, plan, w, pid, n_programs, CONFIG, TUNING)
         plan = plan_until(layer + 1, load_experts(experts_ptr, layer, CONFIG), n_layers, want_head, shares)
-        stream = fill(stream, plan, w, pid, n_programs, CONFIG, TUNING, False, WINDOW)
+        stream = describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING)
         event = note(log_ptr, event, stream, nothing)
-        event, stream = take_all(
-            log_ptr, event, shares.gate_up + shares.down, stream, plan, w, pid, n_programs, CONFIG, TUNING, False
-        )
+        for n in tl.static_range(2):
+            units = shares.down if n else shares.gate_up
+            event, stream = take_all(log_ptr, event, units, stream, plan, w, pid, n_programs, CONFIG, TUNING)
     if want_head:
         plan = plan_until(n_layers, no_experts, n_layers, want_head, shares)
-        event, stream = take_all(log_ptr, event, shares.head, stream, plan, w, pid, n_programs, CONFIG, TUNING, True)
+        event, stream = take_all(log_ptr, event, shares.head, stream, plan, w, pid, n_programs, CONFIG, TUNING)
 
 
 class Unit(NamedTuple):
@@ -270,7 +280,7 @@ def shares(name: str, n_programs: int, quant: bool) -> list[Shares]:
 
 
 @cache
-def located(name: str, n_programs: int, quant: bool, layer: int, pids=None, dense=False) -> list[list[Unit]]:
+def located(name: str, n_programs: int, quant: bool, layer: int, pids=None) -> list[list[Unit]]:
     """By program, of `pids` or all; the LM head's units where the layer is the number of layers."""
     model, config = schedule(name, n_programs, quant), CONFIGS[name]
     pids = pids or range(n_programs)
@@ -278,13 +288,12 @@ def located(name: str, n_programs: int, quant: bool, layer: int, pids=None, dens
     if layer == config.n_layers:
         counts = [s.head for s in mine]
     else:
-        counts = [s.qkv + s.o + (0 if dense else s.gate_up + s.down) for s in mine]
+        counts = [s.qkv + s.o + s.gate_up + s.down for s in mine]
     first = torch.tensor([0, *counts]).cumsum(0).int()
     out = torch.full((sum(counts), 4), -1)
     locate_kernel[(len(pids),)](
         out,
         model.bases,
-        new_state(config, model.tuning, model.quant, 16, model.n_programs, "cpu"),
         expert_table(config, config.n_layers),
         torch.tensor(pids, dtype=torch.int32),
         first,
@@ -294,7 +303,6 @@ def located(name: str, n_programs: int, quant: bool, layer: int, pids=None, dens
         CONFIG=config,
         TUNING=model.tuning,
         QUANT=quant,
-        DENSE=dense,
     )
     units = [Unit(at, n, more if more_n else 0, more_n) for at, n, more, more_n in out.tolist()]
     return [units[i:j] for i, j in pairwise(first.tolist())]
@@ -347,14 +355,6 @@ def test_every_tile_of_the_head_is_one_program_s(name, n_programs):
     found, model = located(name, n_programs, False, CONFIGS[name].n_layers), schedule(name, n_programs, False)
     assert [unit for units in found for unit in units] == model.head_tiles()
     assert found == model.of_head()
-
-
-@pytest.mark.parametrize("n_programs", [3, 132])
-@pytest.mark.parametrize("name", SMALL)
-def test_dense_phases_need_no_experts(name, n_programs):
-    """Where DENSE tells that a unit is none of an expert's, the same units are found."""
-    found = located(name, n_programs, False, 0, dense=True)
-    assert found == [[*units["qkv"], *units["o"]] for units in schedule(name, n_programs, False).of_layer(0)]
 
 
 @with_quant

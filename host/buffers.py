@@ -1,0 +1,55 @@
+"""What prefill.py keeps on the device from launch to launch."""
+
+from typing import NamedTuple
+
+import torch
+
+from common.gemm_fp4 import vector_stride
+from host.config import MXFP4_GROUP, ModelConfig
+from host.launch import MOST_BLOCK_TOKENS
+
+
+class Buffers(NamedTuple):
+    """What a block of at most `tokens` tokens leaves from launch to launch."""
+
+    x: torch.Tensor  # float32 [tokens, hidden], the residual stream, but for expert_out
+    high: torch.Tensor  # bfloat16 [tokens, hidden or q rows], a dense product's vectors, see common/parts.py
+    low: torch.Tensor
+    qkv: torch.Tensor  # float32 [tokens, q + k + v rows]
+    expert_in: torch.Tensor  # float16 [tokens, vector_stride] or, for scaled products, float8_e4m3fn [tokens, hidden]
+    expert_in_scale: torch.Tensor  # float32 [tokens], or uint8 [tokens, hidden / 32]
+    chosen: torch.Tensor  # int32 [tokens, top_k]
+    weights: torch.Tensor  # float32 [tokens, top_k]
+    order: torch.Tensor  # int32 [tokens * top_k], pairs in the order of their experts
+    starts: torch.Tensor  # int32 [experts + 1], where each expert's pairs begin
+    act: torch.Tensor  # like expert_in, [tokens * top_k, intermediate], in that order
+    act_scale: torch.Tensor  # uint8 [tokens * top_k, intermediate / 32], for scaled products
+    expert_out: torch.Tensor  # float32 [tokens, top_k, hidden]
+
+
+def buffer_shapes(config: ModelConfig, tokens: int, scaled: bool, fragments: bool) -> Buffers:
+    """(shape, dtype) of each."""
+    h, i, top_k = config.hidden_size, config.intermediate_size, config.experts_per_token
+    f32, f16, u8, i32 = torch.float32, torch.float16, torch.uint8, torch.int32
+    operand = torch.float8_e4m3fn if scaled else f16
+    return Buffers(
+        x=((tokens, h), f32),
+        high=((tokens, max(h, config.q_size)), torch.bfloat16),
+        low=((tokens, max(h, config.q_size)), torch.bfloat16),
+        qkv=((tokens, config.qkv_size), f32),
+        expert_in=((tokens, vector_stride(h, fragments)), operand),
+        expert_in_scale=((tokens, h // MXFP4_GROUP), u8) if scaled else ((tokens,), f32),
+        chosen=((tokens, top_k), i32),
+        weights=((tokens, top_k), f32),
+        order=((tokens * top_k,), i32),
+        starts=((config.n_experts + 1,), i32),
+        act=((tokens * top_k, vector_stride(i, fragments)), operand),
+        act_scale=((tokens * top_k if scaled else 0, i // MXFP4_GROUP), u8),
+        expert_out=((tokens, top_k, h), f32),
+    )
+
+
+def buffer_bytes(config: ModelConfig, max_context: int) -> int:
+    """Device memory for the buffers of any device's blocks, at most."""
+    shapes = buffer_shapes(config, min(MOST_BLOCK_TOKENS, max_context), scaled=False, fragments=True)
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
