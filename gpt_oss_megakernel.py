@@ -327,7 +327,6 @@ class MegaModel:
         if not 0 <= n_layers <= self.config.n_layers:
             raise InputError(f"n_layers {n_layers}: the model has {self.config.n_layers}")
         self._write_tokens([token_id], position)
-        self.n_fed = min(self.n_fed, position)
         self._launch(position, n_layers=n_layers)
         self._check_barriers()
         return functools.reduce(torch.add, self.state.expert_out, self.state.x)
@@ -359,7 +358,6 @@ class MegaModel:
             for position in range(held, last):
                 self._feed(position)
         else:
-            self.n_fed = held  # should it be interrupted
             self.prefill.feed(held, last - held)
             self.n_fed = last
         for token in self._decode(last, min(last + max_new_tokens, self.max_context), on_logits):
@@ -423,13 +421,14 @@ class MegaModel:
         return self._token(token)
 
     def _write_tokens(self, token_ids: list[int], position: int) -> None:
-        """Put tokens at positions from `position` on; later ones become -1, "not decoded"."""
+        """Put tokens at positions from `position` on, still to be fed; later ones become -1, "not decoded"."""
         if position < 0 or position + len(token_ids) > self.max_context:
             raise InputError(
                 f"positions {position} to {position + len(token_ids) - 1} do not fit a context of {self.max_context}"
             )
         for token_id in token_ids:
             check_token(token_id, self.config)
+        self.n_fed = min(self.n_fed, position)
         self.state.tokens[position:] = -1
         ids = torch.tensor(token_ids, dtype=torch.int32)
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
