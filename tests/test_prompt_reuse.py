@@ -220,10 +220,13 @@ def test_after_a_step_back(call, token, position, watched, fresh, prompt):
 
 
 def test_a_step_behind_a_gap_is_not_held(watched, fresh, prompt):
-    """Its keys were made of positions that were never fed."""
+    """Its keys were made of positions that were never fed, or were forgotten, though their tokens still stand there."""
     watched.generate(prompt[:5], 1)
     watched.model.step(prompt[9], 9)
     assert_goes_on(watched, fresh, prompt, held=5)
+    watched.model.reset()
+    watched.model.step(prompt[9], 9)
+    assert_goes_on(watched, fresh, prompt, held=0)
 
 
 def test_steps_count_as_fed(watched, fresh, prompt):
@@ -233,7 +236,8 @@ def test_steps_count_as_fed(watched, fresh, prompt):
 
 
 def test_after_another_path(checkpoint, watched, fresh, prompt):
-    """Its keys and values are not this path's."""
+    """Its keys and values are not this path's, whatever tokens a new state begins with."""
+    prompt = [0, 0, *prompt[2:]]
     watched.generate(prompt, 4)
     watched.switch_path(quant=True)
     tokens, fed = watched.generate(prompt, 4)
