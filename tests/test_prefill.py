@@ -359,6 +359,18 @@ def test_far_positions(checkpoint, token_ids, position):
     assert_same_cache(model, right, position + 12, start=position)
 
 
+def test_keys_before_the_window_are_not_read(checkpoint, token_ids):
+    """NaN stands there, which even a weight of zero would spread: what is not read takes no time."""
+    config = dataclasses.replace(checkpoint.config, n_layers=2, layer_is_sliding=(True, True))
+    cut = MemoryCheckpoint(config, {name: checkpoint.tensor(name) for name in expected_tensors(config)})
+    model = make_model(cut, False, "small")
+    feed(model, token_ids[:30])
+    for cache in (model.state.k_cache, model.state.v_cache):
+        cache[:, :, : 30 - config.sliding_window + 1] = torch.nan
+    feed(model, token_ids[30:], 30)
+    assert model.state.k_cache[:, :, 30:].isfinite().all()
+
+
 BIASES = {"all choose the same": [50.0] * 4 + [0.0] * 4, "one expert has all": [0.0] * 7 + [50.0]}
 
 
