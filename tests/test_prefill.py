@@ -20,14 +20,14 @@ from mutations import (
 from test_gemm_fp4 import column_in_fragments
 from test_shipped_model import FOLDER, SONNET_18_START
 
-import prefill
 import reference
 from gpt_oss_megakernel import MegaModel
+from host.buffers import Buffers, buffer_bytes
 from host.checkpoint import RandomCheckpoint
 from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, expected_tensors
 from host.launch import BLOCKS_CPU, BLOCKS_GFX950, BLOCKS_SM_90, BlockTuning, Tile, Tuning, tuning_for
 from load_model import open_checkpoint
-from prefill import act_unit, block_tokens, largest_scales, prefill_bytes
+from prefill import act_unit, largest_scales
 from reference import Reference
 from tokenizer_util import Tokenizer
 
@@ -252,7 +252,7 @@ def test_each_launch(tuning, checkpoint, token_ids, quant):
     blocks = dataclasses.replace(TUNINGS[tuning][1], tokens=n)
     model = make_model(cut, quant, tuning, blocks=blocks)
     feed(model, token_ids[:n])
-    buffers = prefill.Buffers(*(buffer[:n] for buffer in model.prefill.buffers))
+    buffers = Buffers(*(buffer[:n] for buffer in model.prefill.buffers))
     chosen, weights = reference.route(trace["layers.0.router_logits"], top_k)
     assert torch.equal(buffers.chosen.long(), chosen)
     torch.testing.assert_close(buffers.weights, weights, rtol=0, atol=1e-4)
@@ -480,15 +480,13 @@ def test_the_largest_scales():
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("max_context", [1, 3, 4, 5, 23, 24, 64])
 def test_memory(max_context, tuning, checkpoint, quant):
-    """No more than was said beforehand, none where all prompts are so short that they are fed one by one."""
+    """No more than was said beforehand, and no block's where all prompts are so short that they are fed one by one."""
     model = make_model(checkpoint, quant, tuning, max_context=max_context)
-    used = sum(buffer.nbytes for buffer in model.prefill.buffers if buffer.data_ptr())
-    said = prefill_bytes(model.config, max_context, model.blocks)
-    assert used <= said
-    n = block_tokens(max_context, model.blocks)
-    assert n == (min(model.blocks.tokens, max_context - 1) if max_context > 3 else 0)
-    assert model.prefill.buffers.x.shape == (n, model.config.hidden_size)
-    assert n == 0 or said < 4 * used
+    used = sum(buffer.nbytes for buffer in model.prefill.buffers)
+    assert used <= buffer_bytes(model.config, max_context)
+    longest = max_context - 1  # that blocks may feed
+    assert model.prefill.tokens == (min(model.blocks.tokens, longest) if longest >= model.blocks.least_tokens else 0)
+    assert model.prefill.buffers.x.shape == (model.prefill.tokens, model.config.hidden_size)
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS_SM_90, BLOCKS_GFX950])
