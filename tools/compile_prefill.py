@@ -1,13 +1,15 @@
 """Compile the launches of prefill.py ahead of time, with no GPU, and report what the compiler made of each.
 
 TRITON_INTERPRET=0 python -m tools.compile_prefill [--target gfx950|sm_90 ...] [--path default|quant ...]
-    [--tokens N ...]
+    [--tokens N ...] [--fp8 fp8-row|fp8-32] [--json]
 """
 
 import argparse
+import json
 import os
 import re
-import sys
+from collections import Counter
+from dataclasses import replace
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 
@@ -16,13 +18,25 @@ import triton
 from triton.compiler import ASTSource
 
 import prefill
-from host.config import GPT_OSS_120B, ModelConfig
+from host.cli import path_name
+from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import BLOCKS_GFX950, BLOCKS_SM_90
 from host.state import new_state
 from host.weights import Weights, weight_shapes
-from tools.compile_report import PATHS, SCALED_MFMA, TARGETS, TRITON_TYPES, UNITS, pointer_attributes
+from tools.compile_report import (
+    PATHS,
+    TARGETS,
+    TRITON_TYPES,
+    UNITS,
+    WEIGHTS,
+    Program,
+    cuobjdump,
+    load_widths,
+    pointer_attributes,
+)
 
 BLOCKS = {"gfx950": BLOCKS_GFX950, "sm_90": BLOCKS_SM_90}
+SEEN: dict[str, dict] = {}  # reports by the kernel's hash
 KERNELS = [name for name in vars(prefill) if name.endswith("_kernel")]
 
 
@@ -78,19 +92,71 @@ def args_not_constant(kernel) -> set[str]:
     return {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
 
 
-def report(target: str, compiled) -> str:
-    """Registers, spills and what matters of the machine code, in a line."""
-    if target == "gfx950":
-        assembly = compiled.asm["amdgcn"]
-        found = {key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count")}
-        counts = ", ".join(f"{key} {match.group(1)}" for key, match in found.items() if match)
-        products = len(re.findall(r"v_mfma_\w+", assembly))
-        return f"{counts}, shared {compiled.metadata.shared}, MFMA {products}, scaled {assembly.count(SCALED_MFMA)}"
-    ptx = compiled.asm["ptx"]
-    return (
-        f"shared {compiled.metadata.shared}, wgmma {ptx.count('wgmma.mma_async')}, mma {ptx.count('mma.sync')}, "
-        f"16-byte copies {len(re.findall(r'cp.async.cg.shared', ptx))}, smaller {len(re.findall(r'cp.async.ca', ptx))}"
-    )
+def amd_report(compiled) -> dict:
+    """Registers, what they spill, products and loads of weights, from gfx950 assembly."""
+    assembly = compiled.asm["amdgcn"]
+    program = Program.from_amdgcn(assembly)
+
+    def number(pattern: str) -> int:
+        return int(re.search(pattern, assembly).group(1))
+
+    return {
+        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "spills": number(r"\.vgpr_spill_count:\s+(\d+)"),
+        "stack_bytes": number(r"; ScratchSize: (\d+)"),
+        "products": len(program.find(r"^v_mfma_f32")),
+        "scaled_products": len(program.find(r"^v_mfma_scale_f32_\w+_f8f6f4")),
+        "weight_loads": load_widths(program, WEIGHTS),
+    }
+
+
+def nvidia_report(compiled) -> dict:
+    """Registers, what they spill, products and copies to shared memory, from sm_90 machine code.
+
+    Copies in a loop: a thread's by their bits, in the loop that has most of them.
+    """
+    text = cuobjdump(compiled, "--dump-sass", "--dump-resource-usage")
+    program = Program.from_sass(text)
+    loops = [program.instructions[loop.start : loop.stop] for loop in program.loops()]
+    widths = [re.findall(r"LDGSTS\.E(?:\.BYPASS)?\.?(\d*)", " ".join(loop)) for loop in loops]
+    copies = [Counter(width or "32" for width in widths_in_loop) for widths_in_loop in widths]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", text).group(1)),
+        "spills": len(program.find(r"\b(?:LDL|STL)")),
+        "stack_bytes": int(re.search(r"STACK:(\d+)", text).group(1)),
+        "products": len(program.find(r"HGMMA")),
+        "small_products": len(program.find(r"\bHMMA")),  # of single warps
+        "copies_in_a_loop": dict(max(copies, key=Counter.total, default={})),
+    }
+
+
+def machine_code_report(target: str, compiled) -> dict:
+    """The same kernel's again, as most are those of both paths."""
+    if compiled.hash not in SEEN:
+        SEEN[compiled.hash] = (amd_report if target == "gfx950" else nvidia_report)(compiled)
+    return SEEN[compiled.hash]
+
+
+def reports(target: str, quant: bool, token_counts: list[int], dense: DenseFormats) -> list[dict]:
+    """Of each kernel, as it is compiled for any of these numbers of tokens: figures, constants and launch options."""
+    config = replace(GPT_OSS_120B, dense=dense)
+    found = {}
+    for n_tokens in token_counts:
+        for kernel, values, options in recorded_launches(target, quant, n_tokens, config):
+            constants = {name: v for name, v in options.items() if isinstance(v, int | str)}
+            key = (kernel.__name__, str(options), *(getattr(v, "dtype", None) for v in values))
+            if key not in found:
+                compiled = compile_launch(target, kernel, values, options)
+                found[key] = {
+                    "target": target,
+                    "path": path_name(quant, dense),
+                    "tokens": n_tokens,
+                    "kernel": kernel.__name__,
+                    "shared_bytes": compiled.metadata.shared,
+                    **machine_code_report(target, compiled),
+                    "options": constants,
+                }
+    return list(found.values())
 
 
 def main() -> None:
@@ -98,18 +164,18 @@ def main() -> None:
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=[*TARGETS])
     parser.add_argument("--path", nargs="*", choices=PATHS, default=[*PATHS])
     parser.add_argument("--tokens", nargs="*", type=int, default=[128, 2048])
+    parser.add_argument("--fp8", choices=(FP8_ROWS, FP8_GROUPS), help="QKV, O and the router in this format")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
     args = parser.parse_args()
-    for target in args.target:
-        for path in args.path:
-            for n_tokens in args.tokens:
-                seen = set()
-                for kernel, values, options in recorded_launches(target, PATHS[path], n_tokens):
-                    key = (kernel.__name__, str(options), *(getattr(v, "dtype", None) for v in values))
-                    if key not in seen:
-                        seen.add(key)
-                        compiled = compile_launch(target, kernel, values, options)
-                        print(f"{target} {path} {n_tokens} {kernel.__name__}: {report(target, compiled)}", flush=True)
+    dense = DenseFormats(qkv=args.fp8, o=args.fp8, router=args.fp8) if args.fp8 else DenseFormats()
+    cases = [(target, PATHS[path]) for target in args.target for path in args.path]
+    found = [figures for target, quant in cases for figures in reports(target, quant, args.tokens, dense)]
+    if args.json:
+        print(json.dumps(found))
+        return
+    for figures in found:
+        print(", ".join(f"{key} {value}" for key, value in figures.items()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -364,13 +364,13 @@ def source_lines(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def cuobjdump(kernel, option: str) -> str:
+def cuobjdump(kernel, *options: str) -> str:
     """Output of the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def report(target: str, quant: bool, dense: DenseFormats, keep: Path | None = None) -> dict:
