@@ -10,6 +10,7 @@ from common.attention import (
     merge_splits,
     start_state,
 )
+from common.attention_rows import attend_rows
 from common.barrier import (
     ABORT,
     ARRIVALS,
@@ -24,12 +25,15 @@ from common.barrier import (
 )
 from common.fp4 import e2m1_to_float32
 from common.fp4_fragments import gemv_fp4_fragments, load_fragment_vector
+from common.gemm_dense import gemm_dense
+from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
+from common.grouping import find_block, group_pairs
 from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, load_mxfp8, quantize_mxfp8
 from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 from common.rope import load_rotated
-from common.router import pick, top_k_softmax
+from common.router import pick, top_k_softmax, top_k_softmax_rows
 from common.swiglu import swiglu
 from common.trace import mark
 
@@ -43,17 +47,23 @@ __all__ = [
     "arrive_last",
     "attend_cache",
     "attend_cache_by_head",
+    "attend_rows",
     "clock_ns",
     "count_arrival",
     "dequantize_mxfp8",
     "drain_stores",
     "e2m1_to_float32",
     "e8m0_to_float32",
+    "find_block",
+    "gemm_dense",
+    "gemm_fp4",
+    "gemm_fp4_fp8",
     "gemv_bf16",
     "gemv_fp4",
     "gemv_fp4_fp8",
     "gemv_fp4_fragments",
     "grid_barrier",
+    "group_pairs",
     "keep_larger",
     "keep_state_if",
     "leave_grid",
@@ -73,6 +83,7 @@ __all__ = [
     "start_state",
     "swiglu",
     "top_k_softmax",
+    "top_k_softmax_rows",
     "wait",
     "wait_for",
 ]
