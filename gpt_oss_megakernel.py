@@ -434,11 +434,7 @@ class MegaModel:
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
     def _feed(self, position: int, token: bool = False, logits: bool = False) -> None:
-        """Launch a position through all layers.
-
-        The cache no longer holds what came after it, nor, behind a gap, this position.
-        """
-        self.n_fed = min(self.n_fed, position)
+        """Launch a position, whose token was written, through all layers. Behind a gap the cache does not hold it."""
         self._launch(position, token=token, logits=logits)
         if self.n_fed == position:
             self.n_fed = position + 1

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from common.attention_rows import attend_rows
+from common.fp4_fragments import ROWS, block_bytes, scale_bytes
 from common.gemm_dense import gemm_dense
 from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, row_of, split_rows, vector_stride
 from common.gemv_dense import matrix_at, scales_of
@@ -273,7 +274,7 @@ def router_kernel(
     )
     expert = tl.arange(0, BLOCK_M)
     bias = tl.load(bias_ptr + layer * E + expert, mask=expert < E, other=0.0).to(tl.float32)
-    # Padded to the smallest product, of which the choice knows nothing: E counts.
+    # Of BLOCK_M logits, as many as the smallest matrix product has, only the first E may be chosen.
     chosen, weights = top_k_softmax_rows(tl.trans(acc) + bias[None, :], E, TOP_K)
     slot, token = tl.arange(0, chosen.shape[1])[None, :], token0 + tl.arange(0, BLOCK_N)[:, None]
     at, mask = token * TOP_K + slot, (token < n_tokens) & (slot < TOP_K)
@@ -340,13 +341,13 @@ def expert_product(
 @triton.constexpr_function
 def words_of(rows: int, k: int, fragments: bool) -> int:
     """int32 of a matrix's blocks."""
-    return -(-rows // 16) * -(-k // 128) * 256 if fragments else rows * k // 8
+    return -(-rows // ROWS.value) * block_bytes(k) // 4 if fragments else rows * k // 8
 
 
 @triton.constexpr_function
 def scales_in(rows: int, k: int, warps: int, fragments: bool) -> int:
     """Elements of a matrix's scales: int32 in fragments, else uint8."""
-    return -(-rows // 16) * -(-k // (256 * warps)) * 32 * warps if fragments else rows * k // 32
+    return -(-rows // ROWS.value) * scale_bytes(k, warps) // 4 if fragments else rows * k // GROUP.value
 
 
 @triton.constexpr_function

@@ -1,8 +1,8 @@
 """A vector that all threads of a program loaded together, spread to what each of them multiplies.
 
 Loaded directly, each thread's 32 or 64 bytes stand apart, and a warp's load touches 8 or 16 lines of the L1 cache
-rather than 4: five vectors and a norm took 4.6 us of that cache's time for E4M3 rows, 1.2 for bfloat16 ones. Through
-the memory that sums.py uses each element is loaded once.
+rather than 4: by that count five vectors and a norm take 4.6 us of that cache's time for E4M3 rows and 1.2 for bfloat16
+ones. Through the memory that sums.py uses each element is loaded once.
 """
 
 import triton
