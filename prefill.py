@@ -27,7 +27,7 @@ from common.router import top_k_softmax_rows
 from common.swiglu import swiglu
 from host.buffers import Buffers, buffer_shapes
 from host.config import ModelConfig
-from host.launch import BlockTuning, Tuning, next_power_of_2
+from host.launch import BlockTuning, Tile, Tuning, next_power_of_2
 from host.state import State
 from host.weights import Weights
 
@@ -638,11 +638,9 @@ class Prefill:
         )
         n_pairs = n * c.experts_per_token
         grouping_kernel[(c.n_experts,)](b.chosen, b.order, b.starts, n_pairs, BLOCK=t.grouping)
-        tile = t.expert_tile(n_pairs / c.n_experts)
-        # Each expert's last block may be short, so there are at most so many.
-        n_blocks = n_pairs // tile.n + min(c.n_experts, n_pairs)
-        shared = dict(CONFIG=c, TUNING=self.tuning, SCALED=self.scaled, NUM_WARPS=tile.num_warps, **tile.options())
-        gate_up_kernel[(triton.cdiv(2 * c.intermediate_size, tile.m) * n_blocks,)](
+        mean = n_pairs / c.n_experts
+        grid, options = self._expert_launch(t.expert_tile(t.gate_up, mean), 2 * c.intermediate_size, n_pairs)
+        gate_up_kernel[grid](
             w.gate_up,
             w.gate_up_scales,
             self.gate_up_bases,
@@ -655,9 +653,10 @@ class Prefill:
             b.act_scale,
             layer,
             QUANT=self.quant,
-            **shared,
+            **options,
         )
-        down_kernel[(triton.cdiv(c.hidden_size, tile.m) * n_blocks,)](
+        grid, options = self._expert_launch(t.expert_tile(t.down, mean), c.hidden_size, n_pairs)
+        down_kernel[grid](
             w.down,
             w.down_scales,
             self.down_bases,
@@ -669,8 +668,16 @@ class Prefill:
             b.weights,
             b.expert_out,
             layer,
-            **shared,
+            **options,
         )
+
+    def _expert_launch(self, tile: Tile, rows: int, n_pairs: int) -> tuple[tuple[int], dict]:
+        """(grid, options) of a product of experts' matrices of so many rows."""
+        c = self.config
+        # Each expert's last block may be short, so there are at most so many.
+        n_blocks = n_pairs // tile.n + min(c.n_experts, n_pairs)
+        options = dict(CONFIG=c, TUNING=self.tuning, SCALED=self.scaled, NUM_WARPS=tile.num_warps, **tile.options())
+        return (triton.cdiv(rows, tile.m) * n_blocks,), options
 
 
 def largest_scales(scales: torch.Tensor) -> torch.Tensor:

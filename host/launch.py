@@ -166,10 +166,12 @@ class Tile:
     k: int
     num_warps: int = 4
     stages: int = 2
+    max_registers: int | None = None  # a thread, so that more programs share an SM; on NVIDIA alone
 
     def options(self) -> dict:
         """What to compile and launch with."""
-        return dict(BLOCK_M=self.m, BLOCK_N=self.n, BLOCK_K=self.k, STAGES=self.stages, num_warps=self.num_warps)
+        options = dict(BLOCK_M=self.m, BLOCK_N=self.n, BLOCK_K=self.k, STAGES=self.stages, num_warps=self.num_warps)
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ class BlockTuning:
     least_tokens: int  # fewer are decoded one by one
     dense: tuple[Tile, ...]  # the smallest first
     least_programs: int  # of a dense product, while there are smaller tiles
-    expert: tuple[Tile, ...]  # for few tokens first; m is a multiple of 16 warps, k of 128
+    gate_up: tuple[Tile, ...]  # for few tokens an expert first; m is a multiple of 16 warps, k of 128
+    down: tuple[Tile, ...]  # likewise
     norm_warps: int
     attention_m: int  # query heads times positions
     attention_t: int  # keys at a time
@@ -201,9 +204,10 @@ class BlockTuning:
         enough = [tile for tile in self.dense if programs(tile) >= self.least_programs]
         return enough[-1] if enough else self.dense[0]
 
-    def expert_tile(self, mean_tokens: float) -> Tile:
+    @staticmethod
+    def expert_tile(tiles: tuple[Tile, ...], mean_tokens: float) -> Tile:
         """The first that holds what an expert has on average, or the last."""
-        return next((tile for tile in self.expert if mean_tokens <= tile.n), self.expert[-1])
+        return next((tile for tile in tiles if mean_tokens <= tile.n), tiles[-1])
 
 
 BLOCKS_SM_90 = BlockTuning(
@@ -211,9 +215,10 @@ BLOCKS_SM_90 = BlockTuning(
     least_tokens=4,
     dense=(Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
     least_programs=132,
-    expert=(Tile(128, 16, 128, 4, 3), Tile(128, 32, 128, 4, 3), Tile(128, 64, 128, 8, 3), Tile(128, 128, 128, 8, 3)),
+    gate_up=(Tile(128, 16, 128, 4, 3), Tile(128, 32, 128, 4, 3), Tile(256, 64, 128, 8, 3)),
+    down=(Tile(128, 16, 128, 4, 3, 96), Tile(128, 32, 128, 4, 3), Tile(128, 64, 128, 4, 3)),
     norm_warps=4,
-    attention_m=128,
+    attention_m=64,
     attention_t=64,
     attention_warps=4,
     attention_stages=2,
@@ -228,7 +233,8 @@ BLOCKS_GFX950 = BlockTuning(
     least_tokens=4,
     dense=(Tile(64, 32, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
     least_programs=256,
-    expert=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
+    gate_up=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
+    down=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
     norm_warps=4,
     attention_m=128,
     attention_t=64,
@@ -246,7 +252,8 @@ BLOCKS_CPU = BlockTuning(
     least_tokens=3,
     dense=(Tile(512, 64, 512),),
     least_programs=1,
-    expert=(Tile(512, 32, 512),),
+    gate_up=(Tile(512, 32, 512),),
+    down=(Tile(512, 32, 512),),
     norm_warps=4,
     attention_m=128,
     attention_t=128,

@@ -39,7 +39,8 @@ SMALL_BLOCKS = BlockTuning(
     least_tokens=3,
     dense=(Tile(64, 16, 64), Tile(128, 32, 32)),
     least_programs=4,
-    expert=(Tile(64, 16, 128), Tile(128, 32, 256)),
+    gate_up=(Tile(64, 16, 128), Tile(128, 32, 256)),
+    down=(Tile(128, 16, 256), Tile(64, 64, 128)),
     norm_warps=4,
     attention_m=32,
     attention_t=16,
@@ -499,9 +500,10 @@ def test_tiles_grow_with_the_number_of_tokens(blocks):
         for n, tile in enumerate(tiles, 1):
             programs = -(-rows // tile.m) * -(-n // tile.n)
             assert tile == blocks.dense[0] or programs >= blocks.least_programs
-    experts = [blocks.expert.index(blocks.expert_tile(mean)) for mean in range(1, 300)]
-    assert experts == sorted(experts)
-    assert (experts[0], experts[-1]) == (0, len(blocks.expert) - 1)
+    for tiles in (blocks.gate_up, blocks.down):
+        experts = [tiles.index(blocks.expert_tile(tiles, mean)) for mean in range(1, 300)]
+        assert experts == sorted(experts)
+        assert (experts[0], experts[-1]) == (0, len(tiles) - 1)
 
 
 def test_blocks_cover_a_prompt_once(model, token_ids, monkeypatch):
