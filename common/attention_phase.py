@@ -132,6 +132,12 @@ def attend_head(w, s, layer, head, start, position, max_context, CONFIG: tl.cons
     tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
 
 
+@triton.constexpr_function
+def parts_of_a_step(tuning, row_bytes: int) -> int:
+    """Of a step over the keys: half as many of wide rows, which would leave the ring too little shared memory."""
+    return tuning.attention_parts if row_bytes <= 128 else max(tuning.attention_parts // 2, 1)
+
+
 @triton.jit
 def attend_split(
     w,
@@ -152,9 +158,9 @@ def attend_split(
     BLOCK_G: tl.constexpr = max(TUNING.least_group, triton.next_power_of_2(G))
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
-    # Wider rows would take more shared memory than two programs on an SM have.
-    NARROW: tl.constexpr = D * s.k_cache.dtype.element_ty.primitive_bitwidth <= 2048
-    STAGES: tl.constexpr = TUNING.attention_stages if NARROW else 1
+    ROW_BYTES: tl.constexpr = D * s.k_cache.dtype.element_ty.primitive_bitwidth // 8
+    PARTS: tl.constexpr = parts_of_a_step(TUNING, ROW_BYTES)
+    STAGES: tl.constexpr = TUNING.attention_stages if ROW_BYTES <= 256 else 1
     g = tl.arange(0, BLOCK_G) + zero
     dim = tl.arange(0, D) + zero
     kv_head = unit // n_splits
@@ -180,8 +186,8 @@ def attend_split(
         tl.minimum(first + split_size, position),
         CONFIG.sm_scale,
         D,
-        TUNING.block_t,
-        TUNING.attention_parts,
+        TUNING.block_t // TUNING.attention_parts * PARTS,
+        PARTS,
         TUNING.bf16_parts,
         STAGES,
         zero,

@@ -15,8 +15,14 @@ def top_k_softmax(logits, N: tl.constexpr, TOP_K: tl.constexpr):
     from TOP_K on have weight 0.
     """
     chosen, keys = top_k_rows(logits, N, TOP_K)
-    chosen, keys = tl.max(chosen, axis=0), tl.max(keys, axis=0)
+    # Both at once, as warps exchange them.
+    chosen, keys = tl.reduce((chosen, keys), 0, _larger_of_each)
     return chosen, _softmax_of_keys(keys, TOP_K)
+
+
+@triton.jit
+def _larger_of_each(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit

@@ -53,7 +53,7 @@ def test_the_published_models_have_the_tuned_ring(config):
     tuning = fit_ring(SM_90, config)
     assert tuning == SM_90
     assert (tuning.qkv_m, tuning.o_m, tuning.head_m) == (4, 2, 4)
-    assert (tuning.ring_slots, tuning.slot_bytes, tuning.window) == (8, 25600, 5)
+    assert (tuning.ring_slots, tuning.slot_bytes, tuning.window) == (7, 25600, 5)
 
 
 @each_config
@@ -63,7 +63,7 @@ def test_a_slot_holds_every_tile(config):
     most = max(bytes_of_tiles(config, tuning).values())
     assert most <= tuning.slot_bytes < most + 128
     assert tuning.slot_bytes % 128 == 0
-    assert LEAST_SLOTS <= tuning.ring_slots == min(8, RING_BYTES // tuning.slot_bytes)
+    assert LEAST_SLOTS <= tuning.ring_slots == min(7, RING_BYTES // tuning.slot_bytes)
     assert tuning.window == min(5, tuning.ring_slots)
     assert tuning.ring_slots * 8 <= BARRIER_BYTES.value
 
@@ -73,7 +73,11 @@ def test_all_threads_have_rows_of_a_dense_tile(config):
     """Two sets of lanes share a tile's rows evenly; nothing but the ring and these rows depends on the model."""
     tuning = fit_ring(SM_90, config)
     assert {tuning.qkv_m, tuning.o_m, tuning.head_m} <= {2, 4}
-    assert replace(tuning, qkv_m=4, o_m=2, head_m=4, ring_slots=8, slot_bytes=25600, window=5) == SM_90
+    wide = tuning.slot_bytes > SM_90.slot_bytes  # then attention's steps are half as long
+    assert (tuning.block_t, tuning.attention_parts) == ((64, 4) if wide else (128, 8))
+    attention = dict(block_t=128, attention_parts=8)
+    ring = dict(ring_slots=7, slot_bytes=25600, window=5)
+    assert replace(tuning, qkv_m=4, o_m=2, head_m=4, **ring, **attention) == SM_90
 
 
 @pytest.mark.parametrize(
@@ -81,8 +85,8 @@ def test_all_threads_have_rows_of_a_dense_tile(config):
     [
         (dict(hidden_size=3200, intermediate_size=2880), (4, 2, 4), 6),  # experts of 25 quads, 32 of which are read
         (dict(hidden_size=3232, intermediate_size=32), (2, 2, 2), 6),
-        (dict(hidden_size=1600, n_heads=50), (4, 4, 4), 8),
-        (dict(n_heads=51), (4, 2, 4), 8),
+        (dict(hidden_size=1600, n_heads=50), (4, 4, 4), 7),
+        (dict(n_heads=51), (4, 2, 4), 7),
         (dict(hidden_size=6400, intermediate_size=5120), (2, 2, 2), 3),
         (dict(n_heads=128), (4, 2, 4), 6),
         (dict(hidden_size=12032), (2, 2, 2), 2),
