@@ -13,7 +13,7 @@ set_up = @$(PYTHON) -c '$(CHECK_PYTHON)' && $(PYTHON) tools/setup_env.py --torch
 
 help:
 	@echo 'make run        recite a sonnet with the megakernel; ARGS="--chat ... --max-new-tokens N"'
-	@echo 'make test       all tests that need no GPU; PYTEST_ARGS="-k ..."'
+	@echo 'make test       all tests that need no GPU; PYTEST_ARGS="-k ...", -n 0 for one process'
 	@echo 'make test-gpu   the tests that need one'
 	@echo 'make lint       ruff'
 	@echo 'make clean      remove .venv and caches'
@@ -27,7 +27,7 @@ run:
 
 test:
 	$(set_up) test
-	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-gpu:
 	$(set_up) test

@@ -20,6 +20,8 @@ def pytest_configure(config):
         return
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the blocks are too small for threads
+    if hasattr(config, "workerinput"):  # one of several processes, which take all cores together
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     from host import cpu_interpreter
 
     cpu_interpreter.install()

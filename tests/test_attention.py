@@ -30,9 +30,10 @@ from common import (
     merge_splits,
     start_state,
 )
+from common.attention_phase import parts_of_a_step
 from host.cpu_interpreter import simulate
 from host.errors import MegakernelAborted
-from host.launch import tuning_for, with_small_tiles
+from host.launch import GFX950, SM_90, tuning_for, with_small_tiles
 from host.random_cache import fill_cache
 from host.state import new_state
 from kernels import attention_kernel
@@ -280,10 +281,17 @@ def test_attending_nothing_keeps_the_state(parts):
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 128])
-@pytest.mark.parametrize("block_t, parts", [(16, 1), (16, 16), (128, 1), (128, 4)])
+@pytest.mark.parametrize("block_t, parts", [(16, 1), (16, 16), (128, 1), (128, 4), (128, 8)])
 def test_other_blocks_and_head_dims(head_dim, block_t, parts):
     case = Case(151, head_dim)
     assert_same_state(case.attend(20, 151, block_t, parts), case.expected(20, 151))
+
+
+@pytest.mark.parametrize("tuning, wide", [(SM_90, SM_90.attention_parts // 2), (GFX950, 1)], ids=["sm_90", "gfx950"])
+def test_wide_rows_get_half_the_parts(tuning, wide):
+    """So that steps over a float32 cache or wide heads take no more memory; one part has no half."""
+    assert [parts_of_a_step(tuning, n) for n in (32, 128)] == [tuning.attention_parts] * 2
+    assert [parts_of_a_step(tuning, n) for n in (256, 512)] == [wide] * 2
 
 
 def real_case(length: int, dtype: torch.dtype) -> Case:

@@ -132,7 +132,12 @@ def test_cpu_environment_takes_torch_first_and_alone(folder, pip_calls):
     assert torch == ["--extra-index-url", "somewhere", "torch==2.13.0+cpu"]
     for arguments in (runtime, tests):
         assert arguments[:2] == ["--constraint", str(REPOSITORY / "constraints-cpu.txt")]
-    assert [setup_env.package_name(line) for line in tests[2:]] == ["transformers", "pytest", "hypothesis"]
+    assert [setup_env.package_name(line) for line in tests[2:]] == [
+        "transformers",
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+    ]
     assert not (setup_env.site_packages(folder) / "shared-packages.pth").exists()
 
 
