@@ -382,7 +382,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         dense_lanes=128,
         dense_batch=1,
         expert_batch=1,
-            ring_slots=0,
+        ring_slots=0,
         slot_bytes=0,
         window=0,
         spin_limit=1 << 14,
