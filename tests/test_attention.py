@@ -287,9 +287,14 @@ def test_other_blocks_and_head_dims(head_dim, block_t, parts):
     assert_same_state(case.attend(20, 151, block_t, parts), case.expected(20, 151))
 
 
-@pytest.mark.parametrize("tuning, wide", [(SM_90, SM_90.attention_parts // 2), (GFX950, 1)], ids=["sm_90", "gfx950"])
-def test_wide_rows_get_half_the_parts(tuning, wide):
-    """So that steps over a float32 cache or wide heads take no more memory; one part has no half."""
+HALF_STEPS = replace(SM_90, block_t=SM_90.block_t // 2, attention_parts=SM_90.attention_parts // 2)
+
+
+@pytest.mark.parametrize(
+    "tuning, wide", [(SM_90, 4), (HALF_STEPS, 4), (GFX950, 1)], ids=["sm_90", "sm_90, wide model", "gfx950"]
+)
+def test_wide_rows_get_fewer_parts(tuning, wide):
+    """So that steps over a float32 cache or wide heads take no more memory; short steps stay as they are."""
     assert [parts_of_a_step(tuning, n) for n in (32, 128)] == [tuning.attention_parts] * 2
     assert [parts_of_a_step(tuning, n) for n in (256, 512)] == [wide] * 2
 
