@@ -1,8 +1,8 @@
 """A prompt's tokens through all layers in blocks, into the same KV cache that the decoding kernel reads.
 
-A layer is ten launches, each over all tokens of a block:
+A layer is eleven launches, each over all tokens of a block:
 
-    norm | QKV | append | attention | O projection | norm | router | grouping | gate-up | down
+    norm | QKV | append | attention | O projection | norm | router | grouping | blocks | gate-up | down
 
 Dense matrices are multiplied in tiles of rows times tokens. Tokens are grouped by the experts that they chose, so that
 an expert's weights are decoded once for all tokens of a tile. The last layer ends with its keys and values: what a
@@ -16,9 +16,9 @@ import triton.language as tl
 from common.attention_rows import attend_rows
 from common.fp4_fragments import ROWS, block_bytes, scale_bytes
 from common.gemm_dense import gemm_dense
-from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, row_of, split_rows, vector_stride
+from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, in_columns, in_rows, split_rows, vector_stride
 from common.gemv_dense import matrix_at, scales_of
-from common.grouping import find_block, group_pairs
+from common.grouping import cut_blocks, group_pairs, load_block
 from common.parts import half_unit, to_half, two_parts
 from common.quant import GROUP, e8m0_to_float32, quantize_mxfp8, round_to_mxfp8
 from common.rmsnorm import rms_rstd
@@ -288,16 +288,35 @@ def grouping_kernel(chosen_ptr, order_ptr, starts_ptr, n_pairs, BLOCK: tl.conste
     group_pairs(chosen_ptr, order_ptr, starts_ptr, tl.program_id(0), n_pairs, BLOCK)
 
 
+@triton.jit(do_not_specialize=["gate_up_width", "gate_up_blocks", "down_width", "down_blocks", "capacity"])
+def blocks_kernel(
+    starts_ptr,
+    blocks_ptr,
+    gate_up_width,
+    gate_up_blocks,
+    down_width,
+    down_blocks,
+    capacity,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """blocks int32 [2, capacity, 4]: what gate-up's and down's programs multiply; a program each."""
+    if tl.program_id(0) == 0:
+        cut_blocks(starts_ptr, blocks_ptr, gate_up_width, gate_up_blocks, E, BLOCK)
+    else:
+        cut_blocks(starts_ptr, blocks_ptr + capacity * 4, down_width, down_blocks, E, BLOCK)
+
+
 @triton.jit
 def expert_product(
-    blocks_ptr,
+    words_ptr,
     scales_ptr,
     bases_ptr,
     x_ptr,
     x_scale_ptr,
     matrix,
     m0,
-    x_row,
+    x_rows,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -307,24 +326,24 @@ def expert_product(
     TUNING: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Places m0 .. of matrix number `matrix` of a stack times rows of x: float32 [BLOCK_M, N], all factors but x's."""
+    """Places m0 .. of matrix number `matrix` of a stack times rows of x: see gemm_fp4, but with all factors but x's."""
     if SCALED:
-        blocks_ptr, scales_ptr = blocks_ptr + matrix * (ROWS * K // 8), scales_ptr + matrix * (ROWS * K // GROUP)
-        return gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_row, ROWS, K, BLOCK_M, BLOCK_K, STAGES)
+        words_ptr, scales_ptr = words_ptr + matrix * (ROWS * K // 8), scales_ptr + matrix * (ROWS * K // GROUP)
+        return gemm_fp4_fp8(words_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_rows, ROWS, K, BLOCK_M, BLOCK_K, STAGES)
     else:
         WARPS: tl.constexpr = TUNING.num_warps
         FRAGMENTS: tl.constexpr = TUNING.fragments
         ARCH: tl.constexpr = TUNING.arch
-        blocks_ptr += matrix * words_of(ROWS, K, FRAGMENTS)
+        words_ptr += matrix * words_of(ROWS, K, FRAGMENTS)
         scales_ptr += matrix * scales_in(ROWS, K, WARPS, FRAGMENTS)
         base = tl.load(bases_ptr + matrix).to(tl.int32)
-        acc = gemm_fp4(
-            blocks_ptr,
+        accs = gemm_fp4(
+            words_ptr,
             scales_ptr,
             base,
             x_ptr,
             m0,
-            x_row,
+            x_rows,
             ROWS,
             K,
             BLOCK_M,
@@ -335,7 +354,11 @@ def expert_product(
             FRAGMENTS,
             ARCH,
         )
-        return acc * e8m0_to_float32(base)
+        scale = e8m0_to_float32(base)
+        products = ()
+        for i in tl.static_range(len(accs)):
+            products = products + (accs[i] * scale,)
+        return products
 
 
 @triton.constexpr_function
@@ -363,14 +386,14 @@ def act_unit(limit: float) -> float:
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def gate_up_kernel(
-    blocks_ptr,
+    words_ptr,
     scales_ptr,
     bases_ptr,
     bias_ptr,
     x_ptr,
     x_scale_ptr,
     order_ptr,
-    starts_ptr,
+    blocks_ptr,
     act_ptr,
     act_scale_ptr,
     layer,
@@ -380,79 +403,180 @@ def gate_up_kernel(
     SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MORE_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """act = swiglu(W_gate_up x + bias), in the order of `order`; a program a tile of an expert's rows and pairs."""
     E: tl.constexpr = CONFIG.n_experts
-    I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
-    ROWS: tl.constexpr = 2 * I
-    HALF: tl.constexpr = BLOCK_M // 2
-    FRAGMENTS: tl.constexpr = TUNING.fragments
-    M_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    M_TILES: tl.constexpr = (2 * CONFIG.intermediate_size + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     m0 = pid % M_TILES * BLOCK_M
-    expert, first, end = find_block(starts_ptr, pid // M_TILES, E, BLOCK_N)
+    expert, first, end = load_block(blocks_ptr, pid // M_TILES)
     if expert < E:
-        place = first + tl.arange(0, BLOCK_N)
-        pair = tl.load(order_ptr + tl.minimum(place, end - 1))
-        token = pair // CONFIG.experts_per_token
         matrix = tl.cast(layer, tl.int64) * E + expert
-        acc = expert_product(
-            blocks_ptr,
-            scales_ptr,
-            bases_ptr,
-            x_ptr,
-            x_scale_ptr,
-            matrix,
-            m0,
-            token,
-            ROWS,
-            CONFIG.hidden_size,
-            BLOCK_M,
-            BLOCK_K,
-            STAGES,
-            NUM_WARPS,
-            TUNING,
-            SCALED,
-        )
-        if not SCALED:
-            acc *= tl.load(x_scale_ptr + token)[None, :]
-        gate, up = split_rows(acc, FRAGMENTS)
-        i = m0 // 2 + tl.arange(0, HALF)
-        bias = bias_ptr + matrix * ROWS + 2 * i
-        gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
-        up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
-        act = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
-        mask = (place < end)[:, None] & (i < I)[None, :]
-        if SCALED:
-            elements, scale = quantize_mxfp8(tl.reshape(act, (BLOCK_N * HALF // GROUP, GROUP)))
-            at = place.to(tl.int64)[:, None] * I + i[None, :]
-            group = m0 // (2 * GROUP) + tl.arange(0, HALF // GROUP)
-            tl.store(act_ptr + at, tl.reshape(elements, (BLOCK_N, HALF)), mask=mask)
-            at = place.to(tl.int64)[:, None] * (I // GROUP) + group[None, :]
-            mask = (place < end)[:, None] & (group < I // GROUP)[None, :]
-            tl.store(act_scale_ptr + at, tl.reshape(scale, (BLOCK_N, HALF // GROUP)), mask=mask)
+        places = first + tl.arange(0, BLOCK_N)
+        if end - first > BLOCK_N if MORE_N else False:
+            _gate_up_tile(
+                words_ptr,
+                scales_ptr,
+                bases_ptr,
+                bias_ptr,
+                x_ptr,
+                x_scale_ptr,
+                order_ptr,
+                act_ptr,
+                act_scale_ptr,
+                matrix,
+                m0,
+                (places, first + BLOCK_N + tl.arange(0, MORE_N)),
+                end,
+                CONFIG,
+                TUNING,
+                QUANT,
+                SCALED,
+                BLOCK_M,
+                BLOCK_K,
+                STAGES,
+                NUM_WARPS,
+            )
         else:
-            if QUANT:
-                act = round_to_mxfp8(act)
-            UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
-            STRIDE: tl.constexpr = vector_stride(I, FRAGMENTS)
-            at = place.to(tl.int64)[:, None] * STRIDE + column_of(i, FRAGMENTS)[None, :]
-            tl.store(act_ptr + at, to_half(act * UNIT), mask=mask)
+            _gate_up_tile(
+                words_ptr,
+                scales_ptr,
+                bases_ptr,
+                bias_ptr,
+                x_ptr,
+                x_scale_ptr,
+                order_ptr,
+                act_ptr,
+                act_scale_ptr,
+                matrix,
+                m0,
+                (places,),
+                end,
+                CONFIG,
+                TUNING,
+                QUANT,
+                SCALED,
+                BLOCK_M,
+                BLOCK_K,
+                STAGES,
+                NUM_WARPS,
+            )
+
+
+@triton.jit
+def _gate_up_tile(
+    words_ptr,
+    scales_ptr,
+    bases_ptr,
+    bias_ptr,
+    x_ptr,
+    x_scale_ptr,
+    order_ptr,
+    act_ptr,
+    act_scale_ptr,
+    matrix,
+    m0,
+    places,
+    end,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+    QUANT: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """At `places`, a tuple of ranges, up to `end`: the pairs' tokens times rows m0 .. of an expert's matrix."""
+    I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
+    ROWS: tl.constexpr = 2 * I
+    FRAGMENTS: tl.constexpr = TUNING.fragments
+    tokens = ()
+    for part in tl.static_range(len(places)):
+        pair = tl.load(order_ptr + tl.minimum(places[part], end - 1))
+        tokens = tokens + (pair // CONFIG.experts_per_token,)
+    products = expert_product(
+        words_ptr,
+        scales_ptr,
+        bases_ptr,
+        x_ptr,
+        x_scale_ptr,
+        matrix,
+        m0,
+        tokens,
+        ROWS,
+        CONFIG.hidden_size,
+        BLOCK_M,
+        BLOCK_K,
+        STAGES,
+        NUM_WARPS,
+        TUNING,
+        SCALED,
+    )
+    i = m0 // 2 + tl.arange(0, BLOCK_M // 2)
+    bias = bias_ptr + matrix * ROWS + 2 * i
+    gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
+    up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
+    for part in tl.static_range(len(places)):
+        acc = products[part]
+        if not SCALED:
+            acc *= tl.load(x_scale_ptr + tokens[part])[None, :]
+        gate, up = split_rows(acc, FRAGMENTS)
+        act = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
+        store_act(act_ptr, act_scale_ptr, act, places[part], m0 // 2, end, CONFIG, FRAGMENTS, QUANT, SCALED)
+
+
+@triton.jit
+def store_act(
+    act_ptr,
+    act_scale_ptr,
+    act,
+    place,
+    i0,
+    end,
+    CONFIG: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    QUANT: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Elements i0 .. of swiglu's output, act [places, elements], at places below `end`, as down multiplies them."""
+    I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
+    N: tl.constexpr = act.shape[0]
+    HALF: tl.constexpr = act.shape[1]
+    i = i0 + tl.arange(0, HALF)
+    place_mask = (place < end)[:, None]
+    if SCALED:
+        elements, scale = quantize_mxfp8(tl.reshape(act, (N * HALF // GROUP, GROUP)))
+        at = place.to(tl.int64)[:, None] * I + i[None, :]
+        tl.store(act_ptr + at, tl.reshape(elements, (N, HALF)), mask=place_mask & (i < I)[None, :])
+        group = i0 // GROUP + tl.arange(0, HALF // GROUP)
+        at = place.to(tl.int64)[:, None] * (I // GROUP) + group[None, :]
+        mask = place_mask & (group < I // GROUP)[None, :]
+        tl.store(act_scale_ptr + at, tl.reshape(scale, (N, HALF // GROUP)), mask=mask)
+    else:
+        if QUANT:
+            act = round_to_mxfp8(act)
+        UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
+        STRIDE: tl.constexpr = vector_stride(I, FRAGMENTS)
+        act, column = in_columns(to_half(tl.where((i < I)[None, :], act * UNIT, 0.0)), i0, FRAGMENTS)
+        at = place.to(tl.int64)[:, None] * STRIDE + column[None, :]
+        tl.store(act_ptr + at, act, mask=place_mask & (column < STRIDE)[None, :])
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def down_kernel(
-    blocks_ptr,
+    words_ptr,
     scales_ptr,
     bases_ptr,
     bias_ptr,
     act_ptr,
     act_scale_ptr,
     order_ptr,
-    starts_ptr,
+    blocks_ptr,
     weights_ptr,
     expert_out_ptr,
     layer,
@@ -461,48 +585,126 @@ def down_kernel(
     SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MORE_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """expert_out [tokens, top_k, hidden] = weight * (W_down act + bias); a program a tile of rows and pairs."""
     E: tl.constexpr = CONFIG.n_experts
-    H: tl.constexpr = CONFIG.hidden_size
-    FRAGMENTS: tl.constexpr = TUNING.fragments
-    M_TILES: tl.constexpr = (H + BLOCK_M - 1) // BLOCK_M
+    M_TILES: tl.constexpr = (CONFIG.hidden_size + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     m0 = pid % M_TILES * BLOCK_M
-    expert, first, end = find_block(starts_ptr, pid // M_TILES, E, BLOCK_N)
+    expert, first, end = load_block(blocks_ptr, pid // M_TILES)
     if expert < E:
-        place = first + tl.arange(0, BLOCK_N)
-        inside = tl.minimum(place, end - 1)
-        pair = tl.load(order_ptr + inside).to(tl.int64)
         matrix = tl.cast(layer, tl.int64) * E + expert
-        acc = expert_product(
-            blocks_ptr,
-            scales_ptr,
-            bases_ptr,
-            act_ptr,
-            act_scale_ptr,
-            matrix,
-            m0,
-            inside,
-            H,
-            CONFIG.intermediate_size,
-            BLOCK_M,
-            BLOCK_K,
-            STAGES,
-            NUM_WARPS,
-            TUNING,
-            SCALED,
-        )
+        places = first + tl.arange(0, BLOCK_N)
+        if end - first > BLOCK_N if MORE_N else False:
+            _down_tile(
+                words_ptr,
+                scales_ptr,
+                bases_ptr,
+                bias_ptr,
+                act_ptr,
+                act_scale_ptr,
+                order_ptr,
+                weights_ptr,
+                expert_out_ptr,
+                matrix,
+                m0,
+                (places, first + BLOCK_N + tl.arange(0, MORE_N)),
+                end,
+                CONFIG,
+                TUNING,
+                SCALED,
+                BLOCK_M,
+                BLOCK_K,
+                STAGES,
+                NUM_WARPS,
+            )
+        else:
+            _down_tile(
+                words_ptr,
+                scales_ptr,
+                bases_ptr,
+                bias_ptr,
+                act_ptr,
+                act_scale_ptr,
+                order_ptr,
+                weights_ptr,
+                expert_out_ptr,
+                matrix,
+                m0,
+                (places,),
+                end,
+                CONFIG,
+                TUNING,
+                SCALED,
+                BLOCK_M,
+                BLOCK_K,
+                STAGES,
+                NUM_WARPS,
+            )
+
+
+@triton.jit
+def _down_tile(
+    words_ptr,
+    scales_ptr,
+    bases_ptr,
+    bias_ptr,
+    act_ptr,
+    act_scale_ptr,
+    order_ptr,
+    weights_ptr,
+    expert_out_ptr,
+    matrix,
+    m0,
+    places,
+    end,
+    CONFIG: tl.constexpr,
+    TUNING: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """At `places`, a tuple of ranges, up to `end`: the pairs' act times rows m0 .. of an expert's matrix."""
+    H: tl.constexpr = CONFIG.hidden_size
+    FRAGMENTS: tl.constexpr = TUNING.fragments
+    UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
+    inside = ()
+    for part in tl.static_range(len(places)):
+        inside = inside + (tl.minimum(places[part], end - 1),)
+    products = expert_product(
+        words_ptr,
+        scales_ptr,
+        bases_ptr,
+        act_ptr,
+        act_scale_ptr,
+        matrix,
+        m0,
+        inside,
+        H,
+        CONFIG.intermediate_size,
+        BLOCK_M,
+        BLOCK_K,
+        STAGES,
+        NUM_WARPS,
+        TUNING,
+        SCALED,
+    )
+    row = m0 + tl.arange(0, BLOCK_M)
+    bias = tl.load(bias_ptr + matrix * H + row, mask=row < H, other=0.0).to(tl.float32)
+    for part in tl.static_range(len(places)):
+        acc = in_rows(products[part], FRAGMENTS)
         if not SCALED:
-            UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
             acc *= 1.0 / UNIT
-        row = row_of(m0 + tl.arange(0, BLOCK_M), FRAGMENTS)
-        bias = tl.load(bias_ptr + matrix * H + row, mask=row < H, other=0.0).to(tl.float32)
+        pair = tl.load(order_ptr + inside[part]).to(tl.int64)
         y = tl.trans(acc + bias[:, None]) * tl.load(weights_ptr + pair)[:, None]
-        tl.store(expert_out_ptr + pair[:, None] * H + row[None, :], y, mask=(place < end)[:, None] & (row < H)[None, :])
+        mask = (places[part] < end)[:, None] & (row < H)[None, :]
+        tl.store(expert_out_ptr + pair[:, None] * H + row[None, :], y, mask=mask)
 
 
 class Prefill:
@@ -639,8 +841,20 @@ class Prefill:
         n_pairs = n * c.experts_per_token
         grouping_kernel[(c.n_experts,)](b.chosen, b.order, b.starts, n_pairs, BLOCK=t.grouping)
         mean = n_pairs / c.n_experts
-        grid, options = self._expert_launch(t.expert_tile(t.gate_up, mean), 2 * c.intermediate_size, n_pairs)
-        gate_up_kernel[grid](
+        gate_up, down = t.expert_tile(t.gate_up, mean), t.expert_tile(t.down, mean)
+        gate_up_blocks, down_blocks = self._most_blocks(gate_up, n_pairs), self._most_blocks(down, n_pairs)
+        blocks_kernel[(2,)](
+            b.starts,
+            b.blocks,
+            gate_up.width,
+            gate_up_blocks,
+            down.width,
+            down_blocks,
+            b.blocks.shape[1],
+            E=c.n_experts,
+            BLOCK=t.grouping,
+        )
+        gate_up_kernel[(triton.cdiv(2 * c.intermediate_size, gate_up.m) * gate_up_blocks,)](
             w.gate_up,
             w.gate_up_scales,
             self.gate_up_bases,
@@ -648,15 +862,14 @@ class Prefill:
             b.expert_in,
             b.expert_in_scale,
             b.order,
-            b.starts,
+            b.blocks[0],
             b.act,
             b.act_scale,
             layer,
             QUANT=self.quant,
-            **options,
+            **self._expert_options(gate_up),
         )
-        grid, options = self._expert_launch(t.expert_tile(t.down, mean), c.hidden_size, n_pairs)
-        down_kernel[grid](
+        down_kernel[(triton.cdiv(c.hidden_size, down.m) * down_blocks,)](
             w.down,
             w.down_scales,
             self.down_bases,
@@ -664,20 +877,26 @@ class Prefill:
             b.act,
             b.act_scale,
             b.order,
-            b.starts,
+            b.blocks[1],
             b.weights,
             b.expert_out,
             layer,
-            **options,
+            **self._expert_options(down),
         )
 
-    def _expert_launch(self, tile: Tile, rows: int, n_pairs: int) -> tuple[tuple[int], dict]:
-        """(grid, options) of a product of experts' matrices of so many rows."""
-        c = self.config
-        # Each expert's last block may be short, so there are at most so many.
-        n_blocks = n_pairs // tile.n + min(c.n_experts, n_pairs)
-        options = dict(CONFIG=c, TUNING=self.tuning, SCALED=self.scaled, NUM_WARPS=tile.num_warps, **tile.options())
-        return (triton.cdiv(rows, tile.m) * n_blocks,), options
+    def _most_blocks(self, tile: Tile, n_pairs: int) -> int:
+        """Of so many pairs, whatever their experts: each expert's last one may be short."""
+        return n_pairs // tile.width + min(self.config.n_experts, n_pairs)
+
+    def _expert_options(self, tile: Tile) -> dict:
+        return dict(
+            CONFIG=self.config,
+            TUNING=self.tuning,
+            SCALED=self.scaled,
+            NUM_WARPS=tile.num_warps,
+            MORE_N=tile.more,
+            **tile.options(),
+        )
 
 
 def largest_scales(scales: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from common.gemm_dense import gemm_dense
 from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
-from common.grouping import find_block, group_pairs
+from common.grouping import cut_blocks, group_pairs, load_block
 from common.quant import GROUP, dequantize_mxfp8, e8m0_to_float32, load_mxfp8, quantize_mxfp8
 from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 from common.rope import load_rotated
@@ -54,7 +54,6 @@ __all__ = [
     "drain_stores",
     "e2m1_to_float32",
     "e8m0_to_float32",
-    "find_block",
     "gemm_dense",
     "gemm_fp4",
     "gemm_fp4_fp8",

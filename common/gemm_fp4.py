@@ -5,7 +5,7 @@ largest scale of the matrix. That is exact for elements within 2^-22 of the larg
 their absolute precision. `gemm_fp4_fp8` takes MXFP8 vectors to scaled matrix cores.
 
 The matrix stands in rows, [rows, K / 8] int32 words and [rows, K / 32] scales, or in the order of host/fragments.py.
-There the even rows of a tile of 16 come before the odd ones, and so they do in a result: see row_of. In that order
+There the even rows of a tile of 16 come before the odd ones, and so they do in a result: see in_rows. In that order
 each thread decodes what it holds as an operand of the tensor cores, so that nothing is exchanged between threads, which
 took 16 barriers a step. For that the columns of every 128 stand in another order, also in the vectors: see column_of.
 """
@@ -45,15 +45,6 @@ DECODE = tl.constexpr(_decode_asm())
 HALVES = tl.constexpr((tl.float16,) * 8)
 
 
-@triton.jit
-def row_of(m, FRAGMENTS: tl.constexpr):
-    """The matrix row that stands at place m of a result."""
-    if FRAGMENTS:
-        return m // 16 * 16 + m % 8 * 2 + m % 16 // 8
-    else:
-        return m
-
-
 @triton.constexpr_function
 def vector_stride(k: int, fragments: bool) -> int:
     """Elements from one vector's to the next one's."""
@@ -74,14 +65,42 @@ def column_of(k, FRAGMENTS: tl.constexpr):
 
 
 @triton.jit
+def in_columns(x, i0, FRAGMENTS: tl.constexpr):
+    """(x, columns): elements i0 .. of vectors, x [N, M], in an order of rising columns; i0 is a multiple of M, M of 32.
+
+    Of each 128 elements' 32 columns that lie together (see column_of) M may have some: runs of up to 8.
+    """
+    N: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    at = tl.arange(0, M)
+    if FRAGMENTS:
+        QUARTERS: tl.constexpr = min(M // 32, 4)
+        RUN: tl.constexpr = 2 * QUARTERS
+        quarters = tl.reshape(x, (N, M // (32 * QUARTERS), QUARTERS, 16, 2))
+        x = tl.reshape(tl.permute(quarters, (0, 1, 3, 2, 4)), (N, M))
+        first = i0 // 128 * 128 + i0 // (32 * QUARTERS) % (4 // QUARTERS) * RUN
+        return x, first + at // RUN * 8 + at % RUN
+    else:
+        return x, i0 + at
+
+
+@triton.jit
+def in_rows(acc, FRAGMENTS: tl.constexpr):
+    """A result [M, N] in the order of the matrix's rows."""
+    if FRAGMENTS:
+        M: tl.constexpr = acc.shape[0]
+        N: tl.constexpr = acc.shape[1]
+        return tl.reshape(tl.permute(tl.reshape(acc, (M // 16, 2, 8, N)), (0, 2, 1, 3)), (M, N))
+    else:
+        return acc
+
+
+@triton.jit
 def split_rows(acc, FRAGMENTS: tl.constexpr):
     """(even rows, odd rows), [M / 2, N] each, of a result [M, N] that begins with an even row."""
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
-    RUN: tl.constexpr = 8 if FRAGMENTS else 1
-    pairs = tl.permute(tl.reshape(acc, (M // (2 * RUN), 2, RUN, N)), (0, 2, 3, 1))
-    even, odd = tl.split(pairs)
-    return tl.reshape(even, (M // 2, N)), tl.reshape(odd, (M // 2, N))
+    return tl.split(tl.permute(tl.reshape(in_rows(acc, FRAGMENTS), (M // 2, 2, N)), (0, 2, 1)))
 
 
 @triton.jit
@@ -91,7 +110,7 @@ def gemm_fp4(
     base,
     x_ptr,
     m0,
-    x_row,
+    x_rows,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,7 +121,7 @@ def gemm_fp4(
     FRAGMENTS: tl.constexpr,
     ARCH: tl.constexpr,
 ):
-    """Places m0 .. m0 + BLOCK_M of W times the vectors x_row [N] of x: float32 [BLOCK_M, N].
+    """Places m0 .. m0 + BLOCK_M of W times vectors of x: a tuple of float32 [BLOCK_M, N] for x_rows, a tuple of [N].
 
     x_ptr float16 [.., vector_stride(K)], see column_of, zeros beyond K; m0 is a multiple of 16, base the matrix's
     largest scale, NUM_WARPS those of the kernel, PACKED_WARPS those that the fragments were packed for, whose BLOCK_M
@@ -110,14 +129,8 @@ def gemm_fp4(
     hold something finite.
     """
     STRIDE: tl.constexpr = vector_stride(K, FRAGMENTS)
-    x_ptr += x_row.to(tl.int64)[:, None] * STRIDE
-    acc = tl.zeros([BLOCK_M, x_row.shape[0]], tl.float32)
+    accs = _zeros(BLOCK_M, x_rows)
     for k0 in tl.range(0, STRIDE, BLOCK_K, num_stages=STAGES):
-        k = k0 + tl.arange(0, BLOCK_K)[None, :]
-        if STRIDE % BLOCK_K == 0:
-            x = tl.load(x_ptr + k)
-        else:
-            x = tl.load(x_ptr + k, mask=k < STRIDE, other=0.0)
         if FRAGMENTS:
             words, scales = _load_fragments(
                 blocks_ptr, scales_ptr, m0, k0, ROWS, K, BLOCK_M, BLOCK_K, NUM_WARPS, PACKED_WARPS
@@ -126,8 +139,32 @@ def gemm_fp4(
         else:
             words, scales = _load_rows(blocks_ptr, scales_ptr, m0, k0, ROWS, K, BLOCK_M, BLOCK_K)
             w = _decode_rows(words, _half_scales(scales, base))
-        acc = tl.dot(w, tl.trans(x), acc)
-    return acc
+        sums = ()
+        for i in tl.static_range(len(x_rows)):
+            x = _load_vectors(x_ptr, x_rows[i], k0, STRIDE, BLOCK_K)
+            sums = sums + (tl.dot(w, tl.trans(x), accs[i]),)
+        accs = sums
+    return accs
+
+
+@triton.jit
+def _zeros(M: tl.constexpr, x_rows):
+    """A sum for each of the vectors."""
+    sums = ()
+    for i in tl.static_range(len(x_rows)):
+        sums = sums + (tl.zeros([M, x_rows[i].shape[0]], tl.float32),)
+    return sums
+
+
+@triton.jit
+def _load_vectors(x_ptr, row, k0, STRIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Elements k0 .. k0 + BLOCK_K of rows of x: [N, BLOCK_K]."""
+    k = k0 + tl.arange(0, BLOCK_K)[None, :]
+    x_ptr += row.to(tl.int64)[:, None] * STRIDE
+    if STRIDE % BLOCK_K == 0:
+        return tl.load(x_ptr + k)
+    else:
+        return tl.load(x_ptr + k, mask=k < STRIDE, other=0.0)
 
 
 @triton.jit
@@ -262,7 +299,7 @@ def gemm_fp4_fp8(
     x_ptr,
     x_scale_ptr,
     m0,
-    x_row,
+    x_rows,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -273,9 +310,7 @@ def gemm_fp4_fp8(
     row = tl.minimum(m0 + tl.arange(0, BLOCK_M), ROWS - 1)[:, None]
     bytes_ptr = blocks_ptr.to(tl.pointer_type(tl.uint8)) + row * (K // 2)
     scales_ptr += row * (K // GROUP)
-    x_ptr += x_row.to(tl.int64)[:, None] * K
-    x_scale_ptr += x_row.to(tl.int64)[:, None] * (K // GROUP)
-    acc = tl.zeros([BLOCK_M, x_row.shape[0]], tl.float32)
+    accs = _zeros(BLOCK_M, x_rows)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)[None, :]
         byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
@@ -283,7 +318,11 @@ def gemm_fp4_fp8(
         inside = group < K // GROUP
         w = tl.load(bytes_ptr + byte, mask=byte < K // 2, other=0)
         w_scale = tl.load(scales_ptr + group, mask=inside, other=0)
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        x_scale = tl.load(x_scale_ptr + group, mask=inside, other=0)
-        acc = tl.dot_scaled(w, w_scale, "e2m1", tl.trans(x), x_scale, "e4m3", acc)
-    return acc
+        sums = ()
+        for i in tl.static_range(len(x_rows)):
+            row = x_rows[i].to(tl.int64)[:, None]
+            x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
+            x_scale = tl.load(x_scale_ptr + row * (K // GROUP) + group, mask=inside, other=0)
+            sums = sums + (tl.dot_scaled(w, w_scale, "e2m1", tl.trans(x), x_scale, "e4m3", accs[i]),)
+        accs = sums
+    return accs

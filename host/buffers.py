@@ -8,6 +8,8 @@ from common.gemm_fp4 import vector_stride
 from host.config import MXFP4_GROUP, ModelConfig
 from host.launch import MOST_BLOCK_TOKENS
 
+LEAST_WIDTH = 16  # of an expert's blocks, the least of a matrix product
+
 
 class Buffers(NamedTuple):
     """What a block of at most `tokens` tokens leaves from launch to launch."""
@@ -22,6 +24,7 @@ class Buffers(NamedTuple):
     weights: torch.Tensor  # float32 [tokens, top_k]
     order: torch.Tensor  # int32 [tokens * top_k], pairs in the order of their experts
     starts: torch.Tensor  # int32 [experts + 1], where each expert's pairs begin
+    blocks: torch.Tensor  # int32 [2, .., 4], the places that gate-up's and down's programs multiply, see cut_blocks
     act: torch.Tensor  # like expert_in, [tokens * top_k, intermediate], in that order
     act_scale: torch.Tensor  # uint8 [tokens * top_k, intermediate / 32], for scaled products
     expert_out: torch.Tensor  # float32 [tokens, top_k, hidden]
@@ -43,6 +46,7 @@ def buffer_shapes(config: ModelConfig, tokens: int, scaled: bool, fragments: boo
         weights=((tokens, top_k), f32),
         order=((tokens * top_k,), i32),
         starts=((config.n_experts + 1,), i32),
+        blocks=((2, tokens * top_k // LEAST_WIDTH + config.n_experts, 4), i32),
         act=((tokens * top_k, vector_stride(i, fragments)), operand),
         act_scale=((tokens * top_k if scaled else 0, i // MXFP4_GROUP), u8),
         expert_out=((tokens, top_k, h), f32),

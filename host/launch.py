@@ -167,6 +167,12 @@ class Tile:
     num_warps: int = 4
     stages: int = 2
     max_registers: int | None = None  # a thread, so that more programs share an SM; on NVIDIA alone
+    more: int = 0  # tokens beyond n that a tile of an expert takes too, if the expert has more than n
+
+    @property
+    def width(self) -> int:
+        """Tokens at most."""
+        return self.n + self.more
 
     def options(self) -> dict:
         """What to compile and launch with."""

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, row_of, split_rows, vector_stride
+from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, in_columns, in_rows, split_rows, vector_stride
 from host.fragments import pack_blocks, pack_scales
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -39,6 +39,7 @@ def gemm_kernel(
     ROWS: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
+    MORE_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_WARPS: tl.constexpr,
@@ -46,20 +47,25 @@ def gemm_kernel(
     FRAGMENTS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """out [places, N], a program a tile of places."""
+    """out [places, N + MORE_N], a program a tile of places; with MORE_N vectors in two parts."""
     m0 = tl.program_id(0) * BLOCK_M
+    at = (m0 + tl.arange(0, BLOCK_M))[:, None] * (N + MORE_N)
     n = tl.arange(0, N)
-    x_row = tl.load(x_row_ptr + n)
-    if SCALED:
-        acc = gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_row, ROWS, K, BLOCK_M, BLOCK_K, 1)
+    if MORE_N:
+        more = N + tl.arange(0, MORE_N)
+        x_rows = (tl.load(x_row_ptr + n), tl.load(x_row_ptr + more))
     else:
-        acc = gemm_fp4(
+        x_rows = (tl.load(x_row_ptr + n),)
+    if SCALED:
+        accs = gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_rows, ROWS, K, BLOCK_M, BLOCK_K, 1)
+    else:
+        accs = gemm_fp4(
             blocks_ptr,
             scales_ptr,
             base,
             x_ptr,
             m0,
-            x_row,
+            x_rows,
             ROWS,
             K,
             BLOCK_M,
@@ -70,14 +76,30 @@ def gemm_kernel(
             FRAGMENTS,
             "cpu",
         )
-    tl.store(out_ptr + (m0 + tl.arange(0, BLOCK_M))[:, None] * N + n[None, :], acc)
+    tl.store(out_ptr + at + n[None, :], accs[0])
+    if MORE_N:
+        tl.store(out_ptr + at + more[None, :], accs[1])
 
 
 @triton.jit
-def order_kernel(rows_ptr, columns_ptr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
+def column_kernel(columns_ptr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(rows_ptr + i, row_of(i, FRAGMENTS))
     tl.store(columns_ptr + i, column_of(i, FRAGMENTS))
+
+
+@triton.jit
+def in_columns_kernel(out_ptr, columns_ptr, x_ptr, i0, N: tl.constexpr, M: tl.constexpr, FRAGMENTS: tl.constexpr):
+    """What in_columns makes of elements i0 .. of x [N, .. M]."""
+    m, n = tl.arange(0, M), tl.arange(0, N)[:, None]
+    x, columns = in_columns(tl.load(x_ptr + n * M + m[None, :]), i0, FRAGMENTS)
+    tl.store(out_ptr + n * M + m[None, :], x)
+    tl.store(columns_ptr + m, columns)
+
+
+@triton.jit
+def in_rows_kernel(out_ptr, x_ptr, M: tl.constexpr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out_ptr + at, in_rows(tl.load(x_ptr + at), FRAGMENTS))
 
 
 @triton.jit
@@ -142,16 +164,22 @@ def exactly(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gemm(
-    matrix: Matrix, vectors: Vectors, way, block_m: int = 64, block_k: int = 128, x_rows: list[int] | None = None
+    matrix: Matrix,
+    vectors: Vectors,
+    way,
+    block_m: int = 64,
+    block_k: int = 128,
+    x_rows: list[int] | None = None,
+    more: int = 0,
 ) -> torch.Tensor:
-    """float64 [rows, vectors], those of x_rows, or all: W x^T with all factors.
+    """float64 [rows, vectors], those of x_rows, or all: W x^T with all factors; `more`: so many in a second part.
 
     What places beyond the last row hold must be finite if all numbers are, and is cut off.
     """
     rows, k = matrix.codes.shape
     fragments = way in FRAGMENTS
     x_rows = x_rows or list(range(len(vectors.elements)))
-    n = max(16, triton.next_power_of_2(len(x_rows)))
+    n = max(16, triton.next_power_of_2(len(x_rows) - more))
     blocks = pack_blocks(matrix.published()) if fragments else matrix.published().flatten(1).view(torch.int32)
     packed_warps, num_warps = (way[0], min(way[1], block_m // 16)) if fragments else (0, 0)
     scales = pack_scales(matrix.scales, packed_warps) if fragments else matrix.scales
@@ -163,7 +191,7 @@ def gemm(
         x = in_the_order_of_fragments(x)
     n_tiles = triton.cdiv(rows, block_m)
     places = n_tiles * block_m
-    out = torch.full((places, n), torch.nan)
+    out = torch.full((places, n + more), torch.nan)
     gemm_kernel[(n_tiles,)](
         out,
         before(0x77777777, places * block_k, blocks),
@@ -171,10 +199,11 @@ def gemm(
         matrix.base(),
         before(torch.nan, block_k, x),
         before(NAN_SCALE, block_k, x_scales),
-        torch.tensor([*x_rows, *[x_rows[-1]] * (n - len(x_rows))], dtype=torch.int32),
+        torch.tensor([*x_rows, *[x_rows[-1]] * (n + more - len(x_rows))], dtype=torch.int32),
         ROWS=rows,
         K=k,
         N=n,
+        MORE_N=more,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         NUM_WARPS=num_warps,
@@ -215,18 +244,27 @@ def expected(matrix: Matrix, vectors: Vectors) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("n", [16, 128, 512])
-def test_the_order_of_fragments(n):
-    rows, columns = torch.full((2, n), -1, dtype=torch.int32)
-    order_kernel[(1,)](rows, columns, N=n, FRAGMENTS=True)
-    assert rows[[place_in_fragments(row) for row in range(n)]].tolist() == list(range(n))
-    assert columns.tolist() == [column_in_fragments(k) for k in range(n)]
+@pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
+def test_the_columns_of_elements(fragments, n):
+    columns = torch.full((n,), -1, dtype=torch.int32)
+    column_kernel[(1,)](columns, N=n, FRAGMENTS=fragments)
+    assert columns.tolist() == [column_in_fragments(k) if fragments else k for k in range(n)]
     assert n < 128 or sorted(columns.tolist()) == list(range(n))
 
 
-def test_rows_stand_in_their_order():
-    rows, columns = torch.full((2, 64), -1, dtype=torch.int32)
-    order_kernel[(1,)](rows, columns, N=64, FRAGMENTS=False)
-    assert rows.tolist() == columns.tolist() == list(range(64))
+@pytest.mark.parametrize(
+    "i0, m", [(0, 32), (32, 32), (96, 32), (224, 32), (0, 64), (64, 64), (192, 64), (256, 128), (256, 256)]
+)
+@pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
+def test_elements_in_the_order_of_their_columns(fragments, i0, m):
+    """In runs that are stored together: of each 128 elements' 8 columns as many as there are quarters."""
+    x = torch.arange(2 * m, dtype=torch.float32).view(2, m)
+    out, columns = torch.zeros(2, m), torch.full((m,), -1, dtype=torch.int32)
+    in_columns_kernel[(1,)](out, columns, x, i0, N=2, M=m, FRAGMENTS=fragments)
+    assert columns.tolist() == sorted(columns.tolist())
+    stands = {column_in_fragments(i0 + i) if fragments else i0 + i: i for i in range(m)}
+    assert columns.tolist() == sorted(stands)
+    assert torch.equal(out, x[:, [stands[column] for column in columns.tolist()]])
 
 
 @pytest.mark.parametrize("k, padded", [(32, 128), (128, 128), (160, 256), (2880, 2944)])
@@ -236,12 +274,15 @@ def test_vectors_for_fragments_have_whole_quads(k, padded):
 
 @pytest.mark.parametrize("m, n", [(16, 16), (64, 2), (128, 32)])
 @pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
-def test_rows_are_split_into_even_and_odd_ones(fragments, m, n):
-    """Gate and up."""
+def test_rows_of_a_result(fragments, m, n):
+    """All in their order, and gate and up, even and odd ones, apart."""
     x = torch.arange(m * n, dtype=torch.float32).view(m, n)
     place = [place_in_fragments(row) if fragments else row for row in range(m)]
     stored = torch.empty(m, n)
     stored[place] = x
+    rows = torch.zeros(m, n)
+    in_rows_kernel[(1,)](rows, stored, M=m, N=n, FRAGMENTS=fragments)
+    assert torch.equal(rows, x)
     even, odd = torch.zeros(m // 2, n), torch.zeros(m // 2, n)
     split_kernel[(1,)](even, odd, stored, M=m, N=n, FRAGMENTS=fragments)
     assert torch.equal(even, x[0::2])
@@ -257,6 +298,14 @@ def test_exact_sums(rows, k, block_m, block_k, way):
     unit = 0.5 * powers_of_two(matrix.scales).min() * powers_of_two(vectors.scales).min()
     assert (matrix.values().abs() @ vectors.values().abs().T / unit < 2**24).all(), "then any partial sum is a float32"
     assert torch.equal(gemm(matrix, vectors, way, block_m, block_k), sums)
+
+
+@with_way
+@pytest.mark.parametrize("n", [17, 20, 32, 33])
+def test_vectors_in_two_parts(n, way):
+    """16 of them in a part of their own, or as many as there are beyond 16, if they are fewer."""
+    matrix, vectors = random_matrix(33, 160), random_vectors(n, 160)
+    assert torch.equal(gemm(matrix, vectors, way, more=16), expected(matrix, vectors))
 
 
 @with_way

@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.grouping import find_block, group_pairs
+from common.grouping import cut_blocks, group_pairs, load_block
 
 UNTOUCHED = -7
 BLOCKS = [16, 64, 512]
@@ -21,10 +21,15 @@ def group_kernel(chosen_ptr, order_ptr, starts_ptr, n_pairs, BLOCK: tl.constexpr
 
 
 @triton.jit
-def find_kernel(out_ptr, starts_ptr, E: tl.constexpr, BLOCK_N: tl.constexpr):
+def cut_kernel(starts_ptr, blocks_ptr, width, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
+    cut_blocks(starts_ptr, blocks_ptr, width, n_blocks, E, BLOCK)
+
+
+@triton.jit
+def load_kernel(out_ptr, blocks_ptr):
     """out [blocks, 3]."""
     block = tl.program_id(0)
-    expert, first, end = find_block(starts_ptr, block, E, BLOCK_N)
+    expert, first, end = load_block(blocks_ptr, block)
     tl.store(out_ptr + 3 * block, expert)
     tl.store(out_ptr + 3 * block + 1, first)
     tl.store(out_ptr + 3 * block + 2, end)
@@ -42,11 +47,14 @@ def grouped(chosen: list[int], n_experts: int, block: int) -> tuple[list[int], l
     return order[:n].tolist(), starts[:-1].tolist()
 
 
-def blocks_found(starts: list[int], block_n: int, n_blocks: int) -> list[list[int]]:
+def blocks_found(starts: list[int], width: int, n_blocks: int, step: int = 2) -> list[list[int]]:
     """[expert, first, end] of each."""
-    out = torch.full((n_blocks, 3), UNTOUCHED, dtype=torch.int32)
+    blocks = torch.full((n_blocks + step, 4), UNTOUCHED, dtype=torch.int32)
     memory = torch.tensor([*starts, *range(1000, 1000 + len(starts))], dtype=torch.int32)
-    find_kernel[(n_blocks,)](out, memory, E=len(starts) - 1, BLOCK_N=block_n)
+    cut_kernel[(1,)](memory, blocks, width, n_blocks, E=len(starts) - 1, BLOCK=step)
+    assert (blocks[n_blocks:] == UNTOUCHED).all()
+    out = torch.full((n_blocks, 3), UNTOUCHED, dtype=torch.int32)
+    load_kernel[(n_blocks,)](out, blocks)
     return out.tolist()
 
 
@@ -60,15 +68,15 @@ def assert_grouped(chosen: list[int], n_experts: int, block: int) -> None:
     assert starts == starts_of(chosen, n_experts)
 
 
-def assert_blocks(starts: list[int], block_n: int) -> None:
-    """Each expert's places in pieces of block_n, in their order; the piece's end is the expert's, as its last is."""
+def assert_blocks(starts: list[int], width: int) -> None:
+    """Each expert's places in pieces of `width`, in their order; the piece's end is the expert's, as its last is."""
     expected = [
         [expert, first, end]
         for expert, (start, end) in enumerate(itertools.pairwise(starts))
-        for first in range(start, end, block_n)
+        for first in range(start, end, width)
     ]
     beyond = 3
-    found = blocks_found(starts, block_n, len(expected) + beyond)
+    found = blocks_found(starts, width, len(expected) + beyond)
     assert found[: len(expected)] == expected
     assert all(expert == len(starts) - 1 for expert, _, _ in found[len(expected) :])
 
@@ -125,7 +133,7 @@ def test_any_choices(data, n_experts, block):
     assert_blocks(starts_of(chosen, n_experts), block)
 
 
-@pytest.mark.parametrize("block_n", [16, 32, 128])
+@pytest.mark.parametrize("width", [16, 32, 48, 128])
 @pytest.mark.parametrize(
     "counts",
     [
@@ -139,8 +147,8 @@ def test_any_choices(data, n_experts, block):
         [1] * 128,
     ],
 )
-def test_blocks_of_experts(counts, block_n):
-    assert_blocks([0, *itertools.accumulate(counts)], block_n)
+def test_blocks_of_experts(counts, width):
+    assert_blocks([0, *itertools.accumulate(counts)], width)
 
 
 @pytest.mark.parametrize("n_experts", [1, 3, 8])
@@ -151,7 +159,7 @@ def test_no_pairs_no_blocks(n_experts):
 @settings(max_examples=60, deadline=None)
 @given(
     counts=st.lists(st.one_of(st.just(0), st.integers(0, 70)), min_size=1, max_size=20),
-    block_n=st.sampled_from([1, 16, 64]),
+    width=st.sampled_from([1, 16, 48, 64]),
 )
-def test_any_blocks_of_experts(counts, block_n):
-    assert_blocks([0, *itertools.accumulate(counts)], block_n)
+def test_any_blocks_of_experts(counts, width):
+    assert_blocks([0, *itertools.accumulate(counts)], width)
