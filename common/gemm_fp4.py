@@ -160,11 +160,11 @@ def _zeros(M: tl.constexpr, x_rows):
 def _load_vectors(x_ptr, row, k0, STRIDE: tl.constexpr, BLOCK_K: tl.constexpr):
     """Elements k0 .. k0 + BLOCK_K of rows of x: [N, BLOCK_K]."""
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
-    x_ptr += row.to(tl.int64)[:, None] * STRIDE
+    at = row[:, None] * STRIDE + k
     if STRIDE % BLOCK_K == 0:
-        return tl.load(x_ptr + k)
+        return tl.load(x_ptr + at)
     else:
-        return tl.load(x_ptr + k, mask=k < STRIDE, other=0.0)
+        return tl.load(x_ptr + at, mask=k < STRIDE, other=0.0)
 
 
 @triton.jit
@@ -320,9 +320,8 @@ def gemm_fp4_fp8(
         w_scale = tl.load(scales_ptr + group, mask=inside, other=0)
         sums = ()
         for i in tl.static_range(len(x_rows)):
-            row = x_rows[i].to(tl.int64)[:, None]
-            x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
-            x_scale = tl.load(x_scale_ptr + row * (K // GROUP) + group, mask=inside, other=0)
+            x = tl.load(x_ptr + x_rows[i][:, None] * K + k, mask=k < K, other=0.0)
+            x_scale = tl.load(x_scale_ptr + x_rows[i][:, None] * (K // GROUP) + group, mask=inside, other=0)
             sums = sums + (tl.dot_scaled(w, w_scale, "e2m1", tl.trans(x), x_scale, "e4m3", accs[i]),)
         accs = sums
     return accs

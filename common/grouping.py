@@ -33,29 +33,29 @@ def group_pairs(chosen_ptr, order_ptr, starts_ptr, expert, n_pairs, BLOCK: tl.co
 
 
 @triton.jit
-def cut_blocks(starts_ptr, blocks_ptr, width, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
+def cut_blocks(starts_ptr, table_ptr, width, n_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
     """Cut each expert's places into blocks of `width`; the last one may be short. One program does it all.
 
     Writes (expert, first place, end of the expert's) of each, int32 [n_blocks, 4]; the expert is E where there are no
-    more. Looking each up in starts_ptr, a program a tile, took 10% of the products' time (2,048 tokens, H200).
+    more. Where each program of a product searched starts_ptr the product took 5% longer (2,048 tokens, H200).
     """
     e = tl.arange(0, triton.next_power_of_2(E))
     start = tl.load(starts_ptr + e, mask=e < E, other=0)
     end = tl.load(starts_ptr + e + 1, mask=e < E, other=0)
     count = (end - start + width - 1) // width
-    at = blocks_ptr + (tl.cumsum(count, axis=0) - count) * 4
-    for turn in range(0, tl.max(count, axis=0)):
+    at = table_ptr + (tl.cumsum(count, axis=0) - count) * 4
+    for turn in range(tl.max(count, axis=0)):
         tl.store(at, e, mask=turn < count)
         tl.store(at + 1, start + turn * width, mask=turn < count)
         tl.store(at + 2, end, mask=turn < count)
         at += 4
     for first in range(tl.sum(count, axis=0), n_blocks, BLOCK):
         block = first + tl.arange(0, BLOCK)
-        tl.store(blocks_ptr + block * 4, E, mask=block < n_blocks)
+        tl.store(table_ptr + block * 4, E, mask=block < n_blocks)
 
 
 @triton.jit
-def load_block(blocks_ptr, block):
+def load_block(table_ptr, block):
     """(expert, first place, end) of a block, see cut_blocks."""
-    blocks_ptr += block * 4
-    return tl.load(blocks_ptr), tl.load(blocks_ptr + 1), tl.load(blocks_ptr + 2)
+    table_ptr += block * 4
+    return tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)

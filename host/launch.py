@@ -168,6 +168,7 @@ class Tile:
     stages: int = 2
     max_registers: int | None = None  # a thread, so that more programs share an SM; on NVIDIA alone
     more: int = 0  # tokens beyond n that a tile of an expert takes too, if the expert has more than n
+    least_programs: int = 0  # of a dense product: with fewer a smaller tile keeps more of the device busy
 
     @property
     def width(self) -> int:
@@ -187,7 +188,6 @@ class BlockTuning:
     tokens: int  # at most in a block
     least_tokens: int  # fewer are decoded one by one
     dense: tuple[Tile, ...]  # the smallest first
-    least_programs: int  # of a dense product, while there are smaller tiles
     gate_up: tuple[Tile, ...]  # for few tokens an expert first; m is a multiple of 16 warps, k of 128
     down: tuple[Tile, ...]  # likewise
     norm_warps: int
@@ -202,27 +202,37 @@ class BlockTuning:
     grouping: int  # pairs at a time
 
     def dense_tile(self, rows: int, n_tokens: int) -> Tile:
-        """The largest that leaves least_programs something to do, or the smallest."""
+        """The largest with enough programs."""
 
         def programs(tile: Tile) -> int:
             return -(-rows // tile.m) * -(-n_tokens // tile.n)
 
-        enough = [tile for tile in self.dense if programs(tile) >= self.least_programs]
-        return enough[-1] if enough else self.dense[0]
+        return [tile for tile in self.dense if programs(tile) >= tile.least_programs][-1]
 
     @staticmethod
     def expert_tile(tiles: tuple[Tile, ...], mean_tokens: float) -> Tile:
-        """The first that holds what an expert has on average, or the last."""
-        return next((tile for tile in tiles if mean_tokens <= tile.n), tiles[-1])
+        """The first that holds half more than an expert has on average, as some have more than others; or the last."""
+        return next((tile for tile in tiles if 1.5 * mean_tokens <= tile.width), tiles[-1])
 
 
+# 96 and 168 registers let five and three programs share an SM.
+_EXPERTS_SM_90 = (
+    Tile(128, 16, 128, 4, 3, max_registers=96),
+    Tile(128, 16, 128, 4, 3, more=16),
+    Tile(128, 32, 128, 4, 3, max_registers=168, more=16),
+    Tile(128, 64, 128, 4, 3, more=32),
+)
 BLOCKS_SM_90 = BlockTuning(
     tokens=MOST_BLOCK_TOKENS,
     least_tokens=4,
-    dense=(Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
-    least_programs=132,
-    gate_up=(Tile(128, 16, 128, 4, 3), Tile(128, 32, 128, 4, 3), Tile(256, 64, 128, 8, 3)),
-    down=(Tile(128, 16, 128, 4, 3, 96), Tile(128, 32, 128, 4, 3), Tile(128, 64, 128, 4, 3)),
+    dense=(
+        Tile(64, 32, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4, least_programs=132),
+        Tile(128, 64, 64, 8, 4, least_programs=132),
+        Tile(128, 128, 64, 8, 3, least_programs=192),
+    ),
+    gate_up=_EXPERTS_SM_90,
+    down=_EXPERTS_SM_90,
     norm_warps=4,
     attention_m=64,
     attention_t=64,
@@ -237,8 +247,11 @@ BLOCKS_SM_90 = BlockTuning(
 BLOCKS_GFX950 = BlockTuning(
     tokens=MOST_BLOCK_TOKENS,
     least_tokens=4,
-    dense=(Tile(64, 32, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 2)),
-    least_programs=256,
+    dense=(
+        Tile(64, 32, 64, 4, 2),
+        Tile(64, 64, 64, 4, 2, least_programs=256),
+        Tile(128, 128, 64, 8, 2, least_programs=256),
+    ),
     gate_up=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
     down=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
     norm_warps=4,
@@ -257,7 +270,6 @@ BLOCKS_CPU = BlockTuning(
     tokens=512,
     least_tokens=3,
     dense=(Tile(512, 64, 512),),
-    least_programs=1,
     gate_up=(Tile(512, 32, 512),),
     down=(Tile(512, 32, 512),),
     norm_warps=4,

@@ -14,7 +14,7 @@ from host.launch import BLOCKS_GFX950, BLOCKS_SM_90, BlockTuning
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = {"gfx950": BLOCKS_GFX950, "sm_90": BLOCKS_SM_90}
-TOKENS = [5, 300, 700, 2048, 4000]  # for which there is each tile
+TOKENS = [5, 300, 500, 700, 2048, 4000]  # for which there is each tile
 # The words that compile them, and the path that the report calls them.
 PATHS = {"default": [], "quant": []}
 FP8_PATHS = {"default, qkv o router fp8-32": FP8_GROUPS, "quant, qkv o router fp8-row": FP8_ROWS}
@@ -61,7 +61,8 @@ def copies(figures: dict) -> dict[str, float]:
     rows = options.get("BLOCK_M", GPT_OSS_120B.n_experts)  # the router's are all in a block
     if kernel in EXPERTS:
         scale_bits = rows // 2 * k // 32 * 32 // threads  # a word for two rows, and for two steps
-        return {"128": k * (rows / 2 + options["BLOCK_N"] * 2) / 16 / threads, str(scale_bits): 1}
+        tokens = options["BLOCK_N"] + options["MORE_N"]
+        return {"128": k * (rows / 2 + tokens * 2) / 16 / threads, str(scale_bits): 1}
     vectors = 2 * options["BLOCK_N"] * 2 * k / 16 / threads
     if "fp8" in figures["path"]:
         return {"128": vectors, "64": k * rows / 8 / threads}

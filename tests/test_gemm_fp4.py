@@ -303,7 +303,7 @@ def test_exact_sums(rows, k, block_m, block_k, way):
 @with_way
 @pytest.mark.parametrize("n", [17, 20, 32, 33])
 def test_vectors_in_two_parts(n, way):
-    """16 of them in a part of their own, or as many as there are beyond 16, if they are fewer."""
+    """The second one has 16; where there are not enough, the last vector is repeated."""
     matrix, vectors = random_matrix(33, 160), random_vectors(n, 160)
     assert torch.equal(gemm(matrix, vectors, way, more=16), expected(matrix, vectors))
 

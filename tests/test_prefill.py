@@ -37,8 +37,7 @@ F32 = torch.float32
 SMALL_BLOCKS = BlockTuning(
     tokens=23,
     least_tokens=3,
-    dense=(Tile(64, 16, 64), Tile(128, 32, 32)),
-    least_programs=4,
+    dense=(Tile(64, 16, 64), Tile(128, 32, 32, least_programs=4)),
     gate_up=(Tile(64, 16, 128, more=16), Tile(128, 32, 256)),
     down=(Tile(128, 16, 256), Tile(64, 32, 128, more=16)),
     norm_warps=4,
@@ -495,15 +494,13 @@ def test_tiles_grow_with_the_number_of_tokens(blocks):
     for rows in (2880, 5120):
         tiles = [blocks.dense_tile(rows, n) for n in range(1, 4097)]
         at = [blocks.dense.index(tile) for tile in tiles]
-        assert at[0] == 0
-        assert at[-1] == len(blocks.dense) - 1
+        assert (at[0], at[-1]) == (0, len(blocks.dense) - 1)
         for n, tile in enumerate(tiles, 1):
-            programs = -(-rows // tile.m) * -(-n // tile.n)
-            assert tile == blocks.dense[0] or programs >= blocks.least_programs
+            assert -(-rows // tile.m) * -(-n // tile.n) >= tile.least_programs
     for tiles in (blocks.gate_up, blocks.down):
         experts = [tiles.index(blocks.expert_tile(tiles, mean)) for mean in range(1, 300)]
         assert experts == sorted(experts)
-        assert (experts[0], experts[-1]) == (0, len(tiles) - 1)
+        assert {*experts} == {*range(len(tiles))}
 
 
 def test_blocks_cover_a_prompt_once(model, token_ids, monkeypatch):
