@@ -25,7 +25,7 @@ from common.rmsnorm import rms_rstd
 from common.rope import load_rotated
 from common.router import top_k_softmax_rows
 from common.swiglu import swiglu
-from host.buffers import Buffers, buffer_shapes
+from host.buffers import Buffers, buffer_shapes, most_tokens
 from host.config import ModelConfig
 from host.launch import BlockTuning, Tile, Tuning, next_power_of_2
 from host.state import State
@@ -719,9 +719,10 @@ class Prefill:
         self.scaled = quant and tuning.dot_scaled and not tuning.fragments
         device = state.x.device
         max_context = state.k_cache.shape[2]
-        self.tokens = min(blocks.tokens, max_context - 1) if max_context > blocks.least_tokens else 0
+        longest = min(blocks.tokens, most_tokens(config), max_context - 1)
+        self.tokens = longest if max_context > blocks.least_tokens else 0
         shapes = buffer_shapes(config, self.tokens, self.scaled, tuning.fragments)
-        # What lies beyond a vector's elements is never written: zeros.
+        # What lies beyond a vector's elements stays zero.
         self.buffers = Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
         self.gate_up_bases = largest_scales(weights.gate_up_scales)
         self.down_bases = largest_scales(weights.down_scales)

@@ -53,7 +53,13 @@ def buffer_shapes(config: ModelConfig, tokens: int, scaled: bool, fragments: boo
     )
 
 
+def most_tokens(config: ModelConfig) -> int:
+    """Of a block, as kernels count the elements of all experts' vectors in 32 bits."""
+    widest = vector_stride(max(config.hidden_size, config.intermediate_size), fragments=True)
+    return min(MOST_BLOCK_TOKENS, (2**31 - 1) // (config.experts_per_token * widest))
+
+
 def buffer_bytes(config: ModelConfig, max_context: int) -> int:
     """Device memory for the buffers of any device's blocks, at most."""
-    shapes = buffer_shapes(config, min(MOST_BLOCK_TOKENS, max_context), scaled=False, fragments=True)
+    shapes = buffer_shapes(config, min(most_tokens(config), max_context), scaled=False, fragments=True)
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)

@@ -22,7 +22,7 @@ from test_shipped_model import FOLDER, SONNET_18_START
 
 import reference
 from gpt_oss_megakernel import MegaModel
-from host.buffers import Buffers, buffer_bytes
+from host.buffers import Buffers, buffer_bytes, buffer_shapes, most_tokens
 from host.checkpoint import RandomCheckpoint
 from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, expected_tensors
 from host.launch import BLOCKS_CPU, BLOCKS_GFX950, BLOCKS_SM_90, BlockTuning, Tile, Tuning, tuning_for
@@ -487,6 +487,31 @@ def test_memory(max_context, tuning, checkpoint, quant):
     longest = max_context - 1  # that blocks may feed
     assert model.prefill.tokens == (min(model.blocks.tokens, longest) if longest >= model.blocks.least_tokens else 0)
     assert model.prefill.buffers.x.shape == (model.prefill.tokens, model.config.hidden_size)
+
+
+@pytest.mark.parametrize("m", [64, 128, 256])
+def test_vectors_end_in_zeros(m, quant):
+    """Tiles of gate-up that end with the matrix, or go beyond it."""
+    config = small_config(**ODD_SIZES["hidden 416, intermediate 224"])
+    blocks = dataclasses.replace(SMALL_BLOCKS, gate_up=(Tile(m, 16, 128),))
+    model = make_model(loud_checkpoint(config), quant, "fragments", blocks=blocks)
+    feed(model, random_token_ids(20, config))
+    for name in ("expert_in", "act"):
+        buffer = getattr(model.prefill.buffers, name).clone()
+        buffer[:, vector_columns(model, name)] = 0
+        assert (buffer == 0).all()
+
+
+@pytest.mark.parametrize("top_k, size", [(4, 2880), (8, 11968), (64, 2880), (16, 65536)])
+def test_elements_of_a_block_are_counted_in_32_bits(top_k, size):
+    for hidden, intermediate in ((size, 64), (64, size)):
+        config = small_config(
+            hidden_size=hidden, intermediate_size=intermediate, n_experts=top_k, experts_per_token=top_k
+        )
+        tokens = most_tokens(config)
+        shapes = buffer_shapes(config, tokens, scaled=False, fragments=True)
+        assert max(torch.Size(shape).numel() for shape, _ in (shapes.act, shapes.expert_in)) < 2**31
+        assert tokens == 4096 or top_k * (tokens + 1) * size >= 2**31
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS_SM_90, BLOCKS_GFX950])
