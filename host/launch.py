@@ -215,7 +215,8 @@ class BlockTuning:
         return next((tile for tile in tiles if 1.5 * mean_tokens <= tile.width), tiles[-1])
 
 
-# 96 and 168 registers let five and three programs share an SM.
+# 168 and 96 registers let three and five programs share an SM: gate-up of 1,023 tokens takes 500 us for 566, down of 127
+# tokens 167 for 182.
 _EXPERTS_SM_90 = (
     Tile(128, 16, 128, 4, 3, max_registers=96),
     Tile(128, 16, 128, 4, 3, more=16),
