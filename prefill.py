@@ -9,6 +9,8 @@ an expert's weights are decoded once for all tokens of a tile. The last layer en
 prompt's tokens but the last one leave is the cache. The last token is decoded like any other (gpt_oss_megakernel.py).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -126,15 +128,12 @@ def dense_kernel(
     K: tl.constexpr,
     FORMAT: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """y [tokens, ROWS] = x W^T + bias, or with ADD y += that; a program a tile of rows and tokens."""
-    M_TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    M_TILES: tl.constexpr = (ROWS + TILE.m - 1) // TILE.m
     pid = tl.program_id(0)
-    row0, token0 = pid % M_TILES * BLOCK_M, pid // M_TILES * BLOCK_N
+    row0, token0 = pid % M_TILES * TILE.m, pid // M_TILES * TILE.n
     layer = tl.cast(layer, tl.int64)
     w_ptr, scales_ptr = matrix_at(w_ptr, layer, ROWS, K, FORMAT), scales_of(scales_ptr, layer, ROWS, K, FORMAT)
     acc = gemm_dense(
@@ -148,12 +147,12 @@ def dense_kernel(
         ROWS,
         K,
         FORMAT,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        STAGES,
+        TILE.m,
+        TILE.n,
+        TILE.k,
+        TILE.stages,
     )
-    row, token = row0 + tl.arange(0, BLOCK_M), token0 + tl.arange(0, BLOCK_N)
+    row, token = row0 + tl.arange(0, TILE.m), token0 + tl.arange(0, TILE.n)
     y = tl.trans(acc) + tl.load(bias_ptr + layer * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)[None, :]
     y_ptr += token.to(tl.int64)[:, None] * ROWS + row[None, :]
     mask = (token < n_tokens)[:, None] & (row < ROWS)[None, :]
@@ -307,49 +306,58 @@ def blocks_kernel(
         cut_blocks(starts_ptr, blocks_ptr + capacity * 4, down_width, down_blocks, E, BLOCK)
 
 
+class Experts(NamedTuple):
+    """A stack of experts' matrices, all layers'."""
+
+    words_ptr: tl.tensor
+    scales_ptr: tl.tensor
+    bases_ptr: tl.tensor  # see largest_scales
+    bias_ptr: tl.tensor
+
+
+class Vectors(NamedTuple):
+    ptr: tl.tensor
+    scale_ptr: tl.tensor
+
+
 @triton.jit
 def expert_product(
-    words_ptr,
-    scales_ptr,
-    bases_ptr,
-    x_ptr,
-    x_scale_ptr,
+    experts,
     matrix,
     m0,
+    x,
     x_rows,
     ROWS: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
     TUNING: tl.constexpr,
+    TILE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Places m0 .. of matrix number `matrix` of a stack times rows of x: see gemm_fp4, but with all factors but x's."""
+    """Places m0 .. of matrix number `matrix` times rows of x: see gemm_fp4, but with all factors but x's."""
+    words_ptr, scales_ptr = experts.words_ptr, experts.scales_ptr
     if SCALED:
         words_ptr, scales_ptr = words_ptr + matrix * (ROWS * K // 8), scales_ptr + matrix * (ROWS * K // GROUP)
-        return gemm_fp4_fp8(words_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_rows, ROWS, K, BLOCK_M, BLOCK_K, STAGES)
+        return gemm_fp4_fp8(words_ptr, scales_ptr, x.ptr, x.scale_ptr, m0, x_rows, ROWS, K, TILE.m, TILE.k, TILE.stages)
     else:
         WARPS: tl.constexpr = TUNING.num_warps
         FRAGMENTS: tl.constexpr = TUNING.fragments
         ARCH: tl.constexpr = TUNING.arch
         words_ptr += matrix * words_of(ROWS, K, FRAGMENTS)
         scales_ptr += matrix * scales_in(ROWS, K, WARPS, FRAGMENTS)
-        base = tl.load(bases_ptr + matrix).to(tl.int32)
+        base = tl.load(experts.bases_ptr + matrix).to(tl.int32)
         accs = gemm_fp4(
             words_ptr,
             scales_ptr,
             base,
-            x_ptr,
+            x.ptr,
             m0,
             x_rows,
             ROWS,
             K,
-            BLOCK_M,
-            BLOCK_K,
-            STAGES,
-            NUM_WARPS,
+            TILE.m,
+            TILE.k,
+            TILE.stages,
+            TILE.num_warps,
             WARPS,
             FRAGMENTS,
             ARCH,
@@ -399,99 +407,45 @@ def gate_up_kernel(
     layer,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
+    TILE: tl.constexpr,
     QUANT: tl.constexpr,
     SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MORE_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
 ):
     """act = swiglu(W_gate_up x + bias), in the order of `order`; a program a tile of an expert's rows and pairs."""
     E: tl.constexpr = CONFIG.n_experts
-    M_TILES: tl.constexpr = (2 * CONFIG.intermediate_size + BLOCK_M - 1) // BLOCK_M
+    M_TILES: tl.constexpr = (2 * CONFIG.intermediate_size + TILE.m - 1) // TILE.m
+    experts = Experts(words_ptr, scales_ptr, bases_ptr, bias_ptr)
+    x, act = Vectors(x_ptr, x_scale_ptr), Vectors(act_ptr, act_scale_ptr)
     pid = tl.program_id(0)
-    m0 = pid % M_TILES * BLOCK_M
+    m0 = pid % M_TILES * TILE.m
     expert, first, end = load_block(blocks_ptr, pid // M_TILES)
     if expert < E:
         matrix = tl.cast(layer, tl.int64) * E + expert
-        places = first + tl.arange(0, BLOCK_N)
-        if end - first > BLOCK_N if MORE_N else False:
-            _gate_up_tile(
-                words_ptr,
-                scales_ptr,
-                bases_ptr,
-                bias_ptr,
-                x_ptr,
-                x_scale_ptr,
-                order_ptr,
-                act_ptr,
-                act_scale_ptr,
-                matrix,
-                m0,
-                (places, first + BLOCK_N + tl.arange(0, MORE_N)),
-                end,
-                CONFIG,
-                TUNING,
-                QUANT,
-                SCALED,
-                BLOCK_M,
-                BLOCK_K,
-                STAGES,
-                NUM_WARPS,
-            )
+        places = first + tl.arange(0, TILE.n)
+        if end - first > TILE.n if TILE.more else False:
+            both = (places, first + TILE.n + tl.arange(0, TILE.more))
+            gate_up_tile(experts, matrix, m0, x, order_ptr, both, end, act, CONFIG, TUNING, TILE, QUANT, SCALED)
         else:
-            _gate_up_tile(
-                words_ptr,
-                scales_ptr,
-                bases_ptr,
-                bias_ptr,
-                x_ptr,
-                x_scale_ptr,
-                order_ptr,
-                act_ptr,
-                act_scale_ptr,
-                matrix,
-                m0,
-                (places,),
-                end,
-                CONFIG,
-                TUNING,
-                QUANT,
-                SCALED,
-                BLOCK_M,
-                BLOCK_K,
-                STAGES,
-                NUM_WARPS,
-            )
+            gate_up_tile(experts, matrix, m0, x, order_ptr, (places,), end, act, CONFIG, TUNING, TILE, QUANT, SCALED)
 
 
 @triton.jit
-def _gate_up_tile(
-    words_ptr,
-    scales_ptr,
-    bases_ptr,
-    bias_ptr,
-    x_ptr,
-    x_scale_ptr,
-    order_ptr,
-    act_ptr,
-    act_scale_ptr,
+def gate_up_tile(
+    experts,
     matrix,
     m0,
+    x,
+    order_ptr,
     places,
     end,
+    act,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
+    TILE: tl.constexpr,
     QUANT: tl.constexpr,
     SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
 ):
-    """At `places`, a tuple of ranges, up to `end`: the pairs' tokens times rows m0 .. of an expert's matrix."""
+    """At `places`, a tuple of ranges, up to `end`: rows m0 .. of an expert's matrix times the pairs' tokens."""
     I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
     ROWS: tl.constexpr = 2 * I
     FRAGMENTS: tl.constexpr = TUNING.fragments
@@ -499,35 +453,18 @@ def _gate_up_tile(
     for part in tl.static_range(len(places)):
         pair = tl.load(order_ptr + tl.minimum(places[part], end - 1))
         tokens = tokens + (pair // CONFIG.experts_per_token,)
-    products = expert_product(
-        words_ptr,
-        scales_ptr,
-        bases_ptr,
-        x_ptr,
-        x_scale_ptr,
-        matrix,
-        m0,
-        tokens,
-        ROWS,
-        CONFIG.hidden_size,
-        BLOCK_M,
-        BLOCK_K,
-        STAGES,
-        NUM_WARPS,
-        TUNING,
-        SCALED,
-    )
-    i = m0 // 2 + tl.arange(0, BLOCK_M // 2)
-    bias = bias_ptr + matrix * ROWS + 2 * i
+    products = expert_product(experts, matrix, m0, x, tokens, ROWS, CONFIG.hidden_size, TUNING, TILE, SCALED)
+    i = m0 // 2 + tl.arange(0, TILE.m // 2)
+    bias = experts.bias_ptr + matrix * ROWS + 2 * i
     gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
     up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
     for part in tl.static_range(len(places)):
         acc = products[part]
         if not SCALED:
-            acc *= tl.load(x_scale_ptr + tokens[part])[None, :]
+            acc *= tl.load(x.scale_ptr + tokens[part])[None, :]
         gate, up = split_rows(acc, FRAGMENTS)
-        act = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
-        store_act(act_ptr, act_scale_ptr, act, places[part], m0 // 2, end, CONFIG, FRAGMENTS, QUANT, SCALED)
+        y = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
+        store_act(act.ptr, act.scale_ptr, y, places[part], m0 // 2, end, CONFIG, FRAGMENTS, QUANT, SCALED)
 
 
 @triton.jit
@@ -578,125 +515,84 @@ def down_kernel(
     order_ptr,
     blocks_ptr,
     weights_ptr,
-    expert_out_ptr,
+    out_ptr,
     layer,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
+    TILE: tl.constexpr,
     SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MORE_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
 ):
-    """expert_out [tokens, top_k, hidden] = weight * (W_down act + bias); a program a tile of rows and pairs."""
+    """out [tokens, top_k, hidden] = weight * (W_down act + bias); a program a tile of rows and pairs."""
     E: tl.constexpr = CONFIG.n_experts
-    M_TILES: tl.constexpr = (CONFIG.hidden_size + BLOCK_M - 1) // BLOCK_M
+    M_TILES: tl.constexpr = (CONFIG.hidden_size + TILE.m - 1) // TILE.m
+    experts, act = Experts(words_ptr, scales_ptr, bases_ptr, bias_ptr), Vectors(act_ptr, act_scale_ptr)
     pid = tl.program_id(0)
-    m0 = pid % M_TILES * BLOCK_M
+    m0 = pid % M_TILES * TILE.m
     expert, first, end = load_block(blocks_ptr, pid // M_TILES)
     if expert < E:
         matrix = tl.cast(layer, tl.int64) * E + expert
-        places = first + tl.arange(0, BLOCK_N)
-        if end - first > BLOCK_N if MORE_N else False:
-            _down_tile(
-                words_ptr,
-                scales_ptr,
-                bases_ptr,
-                bias_ptr,
-                act_ptr,
-                act_scale_ptr,
-                order_ptr,
-                weights_ptr,
-                expert_out_ptr,
+        places = first + tl.arange(0, TILE.n)
+        if end - first > TILE.n if TILE.more else False:
+            both = (places, first + TILE.n + tl.arange(0, TILE.more))
+            down_tile(
+                experts,
                 matrix,
                 m0,
-                (places, first + BLOCK_N + tl.arange(0, MORE_N)),
+                act,
+                order_ptr,
+                both,
                 end,
+                weights_ptr,
+                out_ptr,
                 CONFIG,
                 TUNING,
+                TILE,
                 SCALED,
-                BLOCK_M,
-                BLOCK_K,
-                STAGES,
-                NUM_WARPS,
             )
         else:
-            _down_tile(
-                words_ptr,
-                scales_ptr,
-                bases_ptr,
-                bias_ptr,
-                act_ptr,
-                act_scale_ptr,
-                order_ptr,
-                weights_ptr,
-                expert_out_ptr,
+            down_tile(
+                experts,
                 matrix,
                 m0,
+                act,
+                order_ptr,
                 (places,),
                 end,
+                weights_ptr,
+                out_ptr,
                 CONFIG,
                 TUNING,
+                TILE,
                 SCALED,
-                BLOCK_M,
-                BLOCK_K,
-                STAGES,
-                NUM_WARPS,
             )
 
 
 @triton.jit
-def _down_tile(
-    words_ptr,
-    scales_ptr,
-    bases_ptr,
-    bias_ptr,
-    act_ptr,
-    act_scale_ptr,
-    order_ptr,
-    weights_ptr,
-    expert_out_ptr,
+def down_tile(
+    experts,
     matrix,
     m0,
+    act,
+    order_ptr,
     places,
     end,
+    weights_ptr,
+    out_ptr,
     CONFIG: tl.constexpr,
     TUNING: tl.constexpr,
+    TILE: tl.constexpr,
     SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
 ):
-    """At `places`, a tuple of ranges, up to `end`: the pairs' act times rows m0 .. of an expert's matrix."""
+    """At `places`, a tuple of ranges, up to `end`: rows m0 .. of an expert's matrix times the pairs' act."""
     H: tl.constexpr = CONFIG.hidden_size
     FRAGMENTS: tl.constexpr = TUNING.fragments
     UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
     inside = ()
     for part in tl.static_range(len(places)):
         inside = inside + (tl.minimum(places[part], end - 1),)
-    products = expert_product(
-        words_ptr,
-        scales_ptr,
-        bases_ptr,
-        act_ptr,
-        act_scale_ptr,
-        matrix,
-        m0,
-        inside,
-        H,
-        CONFIG.intermediate_size,
-        BLOCK_M,
-        BLOCK_K,
-        STAGES,
-        NUM_WARPS,
-        TUNING,
-        SCALED,
-    )
-    row = m0 + tl.arange(0, BLOCK_M)
-    bias = tl.load(bias_ptr + matrix * H + row, mask=row < H, other=0.0).to(tl.float32)
+    products = expert_product(experts, matrix, m0, act, inside, H, CONFIG.intermediate_size, TUNING, TILE, SCALED)
+    row = m0 + tl.arange(0, TILE.m)
+    bias = tl.load(experts.bias_ptr + matrix * H + row, mask=row < H, other=0.0).to(tl.float32)
     for part in tl.static_range(len(places)):
         acc = in_rows(products[part], FRAGMENTS)
         if not SCALED:
@@ -704,7 +600,7 @@ def _down_tile(
         pair = tl.load(order_ptr + inside[part]).to(tl.int64)
         y = tl.trans(acc + bias[:, None]) * tl.load(weights_ptr + pair)[:, None]
         mask = (places[part] < end)[:, None] & (row < H)[None, :]
-        tl.store(expert_out_ptr + pair[:, None] * H + row[None, :], y, mask=mask)
+        tl.store(out_ptr + pair[:, None] * H + row[None, :], y, mask=mask)
 
 
 class Prefill:
@@ -890,14 +786,7 @@ class Prefill:
         return n_pairs // tile.width + min(self.config.n_experts, n_pairs)
 
     def _expert_options(self, tile: Tile) -> dict:
-        return dict(
-            CONFIG=self.config,
-            TUNING=self.tuning,
-            SCALED=self.scaled,
-            NUM_WARPS=tile.num_warps,
-            MORE_N=tile.more,
-            **tile.options(),
-        )
+        return dict(CONFIG=self.config, TUNING=self.tuning, SCALED=self.scaled, **tile.options())
 
 
 def largest_scales(scales: torch.Tensor) -> torch.Tensor:

@@ -177,7 +177,7 @@ class Tile:
 
     def options(self) -> dict:
         """What to compile and launch with."""
-        options = dict(BLOCK_M=self.m, BLOCK_N=self.n, BLOCK_K=self.k, STAGES=self.stages, num_warps=self.num_warps)
+        options = dict(TILE=self, num_warps=self.num_warps)
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
@@ -215,8 +215,8 @@ class BlockTuning:
         return next((tile for tile in tiles if 1.5 * mean_tokens <= tile.width), tiles[-1])
 
 
-# 168 and 96 registers let three and five programs share an SM: gate-up of 1,023 tokens takes 500 us for 566, down of 127
-# tokens 167 for 182.
+# 168 and 96 registers let three and five programs share an SM: gate-up of 1,023 tokens takes 500 us for 566, down of
+# 127 tokens 167 for 182.
 _EXPERTS_SM_90 = (
     Tile(128, 16, 128, 4, 3, max_registers=96),
     Tile(128, 16, 128, 4, 3, more=16),

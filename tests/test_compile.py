@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -231,3 +232,18 @@ def test_a_poll_hoisted_out_of_its_loop_would_be_seen():
         AMD_LOOP.replace("vccnz .LBB0_2", "vccnz .LBB0_3").replace("\ts_branch", ".LBB0_3:\n\ts_branch")
     )
     assert [hoisted.repeats(i, "buffer_wbl2") for i in hoisted.find("global_load_dword")] == [False]
+
+
+def test_the_sources_of_a_kernel_that_another_checkout_compiled():
+    """Its folder may be gone."""
+    source = (ROOT / "common" / "grouping.py").read_text().splitlines()
+    line = next(i for i, text in enumerate(source, 1) if "tl.load(table_ptr)" in text)
+    asm = f"""
+    .file 1 "/gone/common" "grouping.py"
+    .file 2 "/gone/lib/triton/language" "standard.py"
+    .loc 2 40 3
+    v_add_u32 v1, v2, v3
+    .loc 1 {line} 5
+    global_load_dword v1, v[2:3], off
+    """
+    assert Program.from_amdgcn(asm).loads_of(re.compile(r"tl\.load\(table_ptr\)")) == [1]

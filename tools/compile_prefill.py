@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 
@@ -144,6 +144,8 @@ def reports(target: str, quant: bool, token_counts: list[int], dense: DenseForma
     for n_tokens in token_counts:
         for kernel, values, options in recorded_launches(target, quant, n_tokens, config):
             constants = {name: v for name, v in options.items() if isinstance(v, int | str)}
+            if "TILE" in options:
+                constants["TILE"] = asdict(options["TILE"])
             key = (kernel.__name__, str(options), *(getattr(v, "dtype", None) for v in values))
             if key not in found:
                 compiled = compile_launch(target, kernel, values, options)

@@ -290,10 +290,11 @@ class Program:
         for line in asm.splitlines():
             code = line.split(";")[0].strip()
             if file := re.match(r'\.file\s+(\d+) "(.*?)" "(.*?)"', code):
-                files[file.group(1)] = source_lines(Path(file.group(2), file.group(3)))
+                files[file.group(1)] = source_lines(Path(file.group(2)).name, file.group(3))
             elif place := re.match(r"\.loc\s+(\d+) (\d+)", code):
                 if place.group(2) != "0":
-                    source = files[place.group(1)][int(place.group(2)) - 1]
+                    lines = files[place.group(1)]
+                    source = lines[int(place.group(2)) - 1] if lines else ""
             elif label := re.match(r"(\.LBB\w+):", code):
                 labels[label.group(1)] = len(instructions)
             elif re.match(r"[a-z]+_", code):
@@ -360,8 +361,15 @@ class Program:
 
 
 @functools.cache
-def source_lines(path: Path) -> list[str]:
-    return path.read_text().splitlines()
+def source_lines(folder: str, name: str) -> list[str]:
+    """Of a file of this checkout; none of Triton's.
+
+    Triton keeps compiled kernels for all checkouts, so that the paths in one may be another checkout's, long gone: it
+    was made from the same lines.
+    """
+    root = Path(__file__).resolve().parent.parent
+    found = [path for path in (root / folder / name, root / name) if path.is_file()]
+    return found[0].read_text().splitlines() if found else []
 
 
 def cuobjdump(kernel, *options: str) -> str:
