@@ -535,35 +535,11 @@ def down_kernel(
         if end - first > TILE.n if TILE.more else False:
             both = (places, first + TILE.n + tl.arange(0, TILE.more))
             down_tile(
-                experts,
-                matrix,
-                m0,
-                act,
-                order_ptr,
-                both,
-                end,
-                weights_ptr,
-                out_ptr,
-                CONFIG,
-                TUNING,
-                TILE,
-                SCALED,
+                experts, matrix, m0, act, order_ptr, both, end, weights_ptr, out_ptr, CONFIG, TUNING, TILE, SCALED
             )
         else:
             down_tile(
-                experts,
-                matrix,
-                m0,
-                act,
-                order_ptr,
-                (places,),
-                end,
-                weights_ptr,
-                out_ptr,
-                CONFIG,
-                TUNING,
-                TILE,
-                SCALED,
+                experts, matrix, m0, act, order_ptr, (places,), end, weights_ptr, out_ptr, CONFIG, TUNING, TILE, SCALED
             )
 
 
