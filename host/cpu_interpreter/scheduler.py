@@ -3,7 +3,9 @@
 The running program may lose its turn at every atomic and at every volatile load.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 
@@ -38,6 +40,27 @@ def kernel_sites(frame):
 def describe_sites(sites):
     """'barrier.py:12, called from kernel.py:240'."""
     return ", called from ".join(f"{os.path.basename(name)}:{line}" for name, line in sites) or "no kernel code"
+
+
+@contextlib.contextmanager
+def interrupts_to(fail):
+    """What a handler of Ctrl-C raises in the body goes to `fail`: amid locks, it could leave them held for ever."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*call):
+        try:
+            handler(*call)
+        except BaseException as error:  # noqa: BLE001 (who is given it raises it)
+            fail(error)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class _Program:
@@ -97,33 +120,33 @@ class Grid:
             Grid.active = previous
 
     def _run_threads(self):
-        self.finished.acquire()
-        try:
+        with interrupts_to(self._fail):
+            self.finished.acquire()
             self._give_turn(self._choose())
             self.finished.acquire()
-        except BaseException:  # an interrupt: the running program stops at its next switch
-            self.aborting = True
-            self.finished.acquire()
-            raise
-        finally:
             for program in self.programs:
                 if program.thread is not None:
                     program.thread.join()
         if self.error is not None:
             raise self.error
 
+    def _fail(self, error):
+        """Every program stops, at its next switch or before it starts."""
+        if self.error is None:
+            self.error = error
+        self.aborting = True
+
     def _program_main(self, program):
         try:
-            with np.errstate(all="ignore"):
-                self.body()
+            if not self.aborting:
+                with np.errstate(all="ignore"):
+                    self.body()
         except _ProgramEnded:
             pass
         except BaseException as error:  # noqa: BLE001 (the launcher raises it)
-            if self.error is None:
-                if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(f"in program {program.grid_index}")
-                self.error = error
-            self.aborting = True
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"in program {program.grid_index}")
+            self._fail(error)
         self.live.remove(program)
         if self.aborting:
             self.live = [other for other in self.live if other.thread is not None]
@@ -137,7 +160,11 @@ class Grid:
         self.builder.grid_idx = program.grid_index
         if program.thread is None:
             program.thread = threading.Thread(target=self._program_main, args=(program,), daemon=True)
-            program.thread.start()
+            try:
+                program.thread.start()
+            except RuntimeError:  # there are too many: nobody must wait for this one
+                program.thread = None
+                raise
         else:
             program.turn.release()
 
