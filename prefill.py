@@ -422,7 +422,7 @@ def gate_up_kernel(
     if expert < E:
         matrix = tl.cast(layer, tl.int64) * E + expert
         places = first + tl.arange(0, TILE.n)
-        if end - first > TILE.n if TILE.more else False:
+        if end - first > TILE.n if TILE.more else False:  # known to the compiler where there is no more
             both = (places, first + TILE.n + tl.arange(0, TILE.more))
             gate_up_tile(experts, matrix, m0, x, order_ptr, both, end, act, CONFIG, TUNING, TILE, QUANT, SCALED)
         else:
@@ -532,7 +532,7 @@ def down_kernel(
     if expert < E:
         matrix = tl.cast(layer, tl.int64) * E + expert
         places = first + tl.arange(0, TILE.n)
-        if end - first > TILE.n if TILE.more else False:
+        if end - first > TILE.n if TILE.more else False:  # known to the compiler where there is no more
             both = (places, first + TILE.n + tl.arange(0, TILE.more))
             down_tile(
                 experts, matrix, m0, act, order_ptr, both, end, weights_ptr, out_ptr, CONFIG, TUNING, TILE, SCALED

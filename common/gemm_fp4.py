@@ -78,6 +78,7 @@ def in_columns(x, i0, FRAGMENTS: tl.constexpr):
         RUN: tl.constexpr = 2 * QUARTERS
         quarters = tl.reshape(x, (N, M // (32 * QUARTERS), QUARTERS, 16, 2))
         x = tl.reshape(tl.permute(quarters, (0, 1, 3, 2, 4)), (N, M))
+        # What column_of gives, written so that the compiler sees the runs and stores them whole.
         first = i0 // 128 * 128 + i0 // (32 * QUARTERS) % (4 // QUARTERS) * RUN
         return x, first + at // RUN * 8 + at % RUN
     else:

@@ -83,18 +83,26 @@ def test_an_interrupt_beside_the_first_programs_start(when, monkeypatch):
             count()
 
 
-def test_an_interrupt_while_programs_run(monkeypatch):
-    switch = Grid.switch
+@pytest.fixture
+def interrupted_switch(monkeypatch):
+    """An interrupt comes once, in the thread of a program."""
+    switch, sent = Grid.switch, []
 
-    def interrupted_switch(grid):
-        if grid.switches == PROGRAMS * TURNS // 2:
+    def interrupted(grid):
+        if not sent and grid.switches > PROGRAMS * TURNS // 2:
+            sent.append(True)
             os.kill(os.getpid(), signal.SIGINT)
         switch(grid)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Grid, "switch", interrupted_switch)
-        with pytest.raises(KeyboardInterrupt):
-            count()
+        patch.setattr(Grid, "switch", interrupted)
+        yield
+        assert sent
+
+
+def test_an_interrupt_while_programs_run(interrupted_switch):
+    with pytest.raises(KeyboardInterrupt):
+        count()
 
 
 def test_an_interrupt_when_the_last_program_has_ended(monkeypatch):
@@ -110,19 +118,10 @@ def test_an_interrupt_when_the_last_program_has_ended(monkeypatch):
             count()
 
 
-def test_a_handler_that_raises_nothing_stops_nothing(monkeypatch):
+def test_a_handler_that_raises_nothing_stops_nothing(interrupted_switch):
     calls = []
-    switch = Grid.switch
-
-    def interrupted_switch(grid):
-        if not calls and grid.switches > 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        switch(grid)
-
     signal.signal(signal.SIGINT, lambda *call: calls.append(call))
-    with monkeypatch.context() as patch:
-        patch.setattr(Grid, "switch", interrupted_switch)
-        assert count() == PROGRAMS * TURNS
+    assert count() == PROGRAMS * TURNS
     assert calls
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
