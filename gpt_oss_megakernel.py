@@ -37,10 +37,22 @@ import triton.language as tl
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
-import common
-from common import phases
-from common.stream import describe_and_fill, fill, open_stream, plan_until, shares_of
-from host import cpu_interpreter, shared_memory
+from common import barrier as barriers
+from common.argmax import keep_larger, reduce_argmax
+from common.barrier import ABORT, leave_grid
+from common.build import Build
+from common.context import Context
+from common.decode_attention import attend_head, attend_split, first_seen, merge_head, split_cache
+from common.dense import lm_head_stack, o_stack, qkv_stack, router_stack
+from common.experts import Choice, ExpertTiles, element, elements, pick
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows
+from common.rmsnorm import multiply_blocks, rms_rstd
+from common.router import top_k_softmax
+from common.swiglu import swiglu
+from common.trace import mark
+from common.work import gate_up_tile, share_rows, share_work
+import interpreter
+from host import shared_memory
 from host.checkpoint import Checkpoint, RandomCheckpoint
 from host.cli import (
     ArgumentParser,
@@ -60,7 +72,7 @@ from host.cli import (
 from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes, held_formats
 from host.errors import InputError, MegakernelAborted
 from host.launch import (
-    LEAST_SLOTS,
+    LEAST_STAGES,
     BlockTuning,
     Tuning,
     blocks_for,
@@ -84,109 +96,342 @@ shared_memory.install()
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
 def megakernel(
-    w,
-    s,
-    position,
-    want_token,
-    want_logits,
-    n_layers,
-    max_context,
-    n_programs,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
-    QUANT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TRACE: tl.constexpr,
+    w, s, position, want_token, want_logits, n_layers, max_context, n_programs, BUILD: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """Decode the token at `position`: w is Weights, s is State, CONFIG a ModelConfig, TUNING a Tuning.
+    """Decode the token at `position`: w is Weights, s is State, BUILD a common.build.Build.
 
     want_token and want_logits (0 or 1) say what to make of the final hidden state; without either, for a prompt's
     tokens, the LM head is left out.
     """
-    pid = tl.program_id(0)
-    BLOCK_H: tl.constexpr = triton.next_power_of_2(CONFIG.hidden_size)
-    SPINS: tl.constexpr = TUNING.spin_limit
-    ARCH: tl.constexpr = TUNING.arch
-    SLOTS: tl.constexpr = TUNING.ring_slots
+    FEED: tl.constexpr = BUILD.machine.feed
+    ctx = open_context(w, s, position, max_context, n_layers, want_token | want_logits, n_programs, BUILD)
+    barrier = tl.cast(1, tl.int32)
+    mark(ctx, 0, BUILD)
+    embedding_phase(ctx, BUILD)
+    arrive(ctx, barrier, BUILD)
+    feed = FEED.open(ctx, BUILD)
+    barrier = wait(ctx, barrier, BUILD)
 
-    common.mark(s.trace, 0, pid, n_programs, TRACE, ARCH)
-    token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 after an abort
-    phases.embed_token(w, s, token, pid, n_programs, CONFIG, BLOCK_H)
-    arrive(s, 1, pid, n_programs, TRACE, ARCH)
-    want_head = want_token | want_logits
-    shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
-    no_experts = (tl.cast(0, tl.int32),)  # yet
-    plan = plan_until(0, no_experts, n_layers, want_head, shares)
-    stream = open_stream(s, shares, pid, 0, 0, CONFIG, TUNING)
-    stream = describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING)
-    tile = phases.first_qkv_tile(w, tl.cast(0, tl.int64), pid, n_programs, CONFIG, TUNING)
-    wait(s, 1, pid, n_programs, TRACE, SPINS, ARCH)
-
-    for n in tl.range(n_layers, disable_licm=TUNING.layers_alone):
+    for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
         following = tl.minimum(layer + 1, n_layers - 1)
-        barrier = 2 + n * 6
         window = tl.load(s.windows + layer)
-        plan = plan_until(n, no_experts, n_layers, want_head, shares)
-        phases.prefetch_small(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
-        stream = phases.qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
-        arrive(s, barrier, pid, n_programs, TRACE, ARCH)
-        wait(s, barrier, pid, n_programs, TRACE, SPINS, ARCH)
+        barrier = 2 + n * 6
+        feed = FEED.extend(ctx, n, feed)
+        FEED.ask_small(ctx, layer, window, BUILD)
 
-        phases.attention_phase(w, s, layer, window, position, max_context, pid, n_programs, CONFIG, TUNING)
-        arrive(s, barrier + 1, pid, n_programs, TRACE, ARCH)
-        # Most programs wait here: the whole ring is for O.
-        stream = fill(stream, CONFIG, TUNING, SLOTS)
-        o_tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
-        wait(s, barrier + 1, pid, n_programs, TRACE, SPINS, ARCH)
+        feed = qkv_phase(ctx, layer, feed, BUILD)
+        arrive(ctx, barrier, BUILD)
+        barrier = wait(ctx, barrier, BUILD)
 
-        stream = phases.o_phase(w, s, layer, o_tile, stream, plan, pid, n_programs, CONFIG, TUNING)
-        arrive(s, barrier + 2, pid, n_programs, TRACE, ARCH)
-        phases.prefetch_qkv(w, following, 0, pid, n_programs, CONFIG, TUNING)
-        wait(s, barrier + 2, pid, n_programs, TRACE, SPINS, ARCH)
+        attention_phase(ctx, layer, window, barrier, BUILD)
+        arrive(ctx, barrier, BUILD)
+        feed = FEED.ask_o(ctx, layer, feed, BUILD)
+        barrier = wait(ctx, barrier, BUILD)
 
-        phases.prefetch_qkv(w, following, 1, pid, n_programs, CONFIG, TUNING)
-        phases.router_phase(w, s, layer, pid, n_programs, CONFIG, TUNING, QUANT)
-        arrive(s, barrier + 3, pid, n_programs, TRACE, ARCH)
-        phases.prefetch_qkv(w, following, 2, pid, n_programs, CONFIG, TUNING)
-        wait(s, barrier + 3, pid, n_programs, TRACE, SPINS, ARCH)
+        feed = o_phase(ctx, layer, feed, BUILD)
+        arrive(ctx, barrier, BUILD)
+        FEED.ask_part_of_qkv(ctx, following, 0, BUILD)
+        barrier = wait(ctx, barrier, BUILD)
 
-        plan = plan_until(n + 1, no_experts, n_layers, want_head, shares)
-        chosen, weights, stream = phases.gate_up_phase(
-            w, s, layer, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT
-        )
-        arrive(s, barrier + 4, pid, n_programs, TRACE, ARCH)
-        wait(s, barrier + 4, pid, n_programs, TRACE, SPINS, ARCH)
+        FEED.ask_part_of_qkv(ctx, following, 1, BUILD)
+        router_phase(ctx, layer, BUILD)
+        arrive(ctx, barrier, BUILD)
+        FEED.ask_part_of_qkv(ctx, following, 2, BUILD)
+        barrier = wait(ctx, barrier, BUILD)
 
-        stream = phases.down_phase(w, s, layer, weights, stream, chosen, pid, n_programs, CONFIG, TUNING, QUANT)
-        arrive(s, barrier + 5, pid, n_programs, TRACE, ARCH)
-        tile = phases.first_qkv_tile(w, following, pid, n_programs, CONFIG, TUNING)
-        wait(s, barrier + 5, pid, n_programs, TRACE, SPINS, ARCH)
+        feed = FEED.extend(ctx, n + 1, feed)
+        choice, feed = gate_up_phase(ctx, layer, feed, BUILD)
+        arrive(ctx, barrier, BUILD)
+        barrier = wait(ctx, barrier, BUILD)
 
-    if want_head:
-        last = 2 + n_layers * 6
-        plan = plan_until(n_layers, no_experts, n_layers, want_head, shares)
-        phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
-        arrive(s, last, pid, n_programs, TRACE, ARCH)
-        wait(s, last, pid, n_programs, TRACE, SPINS, ARCH)
+        feed = down_phase(ctx, layer, choice, feed, BUILD)
+        arrive(ctx, barrier, BUILD)
+        feed = FEED.ask_qkv(ctx, following, feed, BUILD)
+        barrier = wait(ctx, barrier, BUILD)
+
+    if ctx.want_head:
+        barrier = 2 + n_layers * 6
+        head_phase(ctx, want_logits, FEED.extend(ctx, n_layers, feed), BUILD)
+        arrive(ctx, barrier, BUILD)
+        barrier = wait(ctx, barrier, BUILD)
         if want_token:
-            phases.argmax_phase(s, position, pid, n_programs, BLOCK_P)
-        common.mark(s.trace, 2 * last + 1, pid, n_programs, TRACE, ARCH)
-    common.leave_grid(s.sync, n_programs, ARCH)
+            argmax_phase(ctx, BLOCK_P)
+        mark(ctx, 2 * barrier - 1, BUILD)
+    MACHINE: tl.constexpr = BUILD.machine
+    leave_grid(s.sync, n_programs, MACHINE)
 
 
 @triton.jit
-def arrive(s, barrier, pid, n_programs, TRACE: tl.constexpr, ARCH: tl.constexpr):
-    """A phase is over. Only what no program writes may be read until `wait`."""
-    common.mark(s.trace, 2 * barrier - 1, pid, n_programs, TRACE, ARCH)
-    common.arrive(s.sync, ARCH)
+def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr):
+    """This program's Context."""
+    program = tl.program_id(0)
+    work = share_work(program, n_programs, BUILD)
+    return Context(w, s, position, max_context, n_layers, want_head, program, n_programs, work)
 
 
 @triton.jit
-def wait(s, barrier, pid, n_programs, TRACE: tl.constexpr, SPINS: tl.constexpr, ARCH: tl.constexpr):
-    """What all programs stored before they arrived is visible from here on."""
-    common.wait(s.sync, barrier, n_programs, SPINS, ARCH)
-    common.mark(s.trace, 2 * barrier, pid, n_programs, TRACE, ARCH)
+def arrive(ctx, barrier, BUILD: tl.constexpr):
+    """Come to a barrier at the end of a phase. Only what no program writes may be read until `wait`."""
+    MACHINE: tl.constexpr = BUILD.machine
+    mark(ctx, 2 * barrier - 1, BUILD)
+    barriers.arrive(ctx.s.sync, MACHINE)
+
+
+@triton.jit
+def wait(ctx, barrier, BUILD: tl.constexpr):
+    """Wait until what all programs stored before they came to a barrier is visible. Returns the next barrier's number."""
+    MACHINE: tl.constexpr = BUILD.machine
+    SPINS: tl.constexpr = BUILD.tuning.spin_limit
+    barriers.wait(ctx.s.sync, barrier, ctx.n_programs, SPINS, MACHINE)
+    mark(ctx, 2 * barrier, BUILD)
+    return barrier + 1
+
+
+# ---------------------------------------------------------------- the phases of a token, in order
+
+
+@triton.jit
+def embedding_phase(ctx, BUILD: tl.constexpr):
+    """x = the token's embedding; expert_out = 0."""
+    H: tl.constexpr = BUILD.config.hidden_size
+    BLOCK_H: tl.constexpr = triton.next_power_of_2(H)
+    s = ctx.s
+    token = tl.maximum(tl.load(s.tokens + ctx.position), 0)  # -1 after an abort, or if the position was never fed
+    if ctx.program == 0:
+        h = tl.arange(0, BLOCK_H)
+        row = tl.load(ctx.w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
+        tl.store(s.x + h, row.to(tl.float32), mask=h < H)
+        for rank in range(BUILD.config.experts_per_token):
+            tl.store(s.expert_out + rank * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
+
+
+@triton.jit
+def qkv_phase(ctx, layer, feed, BUILD: tl.constexpr):
+    """qkv = W_qkv @ rmsnorm(x + expert_out) + b. Returns the feed."""
+    DENSE: tl.constexpr = BUILD.machine.dense
+    MATRIX: tl.constexpr = BUILD.qkv
+    STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
+    w, s = ctx.w, ctx.s
+    x, rstd = DENSE.load_normed(ctx, w.attn_norm + layer * MATRIX.k, feed, MATRIX, BUILD)
+    stack = qkv_stack(ctx, layer, BUILD)
+    first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        # Before the product, as behind it the bias would cost its latency once more.
+        bias = tl.load(w.qkv_bias + layer * MATRIX.rows + row, mask=row < end, other=0.0).to(tl.float32)
+        y, feed = DENSE.multiply(ctx, feed, x, stack, row0, end, MATRIX, BUILD)
+        tl.store(s.qkv + row, y * rstd + bias, mask=row < end)
+    return feed
+
+
+@triton.jit
+def attention_phase(ctx, layer, window, barrier, BUILD: tl.constexpr):
+    """attention = softmax(q k) v over the window or all of the past; the cache gets the position's key and value.
+
+    q and k come from qkv by RoPE; a sink is one more logit. Programs that merge splits wait within this phase.
+    """
+    CONFIG: tl.constexpr = BUILD.config
+    start = first_seen(window, ctx.position)
+    if ctx.position - start <= BUILD.tuning.attention.head_keys:
+        for head in range(ctx.program, CONFIG.n_heads, ctx.n_programs):
+            attend_head(ctx, layer, head, start, BUILD)
+    else:
+        span = split_cache(start, ctx.position, BUILD)
+        for unit in range(ctx.program, CONFIG.n_kv_heads * span.n_splits, ctx.n_programs):
+            attend_split(ctx, layer, unit, span, BUILD)
+        if span.n_splits > 1:
+            # From the last program on: it is the first ones that have one split more, if any have.
+            for head in range(ctx.n_programs - 1 - ctx.program, CONFIG.n_heads, ctx.n_programs):
+                merge_head(ctx, head, span.n_splits, barrier, BUILD)
+
+
+@triton.jit
+def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
+    """x = x + expert_out + W_o @ attention + b. Returns the feed."""
+    DENSE: tl.constexpr = BUILD.machine.dense
+    MATRIX: tl.constexpr = BUILD.o
+    H: tl.constexpr = MATRIX.rows
+    STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
+    N_KV_HEADS: tl.constexpr = BUILD.config.n_kv_heads
+    TOP_K: tl.constexpr = BUILD.config.experts_per_token
+    w, s = ctx.w, ctx.s
+    attention = DENSE.load_vector(s.attention, MATRIX, BUILD)
+    stack = o_stack(ctx, layer, BUILD)
+    if ctx.program == ctx.n_programs - 1:
+        kv_head = tl.arange(0, triton.next_power_of_2(N_KV_HEADS))
+        tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < N_KV_HEADS)  # none is waited for any more
+    first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        x = tl.load(s.x + row, mask=row < end, other=0.0)
+        for rank in tl.static_range(TOP_K):
+            x += tl.load(s.expert_out + rank * H + row, mask=row < end, other=0.0)
+        x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
+        y, feed = DENSE.multiply(ctx, feed, attention, stack, row0, end, MATRIX, BUILD)
+        tl.store(s.x + row, x + y, mask=row < end)
+    return feed
+
+
+@triton.jit
+def router_phase(ctx, layer, BUILD: tl.constexpr):
+    """router_logits = W_r @ rmsnorm(x) + b; expert_in = rmsnorm(x)."""
+    MACHINE: tl.constexpr = BUILD.machine
+    MATRIX: tl.constexpr = BUILD.router
+    H: tl.constexpr = MATRIX.k
+    M: tl.constexpr = MATRIX.tile_rows
+    NORM: tl.constexpr = BUILD.tuning.experts.norm_block
+    N_BLOCKS: tl.constexpr = (H + NORM - 1) // NORM
+    zero = BUILD.machine.opaque_zero()
+    s, program, n_programs = ctx.s, ctx.program, ctx.n_programs
+    norm_ptr = ctx.w.mlp_norm + layer * H
+    # Rows from the first program on, blocks from the last one on, so that few have both.
+    if (program < MATRIX.n_tiles) | (n_programs - 1 - program < N_BLOCKS):
+        tile, bias = load_router_tile(ctx, layer, program, BUILD)
+        x = load_row_vector(s.x, MATRIX, zero)
+        rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
+        x = multiply_blocks(x, load_row_vector(norm_ptr, MATRIX, zero))
+        for n in range(program, MATRIX.n_tiles, n_programs):
+            if n != program:
+                tile, bias = load_router_tile(ctx, layer, n, BUILD)
+            row = n * M + tl.arange(0, M)
+            logits = gemv_rows(tile, x, MATRIX, MACHINE) * rstd + bias
+            tl.store(s.router_logits + row, logits, mask=row < MATRIX.rows)
+        for block in range(n_programs - 1 - program, N_BLOCKS, n_programs):
+            h = block * NORM + tl.arange(0, NORM) + zero
+            normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
+            MACHINE.experts.store_input(ctx, block, normed, x, rstd, BUILD)
+
+
+@triton.jit
+def load_router_tile(ctx, layer, n, BUILD: tl.constexpr):
+    """(rows, bias) of tile number n of a layer's router."""
+    MATRIX: tl.constexpr = BUILD.router
+    zero = BUILD.machine.opaque_zero()
+    row = n * MATRIX.tile_rows + tl.arange(0, MATRIX.tile_rows)
+    at = ctx.w.router_bias + layer * MATRIX.rows + row
+    bias = tl.load(at, mask=row < MATRIX.rows, other=0.0).to(tl.float32)
+    rows = load_rows(router_stack(ctx, layer, BUILD), n * MATRIX.tile_rows, MATRIX.rows, MATRIX, zero)
+    return rows, bias
+
+
+@triton.jit
+def choose_experts(ctx, BUILD: tl.constexpr):
+    """The router's Choice, which every program makes for itself."""
+    TOP_K: tl.constexpr = BUILD.config.experts_per_token
+    N_EXPERTS: tl.constexpr = BUILD.config.n_experts
+    # A copy of the logits for each warp.
+    expert = tl.arange(0, triton.next_power_of_2(N_EXPERTS))[None, :] + BUILD.machine.opaque_zero()
+    expert += 0 * tl.arange(0, BUILD.tuning.num_warps)[:, None]
+    logits = tl.load(ctx.s.router_logits + expert, mask=expert < N_EXPERTS, other=0.0)
+    experts, weights = top_k_softmax(logits, N_EXPERTS, TOP_K)
+    return Choice(elements(experts, TOP_K), weights)
+
+
+@triton.jit
+def gate_up_phase(ctx, layer, feed, BUILD: tl.constexpr):
+    """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate.
+
+    Returns the router's Choice and the feed.
+    """
+    EXPERTS: tl.constexpr = BUILD.machine.experts
+    CONFIG: tl.constexpr = BUILD.config
+    MATRIX: tl.constexpr = BUILD.gate_up
+    TILES: tl.constexpr = BUILD.tuning.experts.step_tiles
+    OUTPUTS: tl.constexpr = MATRIX.tile_rows // 2  # of a tile
+    w = ctx.w
+    # Before any tile is asked for: behind them it waited for 3.2 us. 12.5 us a layer instead of 13.1.
+    vector = EXPERTS.load_input(ctx, BUILD)
+    choice = choose_experts(ctx, BUILD)
+    feed = BUILD.machine.feed.ask_experts(ctx, choice, feed, BUILD)
+    number = tl.arange(0, TILES * OUTPUTS) // OUTPUTS
+    count = ctx.work.gate_up_count
+    for step in range(tl.cdiv(count, TILES)):
+        tile = gate_up_tile(step * TILES + number, ctx.program, ctx.n_programs, BUILD)
+        rank = tile // MATRIX.n_tiles
+        i = tile % MATRIX.n_tiles * OUTPUTS + tl.arange(0, TILES * OUTPUTS) % OUTPUTS
+        gate_bias = load_expert_bias(w.gate_up_bias, layer, choice, rank, 2 * i, MATRIX, BUILD)
+        up_bias = load_expert_bias(w.gate_up_bias, layer, choice, rank, 2 * i + 1, MATRIX, BUILD)
+        first = gate_up_tile(step * TILES, ctx.program, ctx.n_programs, BUILD)
+        tiles = ExpertTiles(first // MATRIX.n_tiles, first % MATRIX.n_tiles, tl.minimum(count - step * TILES, TILES))
+        gate, up, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
+        act = swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
+        EXPERTS.store_act(ctx, rank, i, act, BUILD)
+    return choice, feed
+
+
+@triton.jit
+def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the feed."""
+    EXPERTS: tl.constexpr = BUILD.machine.experts
+    MATRIX: tl.constexpr = BUILD.down
+    M: tl.constexpr = MATRIX.tile_rows
+    TILES: tl.constexpr = BUILD.tuning.experts.step_tiles
+    w, s, down = ctx.w, ctx.s, ctx.work.down
+    number, pair = tl.arange(0, TILES * (M // 2)) // (M // 2), tl.arange(0, TILES * (M // 2)) % (M // 2)
+    for rank in range(ctx.program % down.ranks, BUILD.config.experts_per_token, down.ranks):
+        vector = EXPERTS.load_act(ctx, rank, BUILD)
+        weight = pick(choice.weights, rank)
+        for first in range(down.member, MATRIX.n_tiles, down.members * TILES):
+            row = (first + down.members * number) * M + 2 * pair
+            ranks = rank + 0 * row
+            even_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row, MATRIX, BUILD)
+            odd_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row + 1, MATRIX, BUILD)
+            tiles = ExpertTiles(rank, first, tl.minimum(tl.cdiv(MATRIX.n_tiles - first, down.members), TILES))
+            even, odd, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
+            out = s.expert_out + rank * MATRIX.rows + row
+            tl.store(out, weight * (even + even_bias), mask=row < MATRIX.rows)
+            tl.store(out + 1, weight * (odd + odd_bias), mask=row + 1 < MATRIX.rows)
+    return feed
+
+
+@triton.jit
+def load_expert_bias(bias_ptr, layer, choice, rank, row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """float32 biases of rows of the experts of ranks `rank`; 0 where there is no such row or rank."""
+    mask = (row < MATRIX.rows) & (rank < BUILD.config.experts_per_token)
+    at = bias_ptr + (layer * BUILD.config.n_experts + element(choice.experts, rank)) * MATRIX.rows + row
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
+    """head_value, head_index = each program's largest of logits = W_head @ rmsnorm(x + expert_out).
+
+    The logits themselves are stored only when asked for.
+    """
+    DENSE: tl.constexpr = BUILD.machine.dense
+    MATRIX: tl.constexpr = BUILD.lm_head
+    STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
+    s = ctx.s
+    first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
+    stack = lm_head_stack(ctx, BUILD)
+    feed = BUILD.machine.feed.ask_head(ctx, feed, BUILD)
+    x, rstd = DENSE.load_normed(ctx, ctx.w.final_norm, feed, MATRIX, BUILD)
+    best = tl.full([STEP], float("-inf"), tl.float32)
+    best_index = tl.zeros([STEP], tl.int32)
+    for row0 in range(first, end, STEP):
+        row = row0 + tl.arange(0, STEP)
+        y, feed = DENSE.multiply(ctx, feed, x, stack, row0, end, MATRIX, BUILD)
+        logits = y * rstd
+        if want_logits:
+            tl.store(s.logits + row, logits, mask=row < end)
+        best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)
+    value, index = reduce_argmax(best, best_index)
+    tl.store(s.head_value + ctx.program, value)
+    tl.store(s.head_index + ctx.program, index)
+
+
+@triton.jit
+def argmax_phase(ctx, BLOCK_P: tl.constexpr):
+    """tokens[position + 1] = index of the largest logit, unless a barrier gave up."""
+    s = ctx.s
+    if ctx.program == 0:
+        program = tl.arange(0, BLOCK_P)
+        value = tl.load(s.head_value + program, mask=program < ctx.n_programs, other=float("-inf"))
+        index = tl.load(s.head_index + program, mask=program < ctx.n_programs, other=0x7FFFFFFF)
+        _, token = reduce_argmax(value, index)
+        if tl.load(s.sync + ABORT) == 0:  # otherwise -1 stays there
+            tl.store(s.tokens + ctx.position + 1, token)
 
 
 class MegaModel:
@@ -238,9 +483,15 @@ class MegaModel:
         """A new sequence in new memory."""
         self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
         self.state = self._new_state(kv_dtype)
-        self.prefill = Prefill(self.config, self.tuning, self.blocks, self.quant, self.weights, self.state)
+        self._build()
+        self.prefill = Prefill(self.build, self.blocks, self.weights, self.state)
         self._compile()
         self._check_barriers()
+
+    def _build(self) -> None:
+        """What kernels are compiled for."""
+        self.build = Build(self.config, self.tuning, self.quant)
+        self.traced_build = Build(self.config, self.tuning, self.quant, trace=True)
 
     def _compile(self) -> None:
         """Launch without layers: shows that the programs can be resident before anyone waits.
@@ -248,11 +499,14 @@ class MegaModel:
         What attention needs of shared memory, more with a float32 cache or wide heads, is taken from the ring.
         """
         while missing := self._missing_shared_memory():
-            slots = self.tuning.ring_slots - -(-missing // max(1, self.tuning.slot_bytes))
-            if slots < LEAST_SLOTS:
+            ring = self.tuning.ring
+            stages = ring.stages - -(-missing // ring.stage_bytes) if ring else 0
+            if stages < LEAST_STAGES:
                 raise InputError(f"{self.device} has too little shared memory for this model")
-            window = min(self.tuning.window, slots)
-            self.tuning = dataclasses.replace(self.tuning, ring_slots=slots, window=window)
+            distance = min(ring.prefetch_distance, stages)
+            ring = dataclasses.replace(ring, stages=stages, prefetch_distance=distance)
+            self.tuning = dataclasses.replace(self.tuning, ring=ring)
+            self._build()
 
     def _missing_shared_memory(self) -> int:
         """Bytes that the kernel needs beyond what there is."""
@@ -450,11 +704,8 @@ class MegaModel:
                 self.config.n_layers if n_layers is None else n_layers,
                 self.max_context,
                 self.num_programs,
-                CONFIG=self.config,
-                TUNING=self.tuning,
-                QUANT=self.quant,
+                BUILD=self.traced_build if position == self.trace_position else self.build,
                 BLOCK_P=next_power_of_2(self.num_programs),
-                TRACE=position == self.trace_position,
                 **self.tuning.options(),
             )
         except RuntimeError as error:
@@ -472,7 +723,7 @@ class MegaModel:
         return token_id
 
     def _check_barriers(self) -> None:
-        barrier = int(self.state.sync[common.ABORT.value])
+        barrier = int(self.state.sync[ABORT.value])
         if barrier:
             raise MegakernelAborted(
                 f"a program did not arrive at the barrier after {barrier_name(barrier, self.config.n_layers)}; "
@@ -563,7 +814,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     if (device.type == "cpu") != interpreted:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:
-        cpu_interpreter.install()
+        interpreter.install()
     elif device.index not in (None, torch.cuda.current_device()):
         raise InputError(f"device {device}: not the current one; choose it with CUDA_VISIBLE_DEVICES")
     return device

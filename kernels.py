@@ -1,7 +1,7 @@
 """The megakernel's phases as launches of their own, one after the other, driven by the host.
 
-The same functions of common/phases.py as in the megakernel, so the same bits; what the grid barrier orders there, the
-order of the launches orders here. For debuggers and profilers, which see a phase at a time, and to measure what a phase
+They call the megakernel's own phases, so that all bits agree; what the grid barrier orders there, the order of the
+launches orders here. For debuggers and profilers, which see a phase at a time, and to measure what a phase
 costs and what one persistent kernel saves. run_triton_phased.py is its command line.
 """
 
@@ -13,106 +13,83 @@ from gpt_oss_megakernel import MegaModel  # before Triton: it sets TRITON_INTERP
 import triton
 import triton.language as tl
 
-from common import phases
-from common.stream import Plan, describe_and_fill, open_stream, plan_until, shares_of
+import gpt_oss_megakernel as phases
+from common.experts import no_choice
 from host.launch import next_power_of_2
 
 
+@triton.jit
+def context_of(w, s, position, max_context, n_layers, n_programs, BUILD: tl.constexpr):
+    """A Context in which n_layers layers are all there are, and the LM head is wanted."""
+    return phases.open_context(w, s, position, max_context, n_layers, 1, n_programs, BUILD)
+
+
 @triton.jit(do_not_specialize=["position", "n_programs"])
-def embedding_kernel(w, s, position, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 if the position was never fed
-    BLOCK_H: tl.constexpr = triton.next_power_of_2(CONFIG.hidden_size)
-    phases.embed_token(w, s, token, tl.program_id(0), n_programs, CONFIG, BLOCK_H)
-
-
-@triton.jit
-def stream_phase(w, s, plan, layer, place, n_units, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """(a stream of one phase's n_units, the first at `place` of the layer; the plan that ends with them)."""
-    plan = Plan(n_units, plan.experts, plan.n_layers, plan.shares)
-    stream = open_stream(s, plan.shares, pid, layer, place, CONFIG, TUNING)
-    return describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING), plan
-
-
-@triton.jit
-def plan_of(n_layers, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    """A program's shares in a plan, whose limit each launch replaces by that of its own phase."""
-    shares = shares_of(pid, n_programs, CONFIG, TUNING, QUANT)
-    return plan_until(0, (tl.cast(0, tl.int32),), tl.cast(n_layers, tl.int32), 1, shares)
+def embedding_kernel(w, s, position, n_programs, BUILD: tl.constexpr):
+    phases.embedding_phase(context_of(w, s, position, 0, 0, n_programs, BUILD), BUILD)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
-def qkv_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+def qkv_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    pid = tl.program_id(0)
-    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
-    stream, plan = stream_phase(w, s, plan, layer, 0, plan.shares.qkv, pid, n_programs, CONFIG, TUNING)
-    tile = phases.first_qkv_tile(w, layer, pid, n_programs, CONFIG, TUNING)
-    phases.qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
+    MATRIX: tl.constexpr = BUILD.qkv
+    ctx = context_of(w, s, 0, 0, layer + 1, n_programs, BUILD)
+    feed = BUILD.machine.feed.open_phase(ctx, layer, MATRIX, no_choice(), BUILD)
+    phases.qkv_phase(ctx, layer, feed, BUILD)
 
 
 @triton.jit(do_not_specialize=["layer", "position", "n_programs"])
-def attention_kernel(
-    w, s, layer, position, max_context, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
-):
-    layer = tl.cast(layer, tl.int64)
-    window = tl.load(s.windows + layer)
-    phases.attention_phase(w, s, layer, window, position, max_context, tl.program_id(0), n_programs, CONFIG, TUNING)
+def attention_kernel(w, s, layer, position, max_context, n_programs, BUILD: tl.constexpr):
+    ctx = context_of(w, s, position, max_context, layer + 1, n_programs, BUILD)
+    barrier = 3 + 6 * layer  # where the megakernel would give up
+    phases.attention_phase(ctx, tl.cast(layer, tl.int64), tl.load(s.windows + layer), barrier, BUILD)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
-def o_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+def o_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    pid = tl.program_id(0)
-    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
-    shares = plan.shares
-    stream, plan = stream_phase(w, s, plan, layer, shares.qkv, shares.o, pid, n_programs, CONFIG, TUNING)
-    tile = phases.first_o_tile(w, layer, pid, n_programs, CONFIG, TUNING)
-    phases.o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG, TUNING)
+    MATRIX: tl.constexpr = BUILD.o
+    ctx = context_of(w, s, 0, 0, layer + 1, n_programs, BUILD)
+    feed = BUILD.machine.feed.open_phase(ctx, layer, MATRIX, no_choice(), BUILD)
+    phases.o_phase(ctx, layer, feed, BUILD)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
-def router_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    layer = tl.cast(layer, tl.int64)
-    phases.router_phase(w, s, layer, tl.program_id(0), n_programs, CONFIG, TUNING, QUANT)
+def router_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
+    ctx = context_of(w, s, 0, 0, layer + 1, n_programs, BUILD)
+    phases.router_phase(ctx, tl.cast(layer, tl.int64), BUILD)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
-def gate_up_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+def gate_up_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    pid = tl.program_id(0)
-    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
-    shares = plan.shares
-    # Which the phase fills when it has chosen experts.
-    stream = open_stream(s, shares, pid, layer, shares.qkv + shares.o, CONFIG, TUNING)
-    plan = Plan(shares.gate_up, plan.experts, plan.n_layers, shares)
-    phases.gate_up_phase(w, s, layer, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
+    MATRIX: tl.constexpr = BUILD.gate_up
+    ctx = context_of(w, s, 0, 0, layer + 1, n_programs, BUILD)
+    feed = BUILD.machine.feed.open_phase(ctx, layer, MATRIX, no_choice(), BUILD)
+    phases.gate_up_phase(ctx, layer, feed, BUILD)
 
 
 @triton.jit(do_not_specialize=["layer", "n_programs"])
-def down_kernel(w, s, layer, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+def down_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
     layer = tl.cast(layer, tl.int64)
-    pid = tl.program_id(0)
-    plan = plan_of(layer + 1, pid, n_programs, CONFIG, TUNING, QUANT)
-    plan, weights = phases.choose_experts(s, plan, CONFIG, TUNING)
-    shares = plan.shares
-    place = shares.qkv + shares.o + shares.gate_up
-    stream, plan = stream_phase(w, s, plan, layer, place, shares.down, pid, n_programs, CONFIG, TUNING)
-    phases.down_phase(w, s, layer, weights, stream, plan, pid, n_programs, CONFIG, TUNING, QUANT)
+    MATRIX: tl.constexpr = BUILD.down
+    ctx = context_of(w, s, 0, 0, layer + 1, n_programs, BUILD)
+    choice = phases.choose_experts(ctx, BUILD)
+    feed = BUILD.machine.feed.open_phase(ctx, layer, MATRIX, choice, BUILD)
+    phases.down_phase(ctx, layer, choice, feed, BUILD)
 
 
 @triton.jit(do_not_specialize=["want_logits", "n_programs"])
-def head_kernel(w, s, want_logits, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
-    pid = tl.program_id(0)
-    plan = plan_of(0, pid, n_programs, CONFIG, TUNING, QUANT)
-    stream, plan = stream_phase(w, s, plan, 0, 0, plan.shares.head, pid, n_programs, CONFIG, TUNING)
-    phases.head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG, TUNING)
+def head_kernel(w, s, want_logits, n_programs, BUILD: tl.constexpr):
+    MATRIX: tl.constexpr = BUILD.lm_head
+    ctx = context_of(w, s, 0, 0, 0, n_programs, BUILD)
+    feed = BUILD.machine.feed.open_phase(ctx, 0, MATRIX, no_choice(), BUILD)
+    phases.head_phase(ctx, want_logits, feed, BUILD)
 
 
 @triton.jit(do_not_specialize=["position", "n_programs"])
-def argmax_kernel(
-    w, s, position, BLOCK_P: tl.constexpr, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr
-):
-    phases.argmax_phase(s, position, tl.program_id(0), n_programs, BLOCK_P)
+def argmax_kernel(w, s, position, n_programs, BLOCK_P: tl.constexpr, BUILD: tl.constexpr):
+    phases.argmax_phase(context_of(w, s, position, 0, 0, n_programs, BUILD), BLOCK_P)
 
 
 class PhasedModel(MegaModel):
@@ -143,17 +120,16 @@ class PhasedModel(MegaModel):
         if token or logits:
             self._launch_phase(head_kernel, int(logits))
         if token:
-            self._launch_phase(argmax_kernel, position, next_power_of_2(self.num_programs))
+            self._launch_phase(argmax_kernel, position, BLOCK_P=next_power_of_2(self.num_programs))
 
-    def _launch_phase(self, kernel, *arguments: int) -> None:
+    def _launch_phase(self, kernel, *arguments: int, **constants: int) -> None:
         kernel[self.grid](
             self.weights,
             self.state,
             *arguments,
             self.num_programs,
-            CONFIG=self.config,
-            TUNING=self.tuning,
-            QUANT=self.quant,
+            BUILD=self.build,
+            **constants,
             **self.tuning.options(),
         )
         if self.on_phase:

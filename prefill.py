@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from common.attention_rows import attend_rows
-from common.fp4_fragments import ROWS, block_bytes, scale_bytes
+from common.build import Build
 from common.gemm_dense import gemm_dense
-from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, in_columns, in_rows, split_rows, vector_stride
+from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, split_rows
 from common.gemv_dense import matrix_at, scales_of
 from common.grouping import cut_blocks, group_pairs, load_block
 from common.parts import half_unit, to_half, two_parts
@@ -28,8 +28,7 @@ from common.rope import load_rotated
 from common.router import top_k_softmax_rows
 from common.swiglu import swiglu
 from host.buffers import Buffers, buffer_shapes, most_tokens
-from host.config import ModelConfig
-from host.launch import BlockTuning, Tile, Tuning, next_power_of_2
+from host.launch import BlockTuning, Tile, next_power_of_2
 from host.state import State
 from host.weights import Weights
 
@@ -71,12 +70,10 @@ def expert_norm_kernel(
     expert_in_ptr,
     expert_in_scale_ptr,
     layer,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
-    QUANT: tl.constexpr,
-    SCALED: tl.constexpr,
+    BUILD: tl.constexpr,
 ):
     """(high, low) = rmsnorm(x), for the router; the experts' input is the same; a program a token."""
+    CONFIG: tl.constexpr = BUILD.config
     H: tl.constexpr = CONFIG.hidden_size
     BLOCK_H: tl.constexpr = triton.next_power_of_2(H)
     t = tl.program_id(0).to(tl.int64)
@@ -84,18 +81,17 @@ def expert_norm_kernel(
     x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
     x = _normed(x, norm_ptr + layer * H, CONFIG)
     store_parts(high_ptr, low_ptr, t * H + h, x, h < H)
-    if SCALED:
+    if BUILD.is_scaled:
         elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
         group = tl.arange(0, BLOCK_H // GROUP)
         tl.store(expert_in_ptr + t * H + h, tl.reshape(elements, (BLOCK_H,)), mask=h < H)
         tl.store(expert_in_scale_ptr + t * (H // GROUP) + group, scale, mask=group < H // GROUP)
     else:
-        FRAGMENTS: tl.constexpr = TUNING.fragments
-        STRIDE: tl.constexpr = vector_stride(H, FRAGMENTS)
-        if QUANT:
+        STRIDE: tl.constexpr = BUILD.machine.prompts.vector_stride(H)
+        if BUILD.quant:
             x = round_to_mxfp8(x)
         unit, undo = half_unit(tl.max(tl.abs(x), axis=0))
-        tl.store(expert_in_ptr + t * STRIDE + column_of(h, FRAGMENTS), to_half(x * unit), mask=h < H)
+        tl.store(expert_in_ptr + t * STRIDE + BUILD.machine.prompts.column_of(h), to_half(x * unit), mask=h < H)
         tl.store(expert_in_scale_ptr + t, undo)
 
 
@@ -329,56 +325,26 @@ def expert_product(
     x_rows,
     ROWS: tl.constexpr,
     K: tl.constexpr,
-    TUNING: tl.constexpr,
     TILE: tl.constexpr,
-    SCALED: tl.constexpr,
+    BUILD: tl.constexpr,
 ):
     """Places m0 .. of matrix number `matrix` times rows of x: see gemm_fp4, but with all factors but x's."""
     words_ptr, scales_ptr = experts.words_ptr, experts.scales_ptr
-    if SCALED:
+    if BUILD.is_scaled:
         words_ptr, scales_ptr = words_ptr + matrix * (ROWS * K // 8), scales_ptr + matrix * (ROWS * K // GROUP)
-        return gemm_fp4_fp8(words_ptr, scales_ptr, x.ptr, x.scale_ptr, m0, x_rows, ROWS, K, TILE.m, TILE.k, TILE.stages)
+        return gemm_fp4_fp8(words_ptr, scales_ptr, x.ptr, x.scale_ptr, m0, x_rows, ROWS, K, TILE)
     else:
-        WARPS: tl.constexpr = TUNING.num_warps
-        FRAGMENTS: tl.constexpr = TUNING.fragments
-        ARCH: tl.constexpr = TUNING.arch
-        words_ptr += matrix * words_of(ROWS, K, FRAGMENTS)
-        scales_ptr += matrix * scales_in(ROWS, K, WARPS, FRAGMENTS)
+        WARPS: tl.constexpr = BUILD.tuning.num_warps
+        MACHINE: tl.constexpr = BUILD.machine
+        words_ptr += matrix * MACHINE.prompts.matrix_words(ROWS, K)
+        scales_ptr += matrix * MACHINE.prompts.matrix_scales(ROWS, K, WARPS)
         base = tl.load(experts.bases_ptr + matrix).to(tl.int32)
-        accs = gemm_fp4(
-            words_ptr,
-            scales_ptr,
-            base,
-            x.ptr,
-            m0,
-            x_rows,
-            ROWS,
-            K,
-            TILE.m,
-            TILE.k,
-            TILE.stages,
-            TILE.num_warps,
-            WARPS,
-            FRAGMENTS,
-            ARCH,
-        )
+        accs = gemm_fp4(words_ptr, scales_ptr, base, x.ptr, m0, x_rows, ROWS, K, TILE, WARPS, MACHINE)
         scale = e8m0_to_float32(base)
         products = ()
         for i in tl.static_range(len(accs)):
             products = products + (accs[i] * scale,)
         return products
-
-
-@triton.constexpr_function
-def words_of(rows: int, k: int, fragments: bool) -> int:
-    """int32 of a matrix's blocks."""
-    return -(-rows // ROWS.value) * block_bytes(k) // 4 if fragments else rows * k // 8
-
-
-@triton.constexpr_function
-def scales_in(rows: int, k: int, warps: int, fragments: bool) -> int:
-    """Elements of a matrix's scales: int32 in fragments, else uint8."""
-    return -(-rows // ROWS.value) * scale_bytes(k, warps) // 4 if fragments else rows * k // GROUP.value
 
 
 @triton.constexpr_function
@@ -405,13 +371,11 @@ def gate_up_kernel(
     act_ptr,
     act_scale_ptr,
     layer,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
     TILE: tl.constexpr,
-    QUANT: tl.constexpr,
-    SCALED: tl.constexpr,
+    BUILD: tl.constexpr,
 ):
     """act = swiglu(W_gate_up x + bias), in the order of `order`; a program a tile of an expert's rows and pairs."""
+    CONFIG: tl.constexpr = BUILD.config
     E: tl.constexpr = CONFIG.n_experts
     M_TILES: tl.constexpr = (2 * CONFIG.intermediate_size + TILE.m - 1) // TILE.m
     experts = Experts(words_ptr, scales_ptr, bases_ptr, bias_ptr)
@@ -424,9 +388,9 @@ def gate_up_kernel(
         places = first + tl.arange(0, TILE.n)
         if end - first > TILE.n if TILE.more else False:  # known to the compiler where there is no more
             both = (places, first + TILE.n + tl.arange(0, TILE.more))
-            gate_up_tile(experts, matrix, m0, x, order_ptr, both, end, act, CONFIG, TUNING, TILE, QUANT, SCALED)
+            gate_up_tile(experts, matrix, m0, x, order_ptr, both, end, act, TILE, BUILD)
         else:
-            gate_up_tile(experts, matrix, m0, x, order_ptr, (places,), end, act, CONFIG, TUNING, TILE, QUANT, SCALED)
+            gate_up_tile(experts, matrix, m0, x, order_ptr, (places,), end, act, TILE, BUILD)
 
 
 @triton.jit
@@ -439,32 +403,30 @@ def gate_up_tile(
     places,
     end,
     act,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
     TILE: tl.constexpr,
-    QUANT: tl.constexpr,
-    SCALED: tl.constexpr,
+    BUILD: tl.constexpr,
 ):
     """At `places`, a tuple of ranges, up to `end`: rows m0 .. of an expert's matrix times the pairs' tokens."""
+    CONFIG: tl.constexpr = BUILD.config
+    MACHINE: tl.constexpr = BUILD.machine
     I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
     ROWS: tl.constexpr = 2 * I
-    FRAGMENTS: tl.constexpr = TUNING.fragments
     tokens = ()
     for part in tl.static_range(len(places)):
         pair = tl.load(order_ptr + tl.minimum(places[part], end - 1))
         tokens = tokens + (pair // CONFIG.experts_per_token,)
-    products = expert_product(experts, matrix, m0, x, tokens, ROWS, CONFIG.hidden_size, TUNING, TILE, SCALED)
+    products = expert_product(experts, matrix, m0, x, tokens, ROWS, CONFIG.hidden_size, TILE, BUILD)
     i = m0 // 2 + tl.arange(0, TILE.m // 2)
     bias = experts.bias_ptr + matrix * ROWS + 2 * i
     gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
     up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
     for part in tl.static_range(len(places)):
         acc = products[part]
-        if not SCALED:
+        if not BUILD.is_scaled:
             acc *= tl.load(x.scale_ptr + tokens[part])[None, :]
-        gate, up = split_rows(acc, FRAGMENTS)
+        gate, up = split_rows(acc, MACHINE)
         y = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
-        store_act(act.ptr, act.scale_ptr, y, places[part], m0 // 2, end, CONFIG, FRAGMENTS, QUANT, SCALED)
+        store_act(act.ptr, act.scale_ptr, y, places[part], m0 // 2, end, BUILD)
 
 
 @triton.jit
@@ -475,18 +437,16 @@ def store_act(
     place,
     i0,
     end,
-    CONFIG: tl.constexpr,
-    FRAGMENTS: tl.constexpr,
-    QUANT: tl.constexpr,
-    SCALED: tl.constexpr,
+    BUILD: tl.constexpr,
 ):
     """Elements i0 .. of swiglu's output, act [places, elements], at places below `end`, as down multiplies them."""
+    CONFIG: tl.constexpr = BUILD.config
     I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
     N: tl.constexpr = act.shape[0]
     HALF: tl.constexpr = act.shape[1]
     i = i0 + tl.arange(0, HALF)
     place_mask = (place < end)[:, None]
-    if SCALED:
+    if BUILD.is_scaled:
         elements, scale = quantize_mxfp8(tl.reshape(act, (N * HALF // GROUP, GROUP)))
         at = place.to(tl.int64)[:, None] * I + i[None, :]
         tl.store(act_ptr + at, tl.reshape(elements, (N, HALF)), mask=place_mask & (i < I)[None, :])
@@ -495,11 +455,11 @@ def store_act(
         mask = place_mask & (group < I // GROUP)[None, :]
         tl.store(act_scale_ptr + at, tl.reshape(scale, (N, HALF // GROUP)), mask=mask)
     else:
-        if QUANT:
+        if BUILD.quant:
             act = round_to_mxfp8(act)
         UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
-        STRIDE: tl.constexpr = vector_stride(I, FRAGMENTS)
-        act, column = in_columns(to_half(tl.where((i < I)[None, :], act * UNIT, 0.0)), i0, FRAGMENTS)
+        STRIDE: tl.constexpr = BUILD.machine.prompts.vector_stride(I)
+        act, column = BUILD.machine.prompts.in_columns(to_half(tl.where((i < I)[None, :], act * UNIT, 0.0)), i0)
         at = place.to(tl.int64)[:, None] * STRIDE + column[None, :]
         tl.store(act_ptr + at, act, mask=place_mask & (column < STRIDE)[None, :])
 
@@ -517,12 +477,11 @@ def down_kernel(
     weights_ptr,
     out_ptr,
     layer,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
     TILE: tl.constexpr,
-    SCALED: tl.constexpr,
+    BUILD: tl.constexpr,
 ):
     """out [tokens, top_k, hidden] = weight * (W_down act + bias); a program a tile of rows and pairs."""
+    CONFIG: tl.constexpr = BUILD.config
     E: tl.constexpr = CONFIG.n_experts
     M_TILES: tl.constexpr = (CONFIG.hidden_size + TILE.m - 1) // TILE.m
     experts, act = Experts(words_ptr, scales_ptr, bases_ptr, bias_ptr), Vectors(act_ptr, act_scale_ptr)
@@ -535,11 +494,11 @@ def down_kernel(
         if end - first > TILE.n if TILE.more else False:  # known to the compiler where there is no more
             both = (places, first + TILE.n + tl.arange(0, TILE.more))
             down_tile(
-                experts, matrix, m0, act, order_ptr, both, end, weights_ptr, out_ptr, CONFIG, TUNING, TILE, SCALED
+                experts, matrix, m0, act, order_ptr, both, end, weights_ptr, out_ptr, TILE, BUILD
             )
         else:
             down_tile(
-                experts, matrix, m0, act, order_ptr, (places,), end, weights_ptr, out_ptr, CONFIG, TUNING, TILE, SCALED
+                experts, matrix, m0, act, order_ptr, (places,), end, weights_ptr, out_ptr, TILE, BUILD
             )
 
 
@@ -554,24 +513,22 @@ def down_tile(
     end,
     weights_ptr,
     out_ptr,
-    CONFIG: tl.constexpr,
-    TUNING: tl.constexpr,
     TILE: tl.constexpr,
-    SCALED: tl.constexpr,
+    BUILD: tl.constexpr,
 ):
     """At `places`, a tuple of ranges, up to `end`: rows m0 .. of an expert's matrix times the pairs' act."""
+    CONFIG: tl.constexpr = BUILD.config
     H: tl.constexpr = CONFIG.hidden_size
-    FRAGMENTS: tl.constexpr = TUNING.fragments
     UNIT: tl.constexpr = act_unit(CONFIG.swiglu_limit)
     inside = ()
     for part in tl.static_range(len(places)):
         inside = inside + (tl.minimum(places[part], end - 1),)
-    products = expert_product(experts, matrix, m0, act, inside, H, CONFIG.intermediate_size, TUNING, TILE, SCALED)
+    products = expert_product(experts, matrix, m0, act, inside, H, CONFIG.intermediate_size, TILE, BUILD)
     row = m0 + tl.arange(0, TILE.m)
     bias = tl.load(experts.bias_ptr + matrix * H + row, mask=row < H, other=0.0).to(tl.float32)
     for part in tl.static_range(len(places)):
-        acc = in_rows(products[part], FRAGMENTS)
-        if not SCALED:
+        acc = BUILD.machine.prompts.in_rows(products[part])
+        if not BUILD.is_scaled:
             acc *= 1.0 / UNIT
         pair = tl.load(order_ptr + inside[part]).to(tl.int64)
         y = tl.trans(acc + bias[:, None]) * tl.load(weights_ptr + pair)[:, None]
@@ -583,17 +540,17 @@ class Prefill:
     """Blocks of tokens through a model's layers."""
 
     def __init__(
-        self, config: ModelConfig, tuning: Tuning, blocks: BlockTuning, quant: bool, weights: Weights, state: State
+        self, build: Build, blocks: BlockTuning, weights: Weights, state: State
     ):
-        """weights, state: those of the decoding kernel, `tuning` its tuning, which says how experts are packed."""
-        self.config, self.tuning, self.blocks, self.quant = config, tuning, blocks, quant
+        """build, weights, state: those of the decoding kernel."""
+        self.build, self.config, self.blocks = build, build.config, blocks
         self.weights, self.state = weights, state
-        self.scaled = quant and tuning.dot_scaled and not tuning.fragments
+        config = build.config
         device = state.x.device
         max_context = state.k_cache.shape[2]
         longest = min(blocks.tokens, most_tokens(config), max_context - 1)
         self.tokens = longest if max_context > blocks.least_tokens else 0
-        shapes = buffer_shapes(config, self.tokens, self.scaled, tuning.fragments)
+        shapes = buffer_shapes(config, self.tokens, build.is_scaled, build.machine.prompts.vector_stride)
         # What lies beyond a vector's elements stays zero.
         self.buffers = Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
         self.gate_up_bases = largest_scales(weights.gate_up_scales)
@@ -689,10 +646,7 @@ class Prefill:
             b.expert_in,
             b.expert_in_scale,
             layer,
-            CONFIG=c,
-            TUNING=self.tuning,
-            QUANT=self.quant,
-            SCALED=self.scaled,
+            BUILD=self.build,
             num_warps=t.norm_warps,
         )
         router_kernel[(triton.cdiv(n, t.router_n),)](
@@ -739,8 +693,8 @@ class Prefill:
             b.act,
             b.act_scale,
             layer,
-            QUANT=self.quant,
-            **self._expert_options(gate_up),
+            BUILD=self.build,
+            **gate_up.options(),
         )
         down_kernel[(triton.cdiv(c.hidden_size, down.m) * down_blocks,)](
             w.down,
@@ -754,15 +708,13 @@ class Prefill:
             b.weights,
             b.expert_out,
             layer,
-            **self._expert_options(down),
+            BUILD=self.build,
+            **down.options(),
         )
 
     def _most_blocks(self, tile: Tile, n_pairs: int) -> int:
         """Of so many pairs, whatever their experts: each expert's last one may be short."""
         return n_pairs // tile.width + min(self.config.n_experts, n_pairs)
-
-    def _expert_options(self, tile: Tile) -> dict:
-        return dict(CONFIG=self.config, TUNING=self.tuning, SCALED=self.scaled, **tile.options())
 
 
 def largest_scales(scales: torch.Tensor) -> torch.Tensor:

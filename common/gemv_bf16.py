@@ -4,21 +4,16 @@ Loading is a step of its own, so that a kernel can have the next tile's weights 
 matrix is read as int32 words of two elements, each of which is a float32 after one shift or mask (as bfloat16 they
 would take a register each where they live across a loop's turns). A vector, and a tile's rows, are tuples of blocks
 over K, so that K need not be near a power of two; a vector has two blocks for each of a tile: even elements, odd ones.
-
-Where rows come through the ring (common/ring.py) a thread reads 16 bytes of them at a time, and a vector's blocks are
-laid out so that it holds the elements that they meet.
 """
 
 import triton
 import triton.language as tl
 
-from common.lanes import by_lane
-from common.ring import load_words
 
 
 @triton.jit
 def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
-    """x [K] as float32 blocks [BLOCK_K / 2]: even, odd, even, ... zeros beyond K. `zero`: see arch.opaque_zero."""
+    """x [K] as float32 blocks [BLOCK_K / 2]: even, odd, even, ... zeros beyond K. `zero`: see Machine.opaque_zero."""
     blocks = ()
     for k0 in tl.static_range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K) + zero
@@ -57,54 +52,11 @@ def gemv_bf16(tile, x):
 
 @triton.jit
 def _products(words, even, odd):
-    low, high = _halves(words)
+    low, high = halves_to_float32(words)
     return low * even + high * odd
 
 
 @triton.jit
-def _halves(words):
+def halves_to_float32(words):
     """The two bfloat16 of each int32, as float32."""
     return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_lane_vector(x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr, EACH: tl.constexpr = 8):
-    """x [K] as gemv_bf16_slot takes it, zeros beyond K: EACH float32 [COPIES, LANES] for each run of EACH LANES.
-
-    COPIES times LANES threads hold, in each copy, the elements that meet the 16 bytes of a row which they read.
-    """
-    i = tl.arange(0, 4 * LANES)[None, :] + 0 * tl.arange(0, COPIES)[:, None]
-    blocks = ()
-    for k0 in tl.static_range(0, K, EACH * LANES):
-        for part in tl.static_range(EACH // 4):
-            k = k0 + i // 4 * EACH + 4 * part + i % 4
-            blocks = blocks + by_lane(tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32))
-    return blocks
-
-
-@triton.jit
-def gemv_bf16_slot(address, x, n_rows, K: tl.constexpr, ROWS: tl.constexpr, ARCH: tl.constexpr):
-    """What each thread has of the bfloat16 rows [ROWS, K] at `address`, in a slot of the ring, times a vector.
-
-    K is a multiple of 8. From n_rows on a row is whatever the slot holds, or zeros where it holds an address.
-    float32 [ROWS / COPIES, COPIES, LANES], to be summed over LANES: each copy of the vector meets rows of its own.
-    """
-    COPIES: tl.constexpr = x[0].shape[0]
-    LANES: tl.constexpr = x[0].shape[1]
-    PART: tl.constexpr = ROWS // COPIES
-    lane = tl.arange(0, LANES)[None, None, :]
-    row = tl.arange(0, PART)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
-    at = address + row * (2 * K) + lane * 16
-    acc = tl.zeros([PART, COPIES, LANES], tl.float32)
-    for run in tl.static_range(len(x) // 8):
-        element = run * 8 * LANES + 8 * lane
-        inside = (element < K) & (row >= 0)
-        if ARCH != "cuda":
-            inside &= row < n_rows
-        words = load_words(at + run * 16 * LANES, inside, (run + 1) * 8 * LANES > K, ARCH)
-        for i in tl.static_range(4):
-            even, odd = x[8 * run + 2 * i], x[8 * run + 2 * i + 1]
-            low, high = _halves(words[i])
-            acc += low * even[None, :, :]
-            acc += high * odd[None, :, :]
-    return acc

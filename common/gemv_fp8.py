@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from common.quant import GROUP, e8m0_to_float32
-from common.ring import load_byte, load_words
 
 # The exponent's bias is 7 for E4M3 and 127 for float32.
 MISSING = tl.constexpr(2.0**120)
@@ -22,43 +21,9 @@ def scale_stride(k: int, dense_format: str) -> int:
 
 
 @triton.jit
-def e4m3_to_float32(words, ARCH: tl.constexpr):
-    """The four E4M3 elements of each int32, lowest byte first, as float32."""
-    if ARCH == "cuda":
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high, a, b, c, d;
-            .reg .b32 x, y;
-            mov.b32 {low, high}, $4;
-            cvt.rn.f16x2.e4m3x2 x, low;
-            cvt.rn.f16x2.e4m3x2 y, high;
-            mov.b32 {a, b}, x;
-            mov.b32 {c, d}, y;
-            cvt.f32.f16 $0, a;
-            cvt.f32.f16 $1, b;
-            cvt.f32.f16 $2, c;
-            cvt.f32.f16 $3, d;
-            }""",
-            "=f,=f,=f,=f,r",
-            [words],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    elif ARCH == "hip":
-        return tl.inline_asm_elementwise(
-            """v_cvt_f32_fp8_sdwa $0, $4 src0_sel:BYTE_0
-            v_cvt_f32_fp8_sdwa $1, $4 src0_sel:BYTE_1
-            v_cvt_f32_fp8_sdwa $2, $4 src0_sel:BYTE_2
-            v_cvt_f32_fp8_sdwa $3, $4 src0_sel:BYTE_3""",
-            "=&v,=&v,=&v,=&v,v",
-            [words],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return _element(words), _element(words >> 8), _element(words >> 16), _element(words >> 24)
+def e4m3_to_float32(words):
+    """The four E4M3 elements of each int32, lowest byte first, as float32, by integer operations."""
+    return _element(words), _element(words >> 8), _element(words >> 16), _element(words >> 24)
 
 
 @triton.jit
@@ -118,12 +83,12 @@ def load_fp8_rows(
 
 
 @triton.jit
-def gemv_fp8(tile, x, FORMAT: tl.constexpr, ARCH: tl.constexpr):
+def gemv_fp8(tile, x, FORMAT: tl.constexpr, MACHINE: tl.constexpr):
     """tile @ x, float32 [BLOCK_M], of what the two functions above return for the same K and BLOCK_K."""
     blocks, scales = tile
-    acc = _scaled_products(blocks[0], x[0], scales[0], FORMAT, ARCH)
+    acc = _scaled_products(blocks[0], x[0], scales[0], FORMAT, MACHINE)
     for i in tl.static_range(1, len(blocks)):
-        acc += _scaled_products(blocks[i], x[i], scales[i if FORMAT == "fp8-32" else 0], FORMAT, ARCH)
+        acc += _scaled_products(blocks[i], x[i], scales[i if FORMAT == "fp8-32" else 0], FORMAT, MACHINE)
     y = tl.sum(acc, axis=1)
     if FORMAT == "fp8-row":
         y *= scales[0]
@@ -131,54 +96,14 @@ def gemv_fp8(tile, x, FORMAT: tl.constexpr, ARCH: tl.constexpr):
 
 
 @triton.jit
-def _scaled_products(words, x, scales, FORMAT: tl.constexpr, ARCH: tl.constexpr):
+def _scaled_products(words, x, scales, FORMAT: tl.constexpr, MACHINE: tl.constexpr):
     """Sums over a word or, scaled, over a group."""
     M: tl.constexpr = words.shape[0]
     N: tl.constexpr = 4 * words.shape[1]
     TOGETHER: tl.constexpr = GROUP if FORMAT == "fp8-32" else 4
-    w0, w1, w2, w3 = e4m3_to_float32(words, ARCH)
+    w0, w1, w2, w3 = MACHINE.dense.e4m3_to_float32(words)
     # The elements join rather than the vector be taken apart: that would cost it an exchange between threads for each
     # part, and the registers to address them.
     w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (M, N))
     sums = tl.sum(tl.reshape(w * x[None, :], (M, N // TOGETHER, TOGETHER)), axis=2)
     return sums * e8m0_to_float32(scales) if FORMAT == "fp8-32" else sums
-
-
-@triton.jit
-def gemv_fp8_slot(pieces, x, n_rows, K: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ARCH: tl.constexpr):
-    """What each thread has of the E4M3 rows [ROWS, K] at pieces[0], in a slot of the ring, times a vector.
-
-    K is a multiple of 16; x: load_lane_vector with 16 elements a thread. With "fp8-32" the scales are at pieces[1], on
-    NVIDIA behind the rows that there are. From n_rows on a row is whatever the slot holds, or zeros where it holds an
-    address. float32 [ROWS / COPIES, COPIES, LANES], to be summed over LANES: each copy of the vector meets rows of its
-    own. Scales of rows are left to the caller.
-    """
-    COPIES: tl.constexpr = x[0].shape[0]
-    LANES: tl.constexpr = x[0].shape[1]
-    PART: tl.constexpr = ROWS // COPIES
-    STRIDE: tl.constexpr = scale_stride(K, FORMAT)
-    lane = tl.arange(0, LANES)[None, None, :]
-    row = tl.arange(0, PART)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
-    at = pieces[0] + row * K + lane * 16
-    scales_at = pieces[1]
-    if ARCH == "cuda":
-        scales_at = pieces[0] + tl.minimum(n_rows, ROWS) * K
-    acc = tl.zeros([PART, COPIES, LANES], tl.float32)
-    for run in tl.static_range(len(x) // 16):
-        element = run * 16 * LANES + 16 * lane
-        inside = (element < K) & (row >= 0)
-        if ARCH != "cuda":
-            inside &= row < n_rows
-        words = load_words(at + run * 16 * LANES, inside, (run + 1) * 16 * LANES > K, ARCH)
-        part = tl.zeros([PART, COPIES, LANES], tl.float32)
-        for i in tl.static_range(4):
-            w = e4m3_to_float32(words[i], ARCH)
-            for j in tl.static_range(4):
-                part += w[j] * x[16 * run + 4 * i + j][None, :, :]
-        if FORMAT == "fp8-32":
-            scale = load_byte(scales_at + row * STRIDE + element // GROUP, inside, ARCH)
-            if (run + 1) * 16 * LANES > K:
-                scale = tl.where(inside, scale, 0)  # there may be the NaN of another unit
-            part *= e8m0_to_float32(scale)
-        acc += part
-    return acc

@@ -72,27 +72,3 @@ def _in_order(x):
     """The bits of float32 as integers in the order of the floats; it is its own inverse."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def pick(vector, i):
-    """Element i of a vector held in registers."""
-    return tl.sum(tl.where(tl.arange(0, vector.shape[0]) == i, vector, 0), axis=0)
-
-
-@triton.jit
-def elements(vector, N: tl.constexpr):
-    """The first N elements of a vector held in registers, as a tuple of scalars."""
-    scalars = ()
-    for i in tl.static_range(N):
-        scalars = scalars + (pick(vector, i),)
-    return scalars
-
-
-@triton.jit
-def element(scalars, i):
-    """Element i, a scalar or a tensor, of a tuple of scalars; the first if there is no such."""
-    value = scalars[0]
-    for n in tl.static_range(1, len(scalars)):
-        value = tl.where(i == n, scalars[n], value)
-    return value

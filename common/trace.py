@@ -7,12 +7,10 @@ b (1, 2, ...), event 2 b its leaving it, and the last one its end.
 import triton
 import triton.language as tl
 
-from common.arch import clock_ns
-
 
 @triton.jit
-def mark(trace_ptr, event, pid, n_programs, TRACE: tl.constexpr, ARCH: tl.constexpr):
-    """Note the time of an event; nothing at all without TRACE."""
-    if TRACE:
+def mark(ctx, event, BUILD: tl.constexpr):
+    """Note the time of an event; nothing at all unless the build traces."""
+    if BUILD.trace:
         tl.debug_barrier()  # the time at which all warps are here
-        tl.store(trace_ptr + event * n_programs + pid, clock_ns(ARCH))
+        tl.store(ctx.s.trace + event * ctx.n_programs + ctx.program, BUILD.machine.sync.clock_ns())

@@ -4,67 +4,93 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.gemv_dense import item_bytes, row_lanes, row_scale_bytes
+from common import cpu, gfx950, sm90
+from common.gemv_dense import item_bytes, row_scale_bytes
+from common.machine import Machine
+from common.sm90.gemv import row_threads
+from common.sm90.tiles import stage_bytes as expert_stage_bytes
 from host.config import MXFP4_GROUP, ModelConfig
 from host.errors import InputError
-from host.fragments import expert_slot_bytes
 
-LEAST_SLOTS = 2  # of a ring: one is read while another is filled
+LEAST_STAGES = 2  # of a ring: one is read while another is filled
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Compile-time constants of the kernel for one kind of device. Blocks are powers of two; M counts matrix rows.
+class DenseTuning:
+    """Products of dense matrices and one vector. A tile is whole rows; numbers of rows are powers of two."""
 
-    A block over K need not divide K: what lies beyond is masked.
-    """
+    qkv_rows: int  # of a tile
+    o_rows: int
+    router_rows: int
+    head_rows: int
+    k_block: int  # rows are loaded in blocks of this width, a power of two that need not divide them
+    step_tiles: int  # tiles whose sums the threads exchange together
+    threads_per_row: int  # each 16 bytes at a time, where tiles come through a ring
 
-    arch: str  # "cuda", "hip", or "cpu" for Triton's interpreter
-    programs_per_unit: int  # resident programs on each SM or CU
-    num_warps: int
-    max_registers: int | None  # a thread, where the compiler takes such a limit
-    layers_alone: bool  # nothing is computed once for all layers: hundreds of index vectors would occupy registers
-    qkv_m: int  # QKV rows per tile
-    o_m: int  # O rows per tile
-    router_m: int
-    head_m: int
-    dense_k: int  # a tile holds whole rows, in blocks of this width
+
+@dataclass(frozen=True)
+class ExpertTuning:
+    """Products of experts' matrices and one vector."""
+
     norm_block: int  # elements of the experts' input that a program writes at a time, a multiple of 32
-    fragments: bool  # experts as fragments of tensor core operands, whose tiles are 16 rows; else plain rows
-    gate_up_m: int  # interleaved gate and up rows, two of which give one output; at least 64 with --quant
-    gate_up_k: int  # block over K, unused for fragments
-    down_m: int
+    gate_up_rows: int  # of a tile, gate and up alternating, two of which give one output; 16 where tiles are packed
+    gate_up_k: int  # block over K, where rows are read from memory
+    down_rows: int
     down_k: int
-    head_keys: int  # up to so many cached positions a program attends them for one query head, 0: never
+    step_tiles: int  # tiles whose sums the threads exchange together
+    dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
+
+
+@dataclass(frozen=True)
+class AttentionTuning:
+    """Attention of one query position."""
+
+    head_keys: int  # up to so many cached positions a program attends them for one query head; -1: never
     head_block_t: int  # positions per step of that
     head_slots: int  # rows of a cache that the threads load at a time, 16 bytes each, or a multiple
-    block_t: int  # cached positions per attention step
-    attention_parts: int  # parts of a step with a softmax of their own, one per warp or one for all
-    bf16_parts: bool  # attention multiplies bfloat16 parts of its float32 operands; else float32
-    attention_stages: int  # steps whose loads are under way together
+    block_t: int  # cached positions per step
+    parts: int  # of a step, each with a softmax of its own: one per warp, or one for all
+    bf16_parts: bool  # bfloat16 parts of float32 operands are multiplied; else float32
+    stages: int  # steps whose loads are under way together
     split_t: int  # positions that a split has at least, a multiple of block_t
     max_splits: int  # splits grow beyond split_t so that there are never more
-    dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
-    prefetch: bool  # a dense tile is loaded while the one before it is multiplied, the first one during the barrier
-    prefetch_small: bool  # ask ahead for norms, biases, router rows and the cache
-    prefetch_qkv: int  # sixteenths of a program's QKV weights that are asked for ahead, at each of three places
-    dense_lanes: int  # threads that share a row of a dense matrix, each 16 bytes at a time
-    dense_batch: int  # tiles of dense matrices whose sums the threads exchange together
-    expert_batch: int  # the same for tiles of experts
-    ring_slots: int  # tiles that shared memory holds ahead of who reads them, see common/ring.py; 0: weights are loaded
-    slot_bytes: int  # of one of them, a multiple of 128
-    window: int  # of the ring: tiles that are asked for ahead of the one that is read
-    spin_limit: int  # polls before a barrier gives up: seconds on a GPU
 
     @property
     def least_group(self) -> int:
         """Query heads of a KV head as rows of a matrix product's least tile; bf16_parts makes four times as many."""
         return 4 if self.bf16_parts else 16
 
+
+@dataclass(frozen=True)
+class RingTuning:
+    """The ring in shared memory through which weights come, see common/sm90/ring.py."""
+
+    stages: int  # tiles that it holds
+    stage_bytes: int  # a multiple of 128
+    prefetch_distance: int  # tiles that are asked for ahead of the one that is read
+    prefetch_qkv: int  # sixteenths of a program's QKV weights that the L2 cache is asked for, at each of three places
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Compile-time constants of the decoding kernel for one kind of device."""
+
+    machine: Machine
+    programs_per_unit: int  # resident programs on each SM or CU
+    num_warps: int
+    max_registers: int | None  # a thread, where the compiler takes such a limit
+    layers_alone: bool  # nothing is computed once for all layers: hundreds of index vectors would occupy registers
+    spin_limit: int  # polls before a barrier gives up: seconds on a GPU
+    dense: DenseTuning
+    experts: ExpertTuning
+    attention: AttentionTuning
+    ring: RingTuning | None = None
+    is_cooperative: bool = False  # the driver refuses a grid that cannot be resident
+
     def options(self) -> dict:
         """What to compile and launch with."""
         options = {"num_warps": self.num_warps}
-        if self.arch == "cuda":
+        if self.is_cooperative:
             options |= {"launch_cooperative_grid": True, "maxnreg": self.max_registers}
         return options
 
@@ -74,83 +100,71 @@ class Tuning:
 # --quant), with it none. Scales load 1 or 2 bytes at a time: a tile of 16 rows has 512 of them in a block over K, one
 # for each of 512 threads, and rows of 90 are aligned to 2.
 GFX950 = Tuning(
-    arch="hip",
+    machine=gfx950.GFX950,
     programs_per_unit=1,
     num_warps=8,
     max_registers=None,
     layers_alone=True,
-    qkv_m=8,
-    o_m=8,
-    router_m=1,
-    head_m=16,
-    dense_k=1024,
-    norm_block=512,
-    fragments=False,
-    gate_up_m=32,
-    gate_up_k=1024,
-    down_m=16,
-    down_k=1024,
-    head_keys=512,
-    head_block_t=64,
-    head_slots=32,
-    block_t=16,
-    attention_parts=1,
-    bf16_parts=False,
-    attention_stages=1,
-    split_t=256,
-    max_splits=32,
-    dot_scaled=True,
-    prefetch=True,
-    prefetch_small=False,
-    prefetch_qkv=0,
-    dense_lanes=128,
-    dense_batch=1,
-    expert_batch=1,
-    ring_slots=0,
-    slot_bytes=0,
-    window=0,
     spin_limit=1 << 24,
+    dense=DenseTuning(
+        qkv_rows=8, o_rows=8, router_rows=1, head_rows=16, k_block=1024, step_tiles=1, threads_per_row=128
+    ),
+    experts=ExpertTuning(
+        norm_block=512,
+        gate_up_rows=32,
+        gate_up_k=1024,
+        down_rows=16,
+        down_k=1024,
+        step_tiles=1,
+        dot_scaled=True,
+    ),
+    attention=AttentionTuning(
+        head_keys=512,
+        head_block_t=64,
+        head_slots=32,
+        block_t=16,
+        parts=1,
+        bf16_parts=False,
+        stages=1,
+        split_t=256,
+        max_splits=32,
+    ),
 )
-# One program of eight warps an SM, whose weights come through a ring of seven slots of 25 KB. For 120b and 20b: other
+# One program of eight warps an SM, whose weights come through a ring of seven stages of 25 KB. For 120b and 20b: other
 # sizes get other tiles, see fit_ring. Five tiles ahead rather than all that fit, as what has been asked for holds up
 # what comes after it: docs/performance.md has the measurements.
 SM_90 = Tuning(
-    arch="cuda",
+    machine=sm90.SM_90,
     programs_per_unit=1,
     num_warps=8,
     max_registers=None,
     layers_alone=True,
-    qkv_m=4,
-    o_m=2,
-    router_m=1,
-    head_m=4,
-    dense_k=4096,
-    norm_block=128,
-    fragments=True,
-    gate_up_m=16,
-    gate_up_k=0,
-    down_m=16,
-    down_k=0,
-    head_keys=512,
-    head_block_t=64,
-    head_slots=32,
-    block_t=128,
-    attention_parts=8,  # 4 parts of a step of 64 took 4.06 ms for 3.34 at 130,816
-    bf16_parts=True,
-    attention_stages=2,
-    split_t=128,
-    max_splits=16,  # times 8 KV heads: one for nearly each of 132 programs; 32 took 2.104 ms for 2.070 at 8,192
-    dot_scaled=False,
-    prefetch=False,
-    prefetch_small=True,
-    prefetch_qkv=2,
-    dense_lanes=128,
-    dense_batch=16,
-    expert_batch=16,
-    ring_slots=7,
-    slot_bytes=25600,
-    window=5,
     spin_limit=1 << 24,
+    dense=DenseTuning(
+        qkv_rows=4, o_rows=2, router_rows=1, head_rows=4, k_block=4096, step_tiles=16, threads_per_row=128
+    ),
+    experts=ExpertTuning(
+        norm_block=128,
+        gate_up_rows=16,
+        gate_up_k=0,
+        down_rows=16,
+        down_k=0,
+        step_tiles=16,
+        dot_scaled=False,
+    ),
+    attention=AttentionTuning(
+        head_keys=512,
+        head_block_t=64,
+        head_slots=32,
+        block_t=128,
+        parts=8,  # 4 parts of a step of 64 took 4.06 ms for 3.34 at 130,816
+        bf16_parts=True,
+        stages=2,
+        split_t=128,
+        max_splits=16,  # times 8 KV heads: one for nearly each of 132 programs; 32 took 2.104 ms for 2.070 at 8,192
+    ),
+    ring=RingTuning(stages=7, stage_bytes=25600, prefetch_distance=5, prefetch_qkv=2),
+    is_cooperative=True,
 )
 
 
@@ -306,34 +320,39 @@ def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
 
 
 def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
-    """The tuning with tiles and slots that suit a model's sizes. InputError if two slots take more than there is."""
-    dense, hidden = config.dense, config.hidden_size
+    """The tuning with tiles and stages that suit a model's sizes. InputError if two stages take more than there is."""
+    formats, hidden, usual = config.dense, config.hidden_size, tuning.ring
 
     def rows(k: int, dense_format: str) -> int:
-        least = 32 * tuning.num_warps // row_lanes(k, dense_format, tuning)  # each thread has some
+        least = 32 * tuning.num_warps // row_threads(k, dense_format, tuning.dense)  # each thread has some
         m = 8 // item_bytes(dense_format)
-        while m > least and m * _row_bytes(k, dense_format) > tuning.slot_bytes:
+        while m > least and m * _row_bytes(k, dense_format) > usual.stage_bytes:
             m //= 2
         return m
 
-    tiles = {"qkv_m": (hidden, dense.qkv), "o_m": (config.q_size, dense.o), "head_m": (hidden, dense.head)}
+    tiles = {
+        "qkv_rows": (hidden, formats.qkv),
+        "o_rows": (config.q_size, formats.o),
+        "head_rows": (hidden, formats.head),
+    }
     heights = {name: rows(*matrix) for name, matrix in tiles.items()}
     needed = [heights[name] * _row_bytes(*matrix) for name, matrix in tiles.items()]
-    needed += [expert_slot_bytes(k, tuning.num_warps) for k in (hidden, config.intermediate_size)]
-    slot_bytes = -(-max(needed) // 128) * 128
-    slots = tuning.ring_slots
-    if slot_bytes > tuning.slot_bytes:
-        # Attention in steps half as long leaves room for one more of the usual slots.
-        slots = min(slots, (slots + 1) * tuning.slot_bytes // slot_bytes)
-        tuning = replace(tuning, block_t=tuning.block_t // 2, attention_parts=tuning.attention_parts // 2)
-    if slots < LEAST_SLOTS:
-        raise InputError(f"a tile of this model's weights takes {slot_bytes} bytes of shared memory: too much")
-    window = min(tuning.window, slots)
-    return replace(tuning, ring_slots=slots, slot_bytes=slot_bytes, window=window, **heights)
+    needed += [expert_stage_bytes(k, tuning.num_warps) for k in (hidden, config.intermediate_size)]
+    stage_bytes = -(-max(needed) // 128) * 128
+    stages, attention = usual.stages, tuning.attention
+    if stage_bytes > usual.stage_bytes:
+        # Attention in steps half as long leaves room for one more of the usual stages.
+        stages = min(stages, (stages + 1) * usual.stage_bytes // stage_bytes)
+        attention = replace(attention, block_t=attention.block_t // 2, parts=attention.parts // 2)
+    if stages < LEAST_STAGES:
+        raise InputError(f"a tile of this model's weights takes {stage_bytes} bytes of shared memory: too much")
+    distance = min(usual.prefetch_distance, stages)
+    ring = replace(usual, stages=stages, stage_bytes=stage_bytes, prefetch_distance=distance)
+    return replace(tuning, dense=replace(tuning.dense, **heights), attention=attention, ring=ring)
 
 
 def _row_bytes(k: int, dense_format: str) -> int:
-    """Of a row in the ring, with its scales."""
+    """Bytes of a row in the ring, with its scales."""
     return k * item_bytes(dense_format) + row_scale_bytes(k, dense_format)
 
 
@@ -346,7 +365,7 @@ def program_count(device: torch.device, tuning: Tuning) -> int:
 
 def programs_on(units: int, tuning: Tuning) -> int:
     """The same for a GPU of so many SMs or CUs."""
-    if tuning.arch == "hip":
+    if tuning.machine.name == "gfx950":
         units -= units // 16
     return units * tuning.programs_per_unit
 
@@ -369,42 +388,41 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
     dense_k = next_power_of_2(max(config.hidden_size, config.q_size))
     expert_k = max(128, next_power_of_2(max(config.hidden_size, config.intermediate_size)))
     return Tuning(
-        arch="cpu",
+        machine=cpu.CPU,
         programs_per_unit=1,
         num_warps=1,
         max_registers=None,
         layers_alone=False,
-        qkv_m=rows(config.qkv_size, dense_k),
-        o_m=rows(config.hidden_size, dense_k),
-        router_m=rows(config.n_experts, dense_k),
-        head_m=rows(config.vocab_size, dense_k),
-        dense_k=dense_k,
-        norm_block=max(MXFP4_GROUP, next_power_of_2(config.hidden_size)),
-        fragments=False,
-        gate_up_m=rows(2 * config.intermediate_size, expert_k),
-        gate_up_k=expert_k,
-        down_m=rows(config.hidden_size, expert_k, least=16),
-        down_k=expert_k,
-        head_keys=0,
-        head_block_t=256,
-        head_slots=1,
-        block_t=256,
-        attention_parts=1,
-        bf16_parts=False,
-        attention_stages=1,
-        split_t=4096,
-        max_splits=64,
-        dot_scaled=True,
-        prefetch=False,
-        prefetch_small=False,
-        prefetch_qkv=0,
-        dense_lanes=128,
-        dense_batch=1,
-        expert_batch=1,
-        ring_slots=0,
-        slot_bytes=0,
-        window=0,
         spin_limit=1 << 14,
+        dense=DenseTuning(
+            qkv_rows=rows(config.qkv_size, dense_k),
+            o_rows=rows(config.hidden_size, dense_k),
+            router_rows=rows(config.n_experts, dense_k),
+            head_rows=rows(config.vocab_size, dense_k),
+            k_block=dense_k,
+            step_tiles=1,
+            threads_per_row=128,
+        ),
+        experts=ExpertTuning(
+            norm_block=max(MXFP4_GROUP, next_power_of_2(config.hidden_size)),
+            gate_up_rows=rows(2 * config.intermediate_size, expert_k),
+            gate_up_k=expert_k,
+            down_rows=rows(config.hidden_size, expert_k, least=16),
+            down_k=expert_k,
+            step_tiles=1,
+            dot_scaled=True,
+        ),
+        attention=AttentionTuning(
+            head_keys=-1,
+            head_block_t=256,
+            head_slots=1,
+            block_t=256,
+            parts=1,
+            bf16_parts=False,
+            stages=1,
+            split_t=4096,
+            max_splits=64,
+        ),
     )
 
 
@@ -412,20 +430,9 @@ def with_small_tiles(tuning: Tuning) -> Tuning:
     """The same device with tiles so small that every phase of a small model has several: for tests of the striping."""
     return replace(
         tuning,
-        qkv_m=16,
-        o_m=16,
-        router_m=2,
-        head_m=16,
-        dense_k=128,
-        norm_block=32,
-        gate_up_m=64,
-        gate_up_k=128,
-        down_m=16,
-        down_k=128,
-        head_keys=20,
-        head_block_t=16,
-        head_slots=8,
-        block_t=16,
-        split_t=32,
-        max_splits=4,
+        dense=replace(tuning.dense, qkv_rows=16, o_rows=16, router_rows=2, head_rows=16, k_block=128),
+        experts=replace(tuning.experts, norm_block=32, gate_up_rows=64, gate_up_k=128, down_rows=16, down_k=128),
+        attention=replace(
+            tuning.attention, head_keys=20, head_block_t=16, head_slots=8, block_t=16, split_t=32, max_splits=4
+        ),
     )

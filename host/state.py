@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from common import SYNC_WORDS
-from common.stream import memory_words
+from common.barrier import SYNC_WORDS
+from common.sm90.tile_product import vector_parts
 from host.config import MXFP4_GROUP, ModelConfig
-from host.fragments import vector_parts
 from host.launch import Tuning, next_power_of_2
 from host.rope import rope_tables
 
@@ -29,7 +28,7 @@ class State(NamedTuple):
     split_acc: torch.Tensor  # [kv heads, splits, group, head_dim]
     split_arrivals: torch.Tensor  # [kv heads] int32
     router_logits: torch.Tensor  # [experts]
-    expert_in: torch.Tensor  # [hidden], float8e4nv with --quant; for fragments float16, see host.fragments.vector_parts
+    expert_in: torch.Tensor  # [hidden], float8e4nv with --quant; where matrices are packed float16, see common.sm90.tile_product
     expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 for fragments
     expert_act: torch.Tensor  # [top k, intermediate] likewise
     expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for fragments
@@ -37,9 +36,7 @@ class State(NamedTuple):
     head_value: torch.Tensor  # [programs] each program's largest logit
     head_index: torch.Tensor  # [programs] int32
     logits: torch.Tensor  # [vocab]
-    scratch: (
-        torch.Tensor
-    )  # [programs, memory_words] where there is a ring, but on NVIDIA, which has shared memory for it
+    scratch: torch.Tensor  # [0]
     sync: torch.Tensor  # [SYNC_WORDS] int32
     trace: torch.Tensor  # [events, programs] int64, see common/trace.py; events is 0 unless a token is to be traced
 
@@ -61,8 +58,8 @@ def new_state(
 
     hidden, top_k, inter = config.hidden_size, config.experts_per_token, config.intermediate_size
     cache = (config.n_layers, config.n_kv_heads, max_context, config.head_dim)
-    group = max(tuning.least_group, next_power_of_2(config.n_heads // config.n_kv_heads))
-    splits = (config.n_kv_heads, tuning.max_splits, group)
+    group = max(tuning.attention.least_group, next_power_of_2(config.n_heads // config.n_kv_heads))
+    splits = (config.n_kv_heads, tuning.attention.max_splits, group)
     expert_in, expert_act = _expert_buffers(config, tuning, quant)
     cos, sin = rope_tables(config, max_context, device)
     windows = [config.window(n) for n in range(config.n_layers)]
@@ -82,14 +79,14 @@ def new_state(
         split_arrivals=zeros(config.n_kv_heads, dtype=torch.int32),
         router_logits=zeros(config.n_experts),
         expert_in=zeros(*expert_in[0], dtype=expert_in[1]),
-        expert_in_scale=zeros(1) if tuning.fragments else zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
+        expert_in_scale=zeros(1) if tuning.machine.experts.is_packed else zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
         expert_act=zeros(*expert_act[0], dtype=expert_act[1]),
         expert_act_scale=zeros(top_k, inter // MXFP4_GROUP, dtype=torch.uint8),
         expert_out=zeros(top_k, hidden),
         head_value=zeros(num_programs),
         head_index=zeros(num_programs, dtype=torch.int32),
         logits=zeros(config.vocab_size),
-        scratch=zeros(num_programs if tuning.ring_slots and tuning.arch != "cuda" else 0, memory_words(config, tuning)),
+        scratch=zeros(0),
         sync=zeros(SYNC_WORDS, dtype=torch.int32),
         trace=zeros(trace_events, num_programs, dtype=torch.int64),
     )
@@ -98,7 +95,7 @@ def new_state(
 def _expert_buffers(config: ModelConfig, tuning: Tuning, quant: bool):
     """(shape, dtype) of expert_in and of expert_act."""
     shape_in, shape_act = (config.hidden_size,), (config.experts_per_token, config.intermediate_size)
-    if not tuning.fragments:
+    if not tuning.machine.experts.is_packed:
         dtype = torch.float8_e4m3fn if quant else torch.float32
         return (shape_in, dtype), (shape_act, dtype)
     parts_act = (config.experts_per_token, vector_parts(config.intermediate_size))

@@ -6,9 +6,9 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from common.gemv_dense import item_bytes, scale_stride
+from common.sm90.tiles import block_bytes, pack_blocks, pack_scales, scale_bytes, tile_count
 from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, ModelConfig, expected_tensors, scale_name
 from host.fp8 import quantize_into
-from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
 from host.launch import Tuning
 from host.upload import Uploader
 
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     mlp_norm: torch.Tensor  # [L, H] float32
     router: torch.Tensor  # [L, E, H / 2] int32
     router_bias: torch.Tensor  # [L, E]
-    gate_up: torch.Tensor  # [L, E, 2I, H / 8] int32, eight E2M1 each; or fragments, see weight_shapes
+    gate_up: torch.Tensor  # [L, E, 2I, H / 8] int32, eight E2M1 each; or packed tiles, see common/sm90/tiles.py
     gate_up_scales: torch.Tensor  # [L, E, 2I, H / 32] uint8, E8M0
     gate_up_bias: torch.Tensor  # [L, E, 2I]
     down: torch.Tensor  # [L, E, H, I / 8] int32, eight E2M1 each
@@ -45,15 +45,15 @@ class Weights(NamedTuple):
 
 
 def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
-    """(shape, dtype) of each field. Experts as fragments, if `tuning` asks for them, are int32 [L, E, tiles, words]."""
+    """(shape, dtype) of each field. Experts are packed as the tuning's machine reads them: int32 [L, E, tiles, words]."""
     n, e, h, i = config.n_layers, config.n_experts, config.hidden_size, config.intermediate_size
     bf16, f32, u8, i32 = torch.bfloat16, torch.float32, torch.uint8, torch.int32
     experts = {}
     for name, rows, k in (("gate_up", 2 * i, h), ("down", h, i)):
-        if tuning and tuning.fragments:
+        if tuning and tuning.machine.experts.is_packed:
             tiles = (n, e, tile_count(rows))
-            experts[name] = ((*tiles, block_words(k)), i32)
-            experts[f"{name}_scales"] = ((*tiles, scale_words(k, tuning.num_warps)), i32)
+            experts[name] = ((*tiles, block_bytes(k) // 4), i32)
+            experts[f"{name}_scales"] = ((*tiles, scale_bytes(k, tuning.num_warps) // 4), i32)
         else:
             experts[name] = ((n, e, rows, k // 8), i32)
             experts[f"{name}_scales"] = ((n, e, rows, k // 32), u8)
@@ -198,11 +198,11 @@ def _is_converted(field: str, stored: ModelConfig, config: ModelConfig, tuning: 
     matrix = field.removesuffix("_scales")
     if matrix in DENSE_FIELDS:
         return dense_matrices(stored)[matrix][1] != dense_matrices(config)[matrix][1]
-    return tuning.fragments and field in ("gate_up", "gate_up_scales", "down", "down_scales")
+    return tuning.machine.experts.is_packed and field in ("gate_up", "gate_up_scales", "down", "down_scales")
 
 
 def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning, upload: Uploader) -> None:
-    if tuning.fragments and name.endswith(("_blocks", "_scales")):
+    if tuning.machine.experts.is_packed and name.endswith(("_blocks", "_scales")):
         # A few experts at a time, as packing takes several times their bytes.
         step = max(1, PIECE_BYTES // tensor[0].nbytes)
         for some, matrices in zip(place.split(step), tensor.split(step)):

@@ -22,9 +22,9 @@ def pytest_configure(config):
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the blocks are too small for threads
     if hasattr(config, "workerinput"):  # one of several processes, which take all cores together
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from host import cpu_interpreter
+    import interpreter
 
-    cpu_interpreter.install()
+    interpreter.install()
 
 
 def pytest_ignore_collect(collection_path, config):

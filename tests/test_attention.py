@@ -31,7 +31,7 @@ from common import (
     start_state,
 )
 from common.attention_phase import parts_of_a_step
-from host.cpu_interpreter import simulate
+from interpreter import simulate
 from host.errors import MegakernelAborted
 from host.launch import GFX950, SM_90, tuning_for, with_small_tiles
 from host.random_cache import fill_cache

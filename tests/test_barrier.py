@@ -14,7 +14,7 @@ import common
 import common.barrier
 import gpt_oss_megakernel
 from gpt_oss_megakernel import PHASES, MegaModel, barrier_name
-from host.cpu_interpreter import simulate
+from interpreter import simulate
 from host.errors import MegakernelAborted
 from host.random_cache import fill_cache
 

@@ -1,4 +1,4 @@
-"""host.cpu_interpreter against torch's casts and products, numpy in float64, and kernels whose faults are known."""
+"""interpreter against torch's casts and products, numpy in float64, and kernels whose faults are known."""
 
 import itertools
 import subprocess
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from host import cpu_interpreter
+import interpreter
 
 FP8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
 
@@ -670,7 +670,7 @@ def rotate(programs, seed, fault=None, release="release", acquire="acquire", det
     if fault == "no barrier":
         counter[0] = programs  # the later barriers do not wait for the missing one
     order = torch.zeros(programs, dtype=torch.int32)
-    with cpu_interpreter.simulate(seed=seed, detect_races=detect_races) as simulation:
+    with interpreter.simulate(seed=seed, detect_races=detect_races) as simulation:
         rotate_kernel[(programs,)](buffers, counter, order, steps, 4, fault, release, acquire)
     return buffers[steps % 2], order.tolist(), simulation
 
@@ -731,7 +731,7 @@ def merge_kernel(parts_ptr, counter_ptr, out_ptr, SEMANTICS: tl.constexpr):
 )
 def test_last_arriver_merge(seed, semantics, clean):
     out = torch.zeros(1)
-    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+    with interpreter.simulate(seed=seed, detect_races=True) as simulation:
         merge_kernel[(6,)](torch.zeros(6), torch.zeros(1, dtype=torch.int32), out, semantics)
     assert out.item() == 21
     assert (simulation.races == []) == clean
@@ -758,7 +758,7 @@ def release_sequence_kernel(data_ptr, flag_ptr, out_ptr):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_relaxed_atomic_continues_the_release_sequence(seed):
     out = torch.zeros(1)
-    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+    with interpreter.simulate(seed=seed, detect_races=True) as simulation:
         release_sequence_kernel[(3,)](torch.zeros(1), torch.zeros(1, dtype=torch.int32), out)
     assert out.item() == 5
     assert simulation.races == []
@@ -780,7 +780,7 @@ def overwritten_flag_kernel(data_ptr, flag_ptr, out_ptr):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_plain_store_ends_the_release_sequence(seed):
-    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+    with interpreter.simulate(seed=seed, detect_races=True) as simulation:
         overwritten_flag_kernel[(2,)](torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.zeros(1))
     assert any("data_ptr" in race for race in simulation.races)
 
@@ -817,7 +817,7 @@ def mixed_access_kernel(flag_ptr, KIND: tl.constexpr):
     ],
 )
 def test_plain_accesses_race_with_atomics(kind, races, seed):
-    with cpu_interpreter.simulate(seed=seed, detect_races=True) as simulation:
+    with interpreter.simulate(seed=seed, detect_races=True) as simulation:
         mixed_access_kernel[(2,)](torch.zeros(2, dtype=torch.int32), kind)
     assert bool(simulation.races) == races
     assert all("atomic" in race and "flag_ptr+" in race for race in simulation.races)
@@ -832,10 +832,10 @@ def table_kernel(table_ptr):
 def test_watched_tensors_are_followed_through_a_table_of_addresses():
     data = torch.zeros(8)
     table = torch.tensor([data.data_ptr()])
-    with cpu_interpreter.simulate(detect_races=True) as simulation:
+    with interpreter.simulate(detect_races=True) as simulation:
         table_kernel[(2,)](table)
     assert simulation.races == []
-    with cpu_interpreter.simulate(detect_races=True, watch={"scratch": {"hidden": data}}) as simulation:
+    with interpreter.simulate(detect_races=True, watch={"scratch": {"hidden": data}}) as simulation:
         table_kernel[(2,)](table)
     assert len(simulation.races) == 1
     assert "scratch['hidden']+12" in simulation.races[0]
@@ -871,12 +871,12 @@ def test_deadlock_is_found(programs):
 
 def test_a_kernel_may_bound_its_spinning_itself():
     flags, out = torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    with cpu_interpreter.simulate(deadlock_limit=None):
+    with interpreter.simulate(deadlock_limit=None):
         two_flags_kernel[(4,)](flags, out, 1500)
     assert out.tolist() == [1500] * 4
-    with cpu_interpreter.simulate(deadlock_limit=2000):
+    with interpreter.simulate(deadlock_limit=2000):
         two_flags_kernel[(4,)](flags, out, 1500)
-    with pytest.raises(cpu_interpreter.GridDeadlock), cpu_interpreter.simulate(deadlock_limit=50):
+    with pytest.raises(cpu_interpreter.GridDeadlock), interpreter.simulate(deadlock_limit=50):
         two_flags_kernel[(4,)](flags, out, 1500)
 
 
@@ -898,7 +898,7 @@ def relay_kernel(token_ptr, ROUNDS: tl.constexpr, VOLATILE: tl.constexpr):
 @pytest.mark.parametrize("volatile", [False, True])
 def test_progress_by_atomics_alone_is_no_deadlock(volatile):
     token = torch.zeros(1, dtype=torch.int32)
-    with cpu_interpreter.simulate(deadlock_limit=30):
+    with interpreter.simulate(deadlock_limit=30):
         relay_kernel[(3,)](token, 50, volatile)
     assert token.item() == 150
 
@@ -948,13 +948,13 @@ def run_python(source, interpret):
 
 def test_the_variable_must_be_set_before_triton_is_imported():
     late = "import os, triton.language\nos.environ['TRITON_INTERPRET'] = '1'\n"
-    done = run_python(late + "from host import cpu_interpreter\ncpu_interpreter.install()", interpret=False)
+    done = run_python(late + "import interpreter\ninterpreter.install()", interpret=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: set TRITON_INTERPRET=1 before")
 
 
 def test_an_unknown_version_is_refused_in_one_line():
-    source = "import triton\ntriton.__version__ = '9.1.0'\nfrom host import cpu_interpreter\ncpu_interpreter.install()"
+    source = "import triton\ntriton.__version__ = '9.1.0'\nimport interpreter\ninterpreter.install()"
     done = run_python(source, interpret=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("host.errors.InputError: ")
@@ -963,5 +963,5 @@ def test_an_unknown_version_is_refused_in_one_line():
 
 def test_installing_again_changes_nothing():
     add = tl.tensor.__add__
-    cpu_interpreter.install()
+    interpreter.install()
     assert tl.tensor.__add__ is add

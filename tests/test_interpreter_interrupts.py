@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from host.cpu_interpreter.scheduler import Grid
+from interpreter.scheduler import Grid
 
 PROGRAMS, TURNS = 3, 20
 LIMIT = 30  # seconds until a launch that hangs is a failure

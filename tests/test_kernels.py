@@ -13,7 +13,7 @@ from small_model import small_checkpoint, write_model
 import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host import limits
-from host.cpu_interpreter import simulate
+from interpreter import simulate
 from host.errors import InputError
 from host.launch import tuning_for
 from host.phases import PHASES, phases_of_token

@@ -21,7 +21,7 @@ import reference
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import RandomCheckpoint
 from host.config import ModelConfig, expected_tensors
-from host.cpu_interpreter import simulate
+from interpreter import simulate
 from host.errors import InputError
 from host.launch import LEAST_SLOTS, tuning_for
 from host.random_cache import fill_cache

@@ -19,7 +19,7 @@ import run_triton_phased
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import write_checkpoint
 from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats
-from host.cpu_interpreter import simulate
+from interpreter import simulate
 from host.errors import InputError
 from host.launch import tuning_for
 from host.random_cache import fill_cache

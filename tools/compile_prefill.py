@@ -18,6 +18,7 @@ import triton
 from triton.compiler import ASTSource
 
 import prefill
+from common.build import Build
 from host.cli import path_name
 from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import BLOCKS_GFX950, BLOCKS_SM_90
@@ -61,7 +62,7 @@ def recorded_launches(target: str, quant: bool, n_tokens: int, config: ModelConf
     try:
         for name, kernel in kernels.items():
             setattr(prefill, name, Recorder(kernel, launches))
-        prefill.Prefill(config, tuning, BLOCKS[target], quant, weights, state).feed(0, n_tokens)
+        prefill.Prefill(Build(config, tuning, quant), BLOCKS[target], weights, state).feed(0, n_tokens)
     finally:
         for name, kernel in kernels.items():
             setattr(prefill, name, kernel)

@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import gpt_oss_megakernel as mega
-from common import gemv_fp4, gemv_fp4_fp8
+from common.build import Build
+from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from host.cli import path_name
 from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import GFX950, SM_90, Tuning, fit_ring, next_power_of_2, programs_on
@@ -66,7 +67,7 @@ def compile_megakernel(
 ):
     """Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     gpu, default_tuning = TARGETS[target]
-    tuning = tuning or (fit_ring(default_tuning, config) if default_tuning.ring_slots else default_tuning)
+    tuning = tuning or (fit_ring(default_tuning, config) if default_tuning.ring else default_tuning)
     n_programs = programs_on(UNITS[target], tuning)
     weights = Weights(
         *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning))
@@ -74,11 +75,8 @@ def compile_megakernel(
     state = new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
     names = mega.megakernel.arg_names
     constants = {
-        "CONFIG": config,
-        "TUNING": tuning,
-        "QUANT": quant,
+        "BUILD": Build(config, tuning, quant),
         "BLOCK_P": next_power_of_2(n_programs),
-        "TRACE": False,
     }
     signature = {
         "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),
@@ -143,8 +141,8 @@ def amd_tile_report(quant: bool) -> dict:
     k = GPT_OSS_120B.hidden_size
     figures = {}
     for name, m, block_k in (
-        ("gate_up", max(GFX950.gate_up_m, 64) if quant else GFX950.gate_up_m, GFX950.gate_up_k),
-        ("down", GFX950.down_m, GFX950.down_k),
+        ("gate_up", max(GFX950.experts.gate_up_rows, 64) if quant else GFX950.experts.gate_up_rows, GFX950.experts.gate_up_k),
+        ("down", GFX950.experts.down_rows, GFX950.experts.down_k),
     ):
         one_block = compile_expert_tile(quant, m, block_k, block_k).asm["amdgcn"]
         figures[f"{name}_mfma_per_block"] = one_block.count(SCALED_MFMA)

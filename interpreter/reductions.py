@@ -7,7 +7,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from host.cpu_interpreter import numerics
+from interpreter import numerics
 
 _NARROW = {"bf16", "fp8e4nv", "fp8e5"}
 

@@ -8,12 +8,12 @@ ones. Through the memory that sums.py uses each element is loaded once.
 import triton
 import triton.language as tl
 
-from common.sums import load_float4, store_float4
+from common.sm90 import ptx
 
 
 @triton.constexpr_function
 def spread_words(run: int, threads: int) -> int:
-    """float32 that spread_vector needs at least: what all lanes, or all threads, have at a time."""
+    """float32 that spread_vector needs at least: what all sharers, or all threads, have at a time."""
     return max(run, 4 * threads)
 
 
@@ -28,36 +28,35 @@ def spread_vector(
     memory,
     x,
     K: tl.constexpr,
-    LANES: tl.constexpr,
+    SHARERS: tl.constexpr,
     COPIES: tl.constexpr,
     EACH: tl.constexpr,
     WORDS: tl.constexpr,
-    ARCH: tl.constexpr,
 ):
-    """x as load_lane_vector gives it for LANES, COPIES and EACH; here as it does for all threads, one copy and 4.
+    """x as load_thread_vector gives it for SHARERS threads a row, COPIES and EACH, from what it gives for all threads.
 
     memory: address of WORDS float32, see spread_words, which nobody else uses now. It may be used again when this
     returns. Where the vector is longer it goes through in pieces.
     """
     THREADS: tl.constexpr = x[0].shape[1]
-    LEAST: tl.constexpr = spread_words(EACH * LANES, THREADS)
+    LEAST: tl.constexpr = spread_words(EACH * SHARERS, THREADS)
     PIECE: tl.constexpr = WORDS // LEAST * LEAST
     thread = tl.arange(0, THREADS)[None, :]
-    lane = tl.arange(0, LANES)[None, :] + 0 * tl.arange(0, COPIES)[:, None]
+    sharer = tl.arange(0, SHARERS)[None, :] + 0 * tl.arange(0, COPIES)[:, None]
     blocks = ()
     for k0 in tl.static_range(0, K, PIECE):
         for k in tl.static_range(k0, _end(k0, PIECE, K, LEAST), 4 * THREADS):
             at = memory + _place((k - k0) // 4 + thread)
             if k < 4 * THREADS * (len(x) // 4):
-                store_float4(at, x[k // THREADS], x[k // THREADS + 1], x[k // THREADS + 2], x[k // THREADS + 3], ARCH)
+                ptx.store_4_floats(at, x[k // THREADS], x[k // THREADS + 1], x[k // THREADS + 2], x[k // THREADS + 3])
             else:
                 zero = tl.zeros_like(x[0])
-                store_float4(at, zero, zero, zero, zero, ARCH)
+                ptx.store_4_floats(at, zero, zero, zero, zero)
         tl.debug_barrier()
-        for k in tl.static_range(k0, _end(k0, PIECE, K, EACH * LANES), EACH * LANES):
+        for k in tl.static_range(k0, _end(k0, PIECE, K, EACH * SHARERS), EACH * SHARERS):
             for part in tl.static_range(EACH // 4):
-                chunk = (k - k0) // 4 + lane * (EACH // 4) + part
-                blocks = blocks + load_float4(memory + _place(chunk), ARCH)
+                chunk = (k - k0) // 4 + sharer * (EACH // 4) + part
+                blocks = blocks + ptx.load_4_floats(memory + _place(chunk))
         tl.debug_barrier()
     return blocks
 

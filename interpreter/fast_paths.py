@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from host.cpu_interpreter import formats, numerics
+from interpreter import formats, numerics
 
 Handle = interpreter.TensorHandle
 Tensor = tl.tensor

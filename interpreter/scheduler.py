@@ -64,7 +64,7 @@ def interrupts_to(fail):
 
 
 class _Program:
-    __slots__ = ("grid_index", "idle_turns", "number", "seen_version", "thread", "turn")
+    __slots__ = ("grid_index", "idle_turns", "number", "seen_version", "thread", "turn", "shared")
 
     def __init__(self, number, grid_index):
         self.number = number

@@ -1,19 +1,19 @@
 """Mends and extends Triton's CPU interpreter (TRITON_INTERPRET=1): right numbers, speed, and concurrent grids.
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton or a module with kernels is imported
-from host import cpu_interpreter
-cpu_interpreter.install()
+import interpreter
+interpreter.install()
 kernel[(8,)](...)  # the eight programs take turns: barriers that spin work
 
-with cpu_interpreter.simulate(seed=1, detect_races=True) as simulation:
+with interpreter.simulate(seed=1, detect_races=True) as simulation:
     kernel[(8,)](...)
 assert not simulation.races
 """
 
 import triton
 
-from host.cpu_interpreter.launch import Simulation, simulate
-from host.cpu_interpreter.scheduler import GridDeadlock
+from interpreter.launch import Simulation, simulate
+from interpreter.scheduler import GridDeadlock
 from host.errors import InputError
 
 __all__ = ["GridDeadlock", "Simulation", "install", "simulate"]
@@ -35,11 +35,12 @@ def install():
         raise InputError(f"the CPU interpreter knows Triton {known}, not {triton.__version__}")
     if not triton.knobs.runtime.interpret or not isinstance(triton.language.sum, interpreter.InterpretedFunction):
         raise RuntimeError("set TRITON_INTERPRET=1 before triton or a module with kernels is imported")
-    from host.cpu_interpreter import fast_paths, language, launch, numerics, reductions
+    from interpreter import assembly, fast_paths, language, launch, numerics, reductions
 
     numerics.install()
     language.install()
     reductions.install()
     launch.install()
     fast_paths.install()
+    assembly.install()
     interpreter._mended = True

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 from triton._C.libtriton import ir
 
-from host.cpu_interpreter.scheduler import describe_sites, kernel_sites
+from interpreter.scheduler import describe_sites, kernel_sites
 
 LOAD, STORE, ATOMIC, VOLATILE_LOAD = range(4)
 _NAMES = ("load", "store", "atomic", "volatile load")

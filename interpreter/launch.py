@@ -9,8 +9,8 @@ import random
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-from host.cpu_interpreter import races
-from host.cpu_interpreter.scheduler import Grid
+from interpreter import races
+from interpreter.scheduler import Grid
 
 Builder = interpreter.InterpreterBuilder
 _DEADLOCK_LIMIT = 1000

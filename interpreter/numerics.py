@@ -1,6 +1,5 @@
 """Mends the arithmetic of Triton's interpreter: what it computes on a CPU becomes what compiled kernels compute."""
 
-import time
 
 import numpy as np
 import triton
@@ -8,7 +7,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-from host.cpu_interpreter import formats
+from interpreter import formats
 
 Builder = interpreter.InterpreterBuilder
 Handle = interpreter.TensorHandle
@@ -158,21 +157,6 @@ def _with_constexpr_formats(stock):
     return dot_scaled
 
 
-class _Clock:
-    """What inline assembly that reads the clock returns."""
-
-    def get_result(self, index: int):
-        return Handle(np.array([time.perf_counter_ns()], dtype=np.int64), tl.int64)
-
-
-def _inline_asm(self, asm, *args):
-    if "%globaltimer" in asm:
-        return _Clock()
-    raise NotImplementedError(
-        "inline assembly has no meaning on a CPU: keep it behind a constexpr that is false under TRITON_INTERPRET=1"
-    )
-
-
 def install():
     interpreter._convert_float = _convert_float
     Builder.cast_impl = _cast
@@ -187,7 +171,6 @@ def install():
     Builder.get_bf16 = _get_bf16
     Builder.create_dot = _dot
     Builder.create_dot_scaled = _dot_scaled
-    Builder.create_inline_asm = _inline_asm
     if triton.__version__.startswith("3.6."):
         semantic = interpreter.TritonSemantic
         semantic.dot_scaled = _with_constexpr_formats(semantic.dot_scaled)

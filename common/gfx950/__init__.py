@@ -1,0 +1,38 @@
+"""AMD MI350X and MI355X: rows straight from memory, a dense tile's loads ahead of the products of the one before it."""
+
+from common import plain_sync, rows
+from common.gfx950 import asm, feed
+from common.machine import Dense, Feed, Machine, Synchronization
+from common.prompt_rows import ROWS
+
+GFX950 = Machine(
+    name="gfx950",
+    opaque_zero=asm.opaque_zero,
+    sync=Synchronization(
+        publish=asm.publish,
+        release="relaxed",  # `publish` has written back
+        acquire_release="acquire",
+        poll=plain_sync.poll,
+        acquire=plain_sync.acquire,
+        clock_ns=asm.clock_ns,
+    ),
+    feed=Feed(
+        open=feed.open_feed,
+        open_phase=feed.open_phase,
+        extend=rows.extend,
+        ask_small=rows.ask_nothing_small,
+        ask_qkv=feed.ask_qkv,
+        ask_part_of_qkv=rows.ask_no_part,
+        ask_o=feed.ask_o,
+        ask_experts=rows.ask_no_experts,
+        ask_head=feed.ask_head,
+    ),
+    dense=Dense(
+        load_vector=rows.load_vector,
+        load_normed=rows.load_normed,
+        multiply=feed.multiply,
+        e4m3_to_float32=asm.e4m3_to_float32,
+    ),
+    experts=rows.EXPERTS,
+    prompts=ROWS,
+)

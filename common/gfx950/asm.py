@@ -1,0 +1,53 @@
+"""gfx950 instructions that Triton has no name for."""
+
+import triton
+import triton.language as tl
+
+DRAIN = tl.constexpr("s_waitcnt vmcnt(0) lgkmcnt(0)\n\tv_mov_b32 $0, 0")
+WRITE_BACK = tl.constexpr("buffer_wbl2 sc1\n\ts_waitcnt vmcnt(0)\n\tv_mov_b32 $0, 0")
+ZERO = tl.constexpr("s_mov_b32 $0, 0")
+CLOCK = tl.constexpr("s_memrealtime $0\n\ts_waitcnt lgkmcnt(0)")
+E4M3_TO_FLOAT32 = tl.constexpr("""v_cvt_f32_fp8_sdwa $0, $4 src0_sel:BYTE_0
+            v_cvt_f32_fp8_sdwa $1, $4 src0_sel:BYTE_1
+            v_cvt_f32_fp8_sdwa $2, $4 src0_sel:BYTE_2
+            v_cvt_f32_fp8_sdwa $3, $4 src0_sel:BYTE_3""")
+
+
+@triton.jit
+def publish():
+    """Wait until this program's stores have left its waves, and write them back to where the whole device sees them.
+
+    `tl.debug_barrier()` is a bare s_barrier here, which waves may pass with stores still in flight. A release atomic is
+    meant to write back, but LLVM drops its wait behind buffer_wbl2 where it knows of no other access in flight.
+    """
+    tl.inline_asm_elementwise(DRAIN, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    tl.inline_asm_elementwise(WRITE_BACK, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def opaque_zero():
+    """0, a multiple of 16, of which the compiler does not know that it is 0.
+
+    Index vectors that contain it are not kept in registers from phase to phase and from layer to layer.
+    """
+    return 16 * tl.inline_asm_elementwise(ZERO, "=s", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def clock_ns():
+    """Nanoseconds, int64, of a clock of 100 MHz that all programs share."""
+    return 10 * tl.inline_asm_elementwise(CLOCK, "=s", [], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def e4m3_to_float32(words):
+    """The four E4M3 elements of each int32, lowest byte first, as float32."""
+    return tl.inline_asm_elementwise(
+        E4M3_TO_FLOAT32,
+        "=&v,=&v,=&v,=&v,v",
+        [words],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )

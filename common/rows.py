@@ -1,0 +1,172 @@
+"""Matrices whose rows are read straight from memory, where a phase needs them: on gfx950 and in the interpreter."""
+
+import triton
+import triton.language as tl
+
+from common.experts import element
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows
+from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
+from common.machine import Experts
+from common.quant import GROUP, quantize_mxfp8
+from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
+
+# ---------------------------------------------------------------- dense matrices
+
+
+@triton.jit
+def load_vector(x_ptr, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """x float32 [k] as blocks, as gemv_rows takes it."""
+    return load_row_vector(x_ptr, MATRIX, BUILD.machine.opaque_zero())
+
+
+@triton.jit
+def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """(the residual, x plus what the experts left, times a norm's weights, as load_vector gives it; its rms_rstd)."""
+    H: tl.constexpr = BUILD.config.hidden_size
+    TOP_K: tl.constexpr = BUILD.config.experts_per_token
+    zero = BUILD.machine.opaque_zero()
+    x = load_row_vector(ctx.s.x, MATRIX, zero)
+    for rank in tl.static_range(TOP_K):
+        x = add_blocks(x, load_row_vector(ctx.s.expert_out + rank * H, MATRIX, zero))
+    rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
+    return multiply_blocks(x, load_row_vector(norm_ptr, MATRIX, zero)), rstd
+
+
+@triton.jit
+def load_tile(stack, row0, end_row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """A tile of a dense matrix from row0 on, as gemv_rows takes it."""
+    return load_rows(stack, row0, end_row, MATRIX, BUILD.machine.opaque_zero())
+
+
+@triton.jit
+def multiply(ctx, feed, x, stack, row0, end_row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """(a tile's rows from row0 on times x, the feed)."""
+    MACHINE: tl.constexpr = BUILD.machine
+    return gemv_rows(load_tile(stack, row0, end_row, MATRIX, BUILD), x, MATRIX, MACHINE), feed
+
+
+# ---------------------------------------------------------------- experts
+
+
+@triton.jit
+def store_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: tl.constexpr):
+    """Store float32 x [N] as elements first .. first + N of SIZE; in MXFP8 with QUANTIZE, then N is whole groups."""
+    N: tl.constexpr = x.shape[0]
+    i = first + tl.arange(0, N)
+    if QUANTIZE:
+        elements, scale = quantize_mxfp8(tl.reshape(x, (N // GROUP, GROUP)))
+        tl.store(x_ptr + i, tl.reshape(elements, (N,)), mask=i < SIZE)
+        group = tl.arange(0, N // GROUP) + first // GROUP
+        tl.store(scale_ptr + group, scale, mask=group < SIZE // GROUP)
+    else:
+        tl.store(x_ptr + i, x, mask=i < SIZE)
+
+
+@triton.jit
+def store_input(ctx, block, normed, x, rstd, BUILD: tl.constexpr):
+    """Store a block of the experts' input, rmsnorm(x)."""
+    first = block * BUILD.tuning.experts.norm_block
+    store_activations(ctx.s.expert_in, ctx.s.expert_in_scale, normed, first, BUILD.config.hidden_size, BUILD.quant)
+
+
+@triton.jit
+def load_input(ctx, BUILD: tl.constexpr):
+    """(pointer, pointer to the scales) of the experts' input, which a product loads itself."""
+    return ctx.s.expert_in, ctx.s.expert_in_scale
+
+
+@triton.jit
+def store_act(ctx, rank, i, act, BUILD: tl.constexpr):
+    """Store activations i, float32 [n], all of the expert of one rank; rank [n] and i rise by one from i[0] on."""
+    K: tl.constexpr = BUILD.config.intermediate_size
+    place, first = tl.max(rank, axis=0), tl.min(i, axis=0)
+    scale_ptr = ctx.s.expert_act_scale + place * (K // GROUP)
+    store_activations(ctx.s.expert_act + place * K, scale_ptr, act, first, K, BUILD.quant)
+
+
+@triton.jit
+def load_act(ctx, rank, BUILD: tl.constexpr):
+    """(pointer, pointer to the scales) of an expert's activations, which a product loads itself."""
+    K: tl.constexpr = BUILD.config.intermediate_size
+    return ctx.s.expert_act + rank * K, ctx.s.expert_act_scale + rank * (K // GROUP)
+
+
+@triton.jit
+def multiply_expert(ctx, layer, feed, choice, vector, tiles, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """(even rows, odd rows, the feed): one tile of an expert's matrix times a vector, float32 [tile_rows / 2] each."""
+    ROWS: tl.constexpr = MATRIX.rows
+    K: tl.constexpr = MATRIX.k
+    M: tl.constexpr = MATRIX.tile_rows
+    matrix = layer * BUILD.config.n_experts + element(choice.experts, tiles.rank)
+    if MATRIX.name == "gate_up":
+        blocks_ptr, scales_ptr = ctx.w.gate_up, ctx.w.gate_up_scales
+    else:
+        blocks_ptr, scales_ptr = ctx.w.down, ctx.w.down_scales
+    blocks_ptr, scales_ptr = blocks_ptr + matrix * (ROWS * (K // 8)), scales_ptr + matrix * (ROWS * (K // GROUP))
+    row0 = tiles.first * M
+    if BUILD.quant:
+        SCALED: tl.constexpr = BUILD.tuning.experts.dot_scaled
+        y = gemv_fp4_fp8(blocks_ptr, scales_ptr, vector[0], vector[1], row0, ROWS, K, M, MATRIX.k_block, SCALED)
+    else:
+        y = gemv_fp4(blocks_ptr, scales_ptr, vector[0], row0, ROWS, K, M, MATRIX.k_block)
+    even, odd = tl.split(tl.reshape(y, (M // 2, 2)))
+    return even, odd, feed
+
+
+# ---------------------------------------------------------------- a feed that asks for nothing
+
+
+@triton.jit
+def open_feed(ctx, BUILD: tl.constexpr):
+    """No feed: nothing is asked for ahead."""
+    return ()
+
+
+@triton.jit
+def open_phase(ctx, layer, MATRIX: tl.constexpr, choice, BUILD: tl.constexpr):
+    """No feed."""
+    return ()
+
+
+@triton.jit
+def extend(ctx, layer, feed):
+    """The feed as it is."""
+    return feed
+
+
+@triton.jit
+def ask_nothing(ctx, layer, feed, BUILD: tl.constexpr):
+    """The feed as it is."""
+    return feed
+
+
+@triton.jit
+def ask_no_experts(ctx, choice, feed, BUILD: tl.constexpr):
+    """The feed as it is."""
+    return feed
+
+
+@triton.jit
+def ask_no_head(ctx, feed, BUILD: tl.constexpr):
+    """The feed as it is."""
+    return feed
+
+
+@triton.jit
+def ask_nothing_small(ctx, layer, window, BUILD: tl.constexpr):
+    """Leave all to who needs it."""
+
+
+@triton.jit
+def ask_no_part(ctx, layer, PART: tl.constexpr, BUILD: tl.constexpr):
+    """Leave all to who needs it."""
+
+
+EXPERTS = Experts(
+    is_packed=False,
+    store_input=store_input,
+    load_input=load_input,
+    store_act=store_act,
+    load_act=load_act,
+    multiply=multiply_expert,
+)
