@@ -217,6 +217,7 @@ class MegaModel:
         device.
         """
         self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=held_formats(checkpoint, dense))
+        self.compiled_config = self.config.compiled()
         self.device = usable_device(device)
         self.quant = quant
         self.max_context = context_length(self.config, max_context)
@@ -450,7 +451,7 @@ class MegaModel:
                 self.config.n_layers if n_layers is None else n_layers,
                 self.max_context,
                 self.num_programs,
-                CONFIG=self.config,
+                CONFIG=self.compiled_config,
                 TUNING=self.tuning,
                 QUANT=self.quant,
                 BLOCK_P=next_power_of_2(self.num_programs),

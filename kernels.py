@@ -151,7 +151,7 @@ class PhasedModel(MegaModel):
             self.state,
             *arguments,
             self.num_programs,
-            CONFIG=self.config,
+            CONFIG=self.compiled_config,
             TUNING=self.tuning,
             QUANT=self.quant,
             **self.tuning.options(),

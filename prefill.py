@@ -587,6 +587,7 @@ class Prefill:
     ):
         """weights, state: those of the decoding kernel, `tuning` its tuning, which says how experts are packed."""
         self.config, self.tuning, self.blocks, self.quant = config, tuning, blocks, quant
+        self.compiled_config = config.compiled()
         self.weights, self.state = weights, state
         self.scaled = quant and tuning.dot_scaled and not tuning.fragments
         device = state.x.device
@@ -609,15 +610,17 @@ class Prefill:
 
     def _feed_block(self, position: int, n: int) -> None:
         c, w, s, b = self.config, self.weights, self.state, self.buffers
-        t = self.blocks
+        t, compiled = self.blocks, self.compiled_config
         embed_kernel[(n,)](s.tokens, w.embed, b.x, position, H=c.hidden_size)
         for layer in range(c.n_layers):
             attention_norm_kernel[(n,)](
-                b.x, b.expert_out, w.attn_norm, b.high, b.low, layer, CONFIG=c, num_warps=t.norm_warps
+                b.x, b.expert_out, w.attn_norm, b.high, b.low, layer, CONFIG=compiled, num_warps=t.norm_warps
             )
             self._dense(w.qkv, w.qkv_scales, w.qkv_bias, b.qkv, layer, n, c.qkv_size, c.hidden_size, c.dense.qkv)
             max_context = s.k_cache.shape[2]
-            append_kernel[(n,)](b.qkv, s.k_cache, s.v_cache, s.cos, s.sin, layer, position, max_context, CONFIG=c)
+            append_kernel[(n,)](
+                b.qkv, s.k_cache, s.v_cache, s.cos, s.sin, layer, position, max_context, CONFIG=compiled
+            )
             if layer == c.n_layers - 1:
                 return
             self._attention(layer, position, n, max_context)
@@ -672,7 +675,7 @@ class Prefill:
             position,
             n,
             max_context,
-            CONFIG=c,
+            CONFIG=self.compiled_config,
             BLOCK_M=m,
             BLOCK_T=t.attention_t,
             STAGES=t.attention_stages,
@@ -689,7 +692,7 @@ class Prefill:
             b.expert_in,
             b.expert_in_scale,
             layer,
-            CONFIG=c,
+            CONFIG=self.compiled_config,
             TUNING=self.tuning,
             QUANT=self.quant,
             SCALED=self.scaled,
@@ -705,7 +708,7 @@ class Prefill:
             b.weights,
             layer,
             n,
-            CONFIG=c,
+            CONFIG=self.compiled_config,
             BLOCK_N=t.router_n,
             BLOCK_K=t.router_k,
             STAGES=t.router_stages,
@@ -762,7 +765,7 @@ class Prefill:
         return n_pairs // tile.width + min(self.config.n_experts, n_pairs)
 
     def _expert_options(self, tile: Tile) -> dict:
-        return dict(CONFIG=self.config, TUNING=self.tuning, SCALED=self.scaled, **tile.options())
+        return dict(CONFIG=self.compiled_config, TUNING=self.tuning, SCALED=self.scaled, **tile.options())
 
 
 def largest_scales(scales: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host.errors import InputError
@@ -113,6 +113,11 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """Keys that a query of this layer sees, itself included; 0 means all."""
         return self.sliding_window if self.layer_is_sliding[layer] else 0
+
+    def compiled(self) -> "ModelConfig":
+        """What kernels are compiled for: models that differ in what no kernel reads, None here, share them."""
+        unread = "n_layers sliding_window layer_is_sliding max_position_embeddings yarn stop_ids"
+        return replace(self, **dict.fromkeys(unread.split()))
 
     def cut(self, n_layers: int) -> "ModelConfig":
         """The same model with only its first layers. InputError if it has fewer."""
