@@ -1,8 +1,8 @@
 """Several processes on one GPU: `make test-gpu` has one for most cores, as compiling takes the longest.
 
-Tests of a group run in one process, one after another: what they load and compile is there once. All groups with weights
-of 120b's width fit a card of 141 GB together; a smaller one needs fewer processes, say PYTEST_ARGS="-n 2". A test that
-times something, or wants most of the memory, runs while no other test does.
+Tests of a group run in one process, one after another: what they load and compile is there once. All groups with
+weights of 120b's width fit a card of 141 GB together; a smaller one needs fewer processes, say PYTEST_ARGS="-n 2". A
+test that times something, or wants most of the memory, runs while no other test does.
 """
 
 import fcntl
