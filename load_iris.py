@@ -48,8 +48,8 @@ from host.iris_format import (
     archive_name,
     archive_tensors,
     read_header,
-    unused_spans,
     stored_formats,
+    unused_spans,
 )
 from host.mapped import name_on_bus_error, release_pages
 
