@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import re
@@ -121,20 +120,19 @@ def open_checkpoint(model: str | Path, n_layers: int | None = None) -> HFCheckpo
     for name in wanted:
         if name not in shard_of:
             raise InputError(f"{source}: tensor {name} is missing")
-    shards, states, ignored = {}, {}, []
+    shards, states, extra = {}, {}, []
     for shard in sorted({shard_of[name] for name in wanted}):
         states[shard] = _shard_state(folder / shard)
         stored = _read_header(folder / shard)
         _check_shard(folder / shard, stored, shard_of, wanted)
         shards[shard] = tuple(name for name in stored if name in wanted)
-        ignored += [f"{name!r} of {shard}" for name in itertools.islice((n for n in stored if n not in shard_of), 4)]
+        extra += [f"{name!r} of {shard}" for name in stored if name not in shard_of]
     named = {source.name, *shard_of.values()}
-    ignored += sorted(
-        {f"{path.name!r}" for path in folder.glob("model*.safetensors*")} - {f"{name!r}" for name in named}
-    )
+    files = {path.name for ending in (".safetensors", INDEX_NAME) for path in folder.glob(f"*{ending}")}
+    ignored = [repr(name) for name in sorted(files - named)] + extra
     if ignored:
-        more = ", ..." if len(ignored) > 3 else ""
-        _notice(f"{folder}: ignored, as {source.name} does not name it: {', '.join(ignored[:3])}{more}")
+        shown = ", ".join(ignored[:3]) + (f" and {len(ignored) - 3} more" if len(ignored) > 3 else "")
+        _notice(f"{folder}: ignores what {source.name} does not name: {shown}")
     return HFCheckpoint(str(model), folder, config, shards, states)
 
 
@@ -253,7 +251,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         raise InputError(f"{failure}: it sends too slowly ({error})") from None
     except (httpx.TransportError, errors.OfflineModeIsEnabled) as error:
         raise InputError(f"{unreachable} ({_first_line(error)})") from None
-    except Exception as error:  # the hub client lets the errors of its transports and of its checks through
+    except Exception as error:  # noqa: BLE001 - the hub client lets the errors of its transports and of its checks through
         raise InputError(f"{failure}: {_first_line(error)}") from None
 
 

@@ -164,10 +164,8 @@ class IrisArchive:
                 continue
             for offset in range(span.start, span.stop, HASH_CHUNK):
                 if self._read(offset, min(HASH_CHUNK, span.stop - offset)).strip(b"\0"):
-                    raise InputError(
-                        f"{self.name}: holds bytes other than zero, from {span.start} to {span.stop}, that belong to no "
-                        f"tensor"
-                    )
+                    where = f"from {span.start} to {span.stop}"
+                    raise InputError(f"{self.name}: holds bytes other than zero, {where}, that belong to no tensor")
 
     def _digest(self, entry: Entry) -> bytes:
         digest = hashlib.sha256()

@@ -124,6 +124,8 @@ def file_state(file: int | str | Path) -> FileState:
 
 def check_same(before: FileState, now: FileState, path: str | Path) -> None:
     """InputError if a file was written to, or another has taken its place. Its links may come and go."""
+    if now.inode == before.inode and now.n_bytes < before.n_bytes:
+        raise InputError(f"{path}: could not be read on: was it cut short while in use?")
     only_links = now.links != before.links
     if now[:4] != before[:4] or (now.changed_ns != before.changed_ns and not only_links):
         raise InputError(f"{path}: was changed while it was in use: what was read of it cannot be trusted")
