@@ -41,7 +41,7 @@ import common
 from common import phases
 from common.stream import describe_and_fill, fill, open_stream, plan_until, shares_of
 from host import cpu_interpreter, shared_memory
-from host.checkpoint import Checkpoint, RandomCheckpoint
+from host.checkpoint import Checkpoint, RandomCheckpoint, check_unchanged
 from host.cli import (
     ArgumentParser,
     add_fp8_arguments,
@@ -74,7 +74,7 @@ from host.phases import PHASES, barrier_name
 from host.state import State, new_state
 from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
 from host.traffic import bytes_by_phase
-from host.weights import Weights, bytes_to_load, load_weights
+from host.weights import Weights, bytes_to_load, load_weights, weights_in_place
 from load_model import open_checkpoint, open_tokenizer
 from prefill import Prefill
 from tokenizer_util import Tokenizer
@@ -229,6 +229,9 @@ class MegaModel:
         needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         start = time.perf_counter()
+        # Weights that stay in a mapped file are as good as that file.
+        in_place = weights_in_place(checkpoint, self.config, self.device, self.tuning)
+        self._mapped = checkpoint if in_place else None
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
         self.load_seconds = time.perf_counter() - start
         self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
@@ -343,10 +346,12 @@ class MegaModel:
         What the prompt has in common with the sequence before it, such as a chat's earlier turns, is not fed again. The
         rest is fed in blocks (prefill.py), but for its last token. `on_logits` receives the logits, float32 [vocab], of
         each position of the prompt and the answer, for which all are fed one by one; the next launch overwrites them.
+        InputError if weights lie in a mapped file, which a CPU's may, that was changed since it was opened.
         """
         prompt_ids = list(prompt_ids)
         if not prompt_ids:
             raise InputError("the prompt is empty")
+        check_unchanged(self._mapped)
         last = len(prompt_ids) - 1
         held = 0 if on_logits else min(self._held(prompt_ids), last)
         self._write_tokens(prompt_ids[held:], held)
@@ -362,6 +367,7 @@ class MegaModel:
             self.prefill.feed(held, last - held)
             self.n_fed = last
         for token in self._decode(last, min(last + max_new_tokens, self.max_context), on_logits):
+            check_unchanged(self._mapped)
             yield token
             if token in self.config.stop_ids:
                 return

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from host.checkpoint import check_unchanged
 from host.config import BF16, DenseFormats, ModelConfig, expected_tensors, held_formats, scale_name
 from host.errors import InputError
 from host.fp8 import dequantize_fp8, quantize_fp8
@@ -239,6 +240,7 @@ class Reference:
         max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first.
         """
         self.config = checkpoint.config if n_layers is None else checkpoint.config.cut(n_layers)
+        self._checkpoint = checkpoint
         self.quant, self.dtype, self.max_context = quant, dtype, max_context
         self.device = torch.device(device or "cpu")
         self._weights = Weights(checkpoint, self.config, self.device, dtype, held_formats(checkpoint, dense))
@@ -261,7 +263,8 @@ class Reference:
         intermediates by name, under "layers.{n}.": qkv (with biases, before RoPE) [tokens, qkv_size], attention
         (before the output projection) [tokens, q_size], attn_residual (hidden state after it) [tokens, hidden],
         router_logits [tokens, n_experts], expert_act (before quantization) [tokens, top_k, intermediate], output
-        (hidden state after the layer) [tokens, hidden]. InputError if a position exceeds max_context.
+        (hidden state after the layer) [tokens, hidden]. InputError if a position exceeds max_context, or a file of the
+        checkpoint was changed since it was opened.
         """
         ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self.device)
         if position < 0 or position + len(ids) > self.max_context:
@@ -275,7 +278,9 @@ class Reference:
             x = self._attention_block(layer, x, position, record)
             x = self._expert_block(layer, x, record)
             record(f"layers.{layer}.output", x)
-        return linear(rms_norm(x, weight("model.norm.weight"), self.config.rms_norm_eps), weight("lm_head.weight"))
+        logits = linear(rms_norm(x, weight("model.norm.weight"), self.config.rms_norm_eps), weight("lm_head.weight"))
+        check_unchanged(self._checkpoint)
+        return logits
 
     def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int, on_logits: Callable[[Tensor], None] | None = None

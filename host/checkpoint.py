@@ -51,6 +51,13 @@ class Checkpoint(Protocol):
         """What a file beside the weights holds, such as TOKENIZER_NAME; None if there is none. Raises InputError."""
 
 
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """InputError if a file that the checkpoint reads was changed since it was opened. Some read none."""
+    check = getattr(checkpoint, "check_unchanged", None)
+    if check is not None:
+        check()
+
+
 class RandomCheckpoint:
     """A checkpoint of the given sizes whose values are drawn on `device` when asked for, and not kept.
 

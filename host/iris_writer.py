@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.checkpoint import TOKENIZER_NAME, Checkpoint, config_to_dict
+from host.checkpoint import TOKENIZER_NAME, Checkpoint, check_unchanged, config_to_dict
 from host.config import BF16, CONFIG_NAME, GENERATION_NAME, scale_name
 from host.iris_format import Entry, archive_name, archive_tensors, encode_header, place_entries
 from host.output_file import replacing, write_all
@@ -70,6 +70,7 @@ def write_archive(
             write(entry, _bytes_of(tensor, entry))
             del tensor  # before the next one comes
         check()
+        check_unchanged(checkpoint)
         write_all(descriptor, memoryview(encode_header(entries, digests)), 0)
         bar.set_postfix_str("syncing")
     return n_bytes

@@ -6,6 +6,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from common.gemv_dense import item_bytes, scale_stride
+from host.checkpoint import check_unchanged
 from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, ModelConfig, expected_tensors, scale_name
 from host.fp8 import quantize_into
 from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
@@ -166,6 +167,7 @@ def load_weights(
 
     config: that of the checkpoint, but its `dense` says how the dense matrices are held, as `tuning` does for experts;
     those that the checkpoint has in bfloat16 are quantized on the device.
+    InputError if a file of the checkpoint was changed meanwhile.
     """
     fields = weights_in_place(checkpoint, config, device, tuning)
     places = {}
@@ -190,6 +192,7 @@ def load_weights(
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    check_unchanged(checkpoint)
     return Weights(**fields)
 
 
