@@ -82,13 +82,19 @@ def convert(args: argparse.Namespace) -> None:
                 show_progress=True,
                 on_terminal=sys.stderr.isatty(),
                 check=check,
-                inputs=files_of(source),
+                inputs=files_to_keep(source, rewritten=args.layers is None and checkpoint.config == source.config),
             )
     except KeyboardInterrupt:
         print(f"interrupted: {args.out} was not written; the same command starts again", file=sys.stderr)
         raise
     seconds = time.perf_counter() - start
     print(f"{args.out}: {n_bytes / 1e9:.3f} GB in {seconds:.1f} s, {n_bytes / 1e9 / seconds:.2f} GB/s")
+
+
+def files_to_keep(source: Checkpoint, rewritten: bool) -> list[Path]:
+    """What --force does not replace: the source's files, but for an archive that is rewritten with all it holds."""
+    files = files_of(source)
+    return files[1:] if rewritten and isinstance(source, IrisArchive) else files
 
 
 def open_source(args: argparse.Namespace) -> Checkpoint:
