@@ -56,7 +56,7 @@ def write_file(flag: str, path: Path, data: bytes, inputs: Sequence[Path] = ()) 
 
 def _end_of_links(path: Path) -> Path:
     """A report's name may be a link, to the latest one for example, which stays."""
-    return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def display_name(checkpoint: Checkpoint) -> str:

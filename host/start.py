@@ -26,5 +26,5 @@ def _report(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 open_descriptors()
 sys.excepthook = _report
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # run_main sets another one
+# Also where a script's shell has it ignored for what it starts in the background; run_main sets another one.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
