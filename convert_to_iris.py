@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         "--layers", metavar="N", type=positive_int, help="convert, or compare with, the first N layers of --model only"
     )
     add_fp8_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="replace an archive that is there already")
+    parser.add_argument("--force", action="store_true", help="replace what is there already, but no file of --model")
     args = parser.parse_args()
     if args.out and not (args.model or args.random_weights):
         raise InputError("--out: what to convert? --model or --random-weights says so")
