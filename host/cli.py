@@ -28,6 +28,7 @@ FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # what --fp8-scale says
 FP8_COMPONENTS = ("qkv", "o", "router", "head")
 
 EXIT_FAILURE = 1
+NO_THREAD = "can't start new thread"  # what Python's RuntimeError says
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
@@ -77,9 +78,12 @@ def _exit_code(call: Callable[[], None], came: list[int]) -> int:
     except OSError as error:
         _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return EXIT_INPUT_ERROR
-    except Exception:  # a library may have made another one of KeyboardInterrupt
-        if came:
+    except Exception as error:
+        if came:  # a library has made another one of KeyboardInterrupt
             return signal_exit_code(came)
+        if str(error) == NO_THREAD:
+            _print_error(f"{error}: the limit on this user's processes, or memory, is reached")
+            return EXIT_INPUT_ERROR
         raise
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def test_runs_that_differ_are_one_line_and_a_failure(capsys):
 
     assert run_main(unsteady) == 1
     assert capsys.readouterr() == ("", "error: two runs wrote different tokens\n")
+
+
+def test_a_thread_that_cannot_be_had_is_one_line(capsys, monkeypatch):
+    def none_left(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading._start_new_thread", none_left)
+    assert run_main(threading.Thread(target=failing).start) == 2
+    line = "error: can't start new thread: the limit on this user's processes, or memory, is reached\n"
+    assert capsys.readouterr() == ("", line)
 
 
 # Signals
