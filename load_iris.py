@@ -128,6 +128,10 @@ class IrisArchive:
         """InputError if the file was written to since it was opened."""
         check_same(self._state, file_state(self._file.fileno()), self.name)
 
+    def files(self) -> list[Path]:
+        """The archive, and the files beside one of version 1 that complete it."""
+        return [self._path, *(self._path.parent / name for name in MOST_BYTES if self.header.version == 1)]
+
     def verify(self, show_progress: bool = False) -> None:
         """Read all of the file and compare checksums. InputError names what does not match, or has no checksum.
 
