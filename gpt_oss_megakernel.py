@@ -29,7 +29,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 
-if not torch.cuda.is_available():
+from host.devices import gpu_runs_kernels, notice_unused_gpu
+
+if not gpu_runs_kernels():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when @triton.jit decorates
 
 import triton
@@ -65,8 +67,10 @@ from host.launch import (
     Tuning,
     blocks_for,
     check_program_count,
+    compile_errors,
     next_power_of_2,
     program_count,
+    quiet_compilers,
     tuning_for,
 )
 from host.limits import check_memory, context_length
@@ -79,6 +83,7 @@ from load_model import open_checkpoint, open_tokenizer
 from prefill import Prefill
 from tokenizer_util import Tokenizer
 
+quiet_compilers()
 shared_memory.install()
 
 
@@ -240,7 +245,8 @@ class MegaModel:
         self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
         self.state = self._new_state(kv_dtype)
         self.prefill = Prefill(self.config, self.tuning, self.blocks, self.quant, self.weights, self.state)
-        self._compile()
+        with compile_errors(self.device):
+            self._compile()
         self._check_barriers()
 
     def _compile(self) -> None:
@@ -277,6 +283,7 @@ class MegaModel:
 
         Options and errors: see MegaModel.
         """
+        device = usable_device(device)  # before anything is loaded
         return cls(open_checkpoint(path), quant, max_context, device, **options)
 
     def reset(self) -> None:
@@ -516,6 +523,7 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
 
 def main() -> None:
     args = parse_arguments()
+    usable_device(None)  # before anything is loaded
     checkpoint, tokenizer = open_model(args)
     prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
     traced = token_to_trace(args, len(prompt_ids), context_length(checkpoint.config, args.max_context))
@@ -560,7 +568,9 @@ def load_rate(model: MegaModel) -> str:
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or the one Triton was set up for when this module was imported. Raises InputError."""
     interpreted = isinstance(megakernel, InterpretedFunction)
-    device = torch_device(device or ("cpu" if interpreted else "cuda"))
+    if interpreted and device is None:
+        notice_unused_gpu()
+    device = torch_device(device or ("cpu" if interpreted else "cuda"), for_kernels=True)
     if (device.type == "cpu") != interpreted:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:

@@ -18,6 +18,7 @@ import torch
 
 from host.checkpoint import Checkpoint
 from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token, held_formats
+from host.devices import check_supported
 from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer
 from host.limits import DEFAULT_CONTEXT, context_length
 
@@ -113,10 +114,15 @@ def token_id_list(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def torch_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back."""
+def torch_device(device: torch.device | str | None, for_kernels: bool = False) -> torch.device:
+    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back.
+
+    for_kernels: a GPU must also be one that the kernels can be compiled for.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if for_kernels and torch.device(device).type == "cuda":
+            check_supported(torch.device(device))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
