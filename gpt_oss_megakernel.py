@@ -9,16 +9,14 @@ each other:
 and launches it; `main` is the command line.
 """
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import argparse
 import dataclasses
 import functools
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +47,7 @@ from host.cli import (
     add_fp8_arguments,
     add_model_arguments,
     add_prompt_arguments,
+    check_outputs,
     dense_formats,
     device_name,
     logits_writer,
@@ -74,12 +73,13 @@ from host.launch import (
     tuning_for,
 )
 from host.limits import check_memory, context_length
+from host.output_file import output_path
 from host.phases import PHASES, barrier_name
 from host.state import State, new_state
 from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
 from host.traffic import bytes_by_phase
 from host.weights import Weights, bytes_to_load, load_weights
-from load_model import open_checkpoint, open_tokenizer
+from load_model import files_of, open_checkpoint, open_tokenizer
 from prefill import Prefill
 from tokenizer_util import Tokenizer
 
@@ -498,7 +498,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
     parser.add_argument("--load-rate", action="store_true", help="say how long loading took, and at what rate")
     parser.add_argument(
-        "--trace", metavar="FILE.json", type=Path, help="time the phases of one token, as a Chrome trace and a table"
+        "--trace",
+        metavar="FILE.json",
+        type=output_path,
+        help="time the phases of one token, as a Chrome trace and a table",
     )
     parser.add_argument(
         "--trace-token",
@@ -510,7 +513,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
-    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids."""
+    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids.
+
+    InputError before anything is opened if the kernels cannot run here.
+    """
+    device = usable_device(None)
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
         return checkpoint, open_tokenizer(checkpoint)
@@ -518,17 +525,18 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
         raise InputError("--verify: random weights have no checksums")
     config = PRESETS[args.random_weights]
     config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
-    return RandomCheckpoint(config, device=usable_device(None), name=f"random {args.random_weights}"), None
+    return RandomCheckpoint(config, device=device, name=f"random {args.random_weights}"), None
 
 
 def main() -> None:
     args = parse_arguments()
-    usable_device(None)  # before anything is loaded
+    check_outputs(args)
     checkpoint, tokenizer = open_model(args)
     prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
     traced = token_to_trace(args, len(prompt_ids), context_length(checkpoint.config, args.max_context))
-    with trace_writer(args.trace) as write_trace:
-        with logits_writer(args.logits_out, checkpoint.config.vocab_size) as on_logits:
+    inputs = files_of(checkpoint)
+    with trace_writer(args.trace, inputs) as write_trace:
+        with logits_writer(args.logits_out, checkpoint.config.vocab_size, inputs) as on_logits:
             model = MegaModel(
                 checkpoint,
                 args.quant,

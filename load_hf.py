@@ -20,6 +20,19 @@ from host.mapped import name_on_bus_error, release_pages
 
 HUB_REPLY_SECONDS = 10.0
 SMALL_FILES = (CONFIG_NAME, GENERATION_NAME, TOKENIZER_NAME, INDEX_NAME)
+# What else repositories in this layout hold.
+COMPANIONS = (
+    *SMALL_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "README.md",
+    "LICENSE",
+    "USAGE_POLICY",
+)
 MAX_INDEX_BYTES = 64 << 20  # that of gpt-oss-120b has 50 KB
 MAX_HEADER_BYTES = 16 << 20  # of a shard; all of gpt-oss-120b's have 100 KB
 MAX_REF_BYTES = 4096  # of a commit's 40
@@ -61,6 +74,11 @@ class HFCheckpoint:
         """What a file of the folder holds; None if there is none. Raises InputError."""
         path = self.folder / name
         return read_small(path, MAX_TOKENIZER_BYTES) if path.exists() else None
+
+    def files(self) -> list[Path]:
+        """All files that belong to it, also those that are not read: weights, configuration, tokenizer, licence."""
+        names = {*COMPANIONS, *self.shards}
+        return sorted({*self.folder.glob("*.safetensors*"), *(self.folder / name for name in names)})
 
     def _open(self, shard: str, names: tuple[str, ...]) -> safe_open:
         """InputError if these tensors are not what open_checkpoint saw: another file may have taken the place."""

@@ -105,6 +105,10 @@ class IrisArchive:
             raise InputError(f"{self.name}: {name}: the checksum does not match: the file is damaged")
         return data
 
+    def files(self) -> list[Path]:
+        """The archive, and the files beside one of version 1 that complete it."""
+        return [self._path, *(self._path.parent / name for name in MOST_BYTES if self.header.version == 1)]
+
     def verify(self, show_progress: bool = False) -> None:
         """Read all of the file and compare checksums. InputError names what does not match, or has no checksum."""
         if self.header.digests is None:

@@ -9,7 +9,7 @@ from host.config import CONFIG_NAME
 from host.errors import InputError
 from load_hf import HFCheckpoint
 from load_hf import open_checkpoint as open_folder
-from load_iris import open_archive
+from load_iris import IrisArchive, open_archive
 from tokenizer_util import Tokenizer
 
 SUFFIX = ".iris"
@@ -35,6 +35,11 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if isinstance(checkpoint, HFCheckpoint):
         return Tokenizer.from_folder(checkpoint.folder)
     return Tokenizer.of(checkpoint)
+
+
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """Paths of all files that an opened model consists of, which no output may replace; none for random weights."""
+    return checkpoint.files() if isinstance(checkpoint, (HFCheckpoint, IrisArchive)) else []
 
 
 def is_archive(model: str | Path) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 import triton
 from triton.runtime import interpreter
 
+from host.program import ENDING_SIGNALS
+
 _SKIPPED_FOLDERS = (os.path.dirname(triton.__file__), os.path.dirname(np.__file__), os.path.dirname(__file__))
 
 
@@ -44,23 +46,26 @@ def describe_sites(sites):
 
 @contextlib.contextmanager
 def interrupts_to(fail):
-    """What a handler of Ctrl-C raises in the body goes to `fail`: amid locks, it could leave them held for ever."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+    """What a signal's handler raises in the body goes to `fail`: amid locks, it could leave them held for ever."""
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if not handlers or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def handle(*call):
+    def handle(number, frame):
         try:
-            handler(*call)
+            handlers[number](number, frame)
         except BaseException as error:  # noqa: BLE001 (who is given it raises it)
             fail(error)
 
-    signal.signal(signal.SIGINT, handle)
     try:
+        for number in handlers:
+            signal.signal(number, handle)
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _Program:
