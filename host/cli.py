@@ -42,9 +42,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_main(main: Callable[[], None]) -> int:
     """Calls `main` and returns the process's exit code; see host.program for what signals and streams do meanwhile.
 
-    0; 2 after an InputError, without enough memory, or where a file or stdout could not be written; 1 if the kernel gave up or runs that must
-    agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the reader of stdout is gone. Errors are one
-    line on stderr; where that is lost, the exit code still tells.
+    0; 2 after an InputError, without enough memory, or where a file or stdout could not be written; 1 if the kernel
+    gave up or runs that must agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the reader of stdout
+    is gone. Errors are one line on stderr; where that is lost, the exit code still tells.
     """
     with signals_as_interrupts() as came, standard_streams() as check_stdout:
         code = _exit_code(check_stdout, came)  # it may be closed

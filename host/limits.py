@@ -53,15 +53,15 @@ def available_bytes(device: torch.device) -> int:
     return max(0, min([_machine_bytes(), *_cgroup_bytes(), *_process_bytes()]))
 
 
-def _machine_bytes(proc: Path = PROC) -> int:
+def _machine_bytes() -> int:
     """What the host has, without writing to its swap space."""
-    available = _fields(proc / "meminfo").get("MemAvailable")
+    available = _fields(PROC / "meminfo").get("MemAvailable")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if available is None else available << 10
 
 
-def _process_bytes(proc: Path = PROC) -> Iterator[int]:
+def _process_bytes() -> Iterator[int]:
     """What `ulimit -v` and `ulimit -d` leave of this process's address space and of its data."""
-    status = _fields(proc / "self" / "status")
+    status = _fields(PROC / "self" / "status")
     for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         most = resource.getrlimit(limit)[0]
         if most != resource.RLIM_INFINITY:
@@ -74,17 +74,17 @@ _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 _CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
-def _cgroup_bytes(proc: Path = PROC, mounts: Path = CGROUPS) -> Iterator[int]:
+def _cgroup_bytes() -> Iterator[int]:
     """What the limits of this process's control groups and of the groups around them leave, of those that can be read.
 
     A container may name its group by a path of the host, which is not there: its own is then the mount itself.
     """
-    for line in _text(proc / "self" / "cgroup").splitlines():
+    for line in _text(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if controllers == "":
-            roots, files = (mounts, mounts / "unified"), _CGROUP_V2
+            roots, files = (CGROUPS, CGROUPS / "unified"), _CGROUP_V2
         elif "memory" in controllers.split(","):
-            roots, files = (mounts / "memory", mounts / controllers), _CGROUP_V1
+            roots, files = (CGROUPS / "memory", CGROUPS / controllers), _CGROUP_V1
         else:
             continue
         names = [name for name in path.split("/") if name not in ("", "..")]
