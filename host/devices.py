@@ -1,7 +1,8 @@
 """Which GPUs the kernels can be compiled for: known before Triton is imported, and before anything is loaded.
 
-NVIDIA before compute capability 9.0 has no bulk copies to shared memory. Beyond it (10.0, 12.0) the kernels compile,
-which is all that is known. Of AMD's GPUs gfx950 alone has the scaled matrix products of --quant.
+NVIDIA before compute capability 9.0 has no bulk copies to shared memory. For those listed beyond it Triton 3.6 compiles
+the kernels, but nothing was run on one; 11.0 is unknown to its assembler. Of AMD's GPUs gfx950 alone has the scaled
+matrix products of --quant.
 """
 
 import functools
@@ -11,9 +12,9 @@ import torch
 
 from host.errors import InputError
 
-LEAST_CAPABILITY = (9, 0)
+CAPABILITIES = ((9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
 AMD_ARCHITECTURE = "gfx950"
-SUPPORTED = "NVIDIA GPUs of compute capability 9.0 or more and AMD gfx950"
+SUPPORTED = f"NVIDIA {', '.join(f'{major}.{minor}' for major, minor in CAPABILITIES)} and AMD {AMD_ARCHITECTURE}"
 
 
 def why_unsupported(device: torch.device) -> str | None:
@@ -22,7 +23,7 @@ def why_unsupported(device: torch.device) -> str | None:
         architecture = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         return None if architecture == AMD_ARCHITECTURE else f"AMD {architecture} is not supported, {SUPPORTED} are"
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) >= LEAST_CAPABILITY:
+    if (major, minor) in CAPABILITIES:
         return None
     return f"NVIDIA compute capability {major}.{minor} is not supported, {SUPPORTED} are"
 

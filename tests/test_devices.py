@@ -17,7 +17,15 @@ from host.errors import InputError
 from host.launch import compile_errors, quiet_compilers
 
 ROOT = Path(__file__).parent.parent
-NVIDIA = {"A100": (8, 0), "L4": (8, 9), "V100": (7, 0), "H200": (9, 0), "B200": (10, 0), "RTX 5090": (12, 0)}
+NVIDIA = {
+    "A100": (8, 0),
+    "L4": (8, 9),
+    "V100": (7, 0),
+    "H200": (9, 0),
+    "B200": (10, 0),
+    "RTX 5090": (12, 0),
+    "Thor": (11, 0),
+}
 # Runs command lines one after another beside a GPU of this compute capability, which holds no tensors.
 BESIDE_A_GPU = """
 import json, runpy, sys, torch
@@ -62,9 +70,9 @@ def amd(architecture: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("name", NVIDIA)
-def test_nvidia_gpus_from_sm_90_on(name, gpus):
+def test_of_nvidia_gpus_those_that_triton_can_compile_for(name, gpus):
     gpus(nvidia(name))
-    assert devices.gpu_runs_kernels() == (NVIDIA[name] >= (9, 0))
+    assert devices.gpu_runs_kernels() == (name in ("H200", "B200", "RTX 5090"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,9 @@ def test_the_gpu_that_is_asked_for_is_the_one_that_is_checked(gpus):
     gpus(nvidia("H200"), nvidia("A100"))
     devices.check_supported(torch.device("cuda"))
     devices.check_supported(torch.device("cuda:0"))
-    with pytest.raises(InputError, match=r"device cuda:1: NVIDIA compute capability 8\.0 is not supported, .* 9\.0 or"):
+    with pytest.raises(
+        InputError, match=r"device cuda:1: NVIDIA compute capability 8\.0 is not supported, NVIDIA 9\.0.* are"
+    ):
         devices.check_supported(torch.device("cuda:1"))
 
 
@@ -158,7 +168,7 @@ def test_scripts_told_to_compile_for_an_old_gpu_end_before_they_load():
     assert (done.stdout, codes) == ("", ["2"] * len(commands))
     for error in errors:
         assert error.startswith("error: device cuda")
-        assert all(said in error for said in ("8.0 is not supported", "9.0 or more", "gfx950"))
+        assert all(said in error for said in ("8.0 is not supported", "NVIDIA 9.0", "gfx950"))
 
 
 def test_compile_errors_are_one_line():
