@@ -27,7 +27,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 
-if not torch.cuda.is_available():
+from host.devices import gpu_runs_kernels, notice_unused_gpu
+
+if not gpu_runs_kernels():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when @triton.jit decorates
 
 import triton
@@ -64,8 +66,10 @@ from host.launch import (
     Tuning,
     blocks_for,
     check_program_count,
+    compile_errors,
     next_power_of_2,
     program_count,
+    quiet_compilers,
     tuning_for,
 )
 from host.limits import check_memory, context_length
@@ -79,6 +83,7 @@ from load_model import files_of, open_checkpoint, open_tokenizer
 from prefill import Prefill
 from tokenizer_util import Tokenizer
 
+quiet_compilers()
 shared_memory.install()
 
 
@@ -243,7 +248,8 @@ class MegaModel:
         self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
         self.state = self._new_state(kv_dtype)
         self.prefill = Prefill(self.config, self.tuning, self.blocks, self.quant, self.weights, self.state)
-        self._compile()
+        with compile_errors(self.device):
+            self._compile()
         self._check_barriers()
 
     def _compile(self) -> None:
@@ -280,6 +286,7 @@ class MegaModel:
 
         Options and errors: see MegaModel.
         """
+        device = usable_device(device)  # before anything is loaded
         return cls(open_checkpoint(path), quant, max_context, device, **options)
 
     def reset(self) -> None:
@@ -512,7 +519,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
-    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids."""
+    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids.
+
+    InputError before anything is opened if the kernels cannot run here.
+    """
+    device = usable_device(None)
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
         return checkpoint, open_tokenizer(checkpoint)
@@ -520,7 +531,7 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
         raise InputError("--verify: random weights have no checksums")
     config = PRESETS[args.random_weights]
     config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
-    return RandomCheckpoint(config, device=usable_device(None), name=f"random {args.random_weights}"), None
+    return RandomCheckpoint(config, device=device, name=f"random {args.random_weights}"), None
 
 
 def main() -> None:
@@ -571,7 +582,9 @@ def load_rate(model: MegaModel) -> str:
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or the one Triton was set up for when this module was imported. Raises InputError."""
     interpreted = isinstance(megakernel, InterpretedFunction)
-    device = torch_device(device or ("cpu" if interpreted else "cuda"))
+    if interpreted and device is None:
+        notice_unused_gpu()
+    device = torch_device(device or ("cpu" if interpreted else "cuda"), for_kernels=True)
     if (device.type == "cpu") != interpreted:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:

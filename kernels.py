@@ -15,7 +15,7 @@ import triton.language as tl
 
 from common import phases
 from common.stream import Plan, describe_and_fill, open_stream, plan_until, shares_of
-from host.launch import next_power_of_2
+from host.launch import compile_errors, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["position", "n_programs"])
@@ -127,7 +127,8 @@ class PhasedModel(MegaModel):
     def __init__(self, *args, **options):
         """As MegaModel."""
         super().__init__(*args, **options)
-        self._launch(0, token=True, n_layers=1)  # compiles them all
+        with compile_errors(self.device):
+            self._launch(0, token=True, n_layers=1)  # compiles them all
         self.reset()
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:

@@ -29,7 +29,7 @@ from common.router import top_k_softmax_rows
 from common.swiglu import swiglu
 from host.buffers import Buffers, buffer_shapes, most_tokens
 from host.config import ModelConfig
-from host.launch import BlockTuning, Tile, Tuning, next_power_of_2
+from host.launch import BlockTuning, Tile, Tuning, compile_errors, next_power_of_2
 from host.state import State
 from host.weights import Weights
 
@@ -605,7 +605,8 @@ class Prefill:
         end = position + n_tokens
         while position < end:
             n = min(self.tokens, end - position)
-            self._feed_block(position, n)
+            with compile_errors(self.state.x.device):
+                self._feed_block(position, n)
             position += n
 
     def _feed_block(self, position: int, n: int) -> None:

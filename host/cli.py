@@ -15,8 +15,9 @@ import torch
 
 from host.checkpoint import Checkpoint
 from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token, held_formats
+from host.devices import check_supported
 from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer
-from host.limits import DEFAULT_CONTEXT, context_length
+from host.limits import DEFAULT_CONTEXT, context_length, is_out_of_memory
 from host.output_file import check_output, output_path, replacing
 from host.program import signal_exit_code, signals_as_interrupts, standard_streams
 
@@ -42,9 +43,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_main(main: Callable[[], None]) -> int:
     """Calls `main` and returns the process's exit code; see host.program for what signals and streams do meanwhile.
 
-    0; 2 after an InputError, or where a file or stdout could not be written; 1 if the kernel gave up or runs that must
-    agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the reader of stdout is gone. Errors are one
-    line on stderr; where that is lost, the exit code still tells.
+    0; 2 after an InputError, without enough memory, or where a file or stdout could not be written; 1 if the kernel
+    gave up or runs that must agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the reader of stdout
+    is gone. Errors are one line on stderr; where that is lost, the exit code still tells.
     """
     with signals_as_interrupts() as came, standard_streams() as check_stdout:
         code = _exit_code(check_stdout, came)  # it may be closed
@@ -78,13 +79,16 @@ def _exit_code(call: Callable[[], None], came: list[int]) -> int:
     except OSError as error:
         _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return EXIT_INPUT_ERROR
-    except Exception as error:
-        if came:  # a library has made another one of KeyboardInterrupt
+    except Exception as error:  # a library may have made another one of KeyboardInterrupt
+        if came:
             return signal_exit_code(came)
         if str(error) == NO_THREAD:
             _print_error(f"{error}: the limit on this user's processes, or memory, is reached")
             return EXIT_INPUT_ERROR
-        raise
+        if not is_out_of_memory(error):
+            raise
+        _print_error(f"not enough memory: {(str(error).splitlines() or ['the system gives no more'])[0]}")
+        return EXIT_INPUT_ERROR
 
 
 def _print_error(message: str) -> None:
@@ -110,10 +114,15 @@ def token_id_list(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def torch_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back."""
+def torch_device(device: torch.device | str | None, for_kernels: bool = False) -> torch.device:
+    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back.
+
+    for_kernels: a GPU must also be one that the kernels can be compiled for.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if for_kernels and torch.device(device).type == "cuda":
+            check_supported(torch.device(device))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from host.checkpoint import config_to_dict
 from host.config import (
+    FP8_ROWS,
     GPT_OSS_20B,
     GPT_OSS_120B,
     PRESETS,
+    DenseFormats,
     ModelConfig,
     YarnConfig,
     config_from_dict,
@@ -397,3 +400,11 @@ def test_config_that_is_missing_or_a_folder(tmp_path):
 @pytest.mark.parametrize("generation", ["{", "[]", {"eos_token_id": "x"}, {"eos_token_id": [1, -1]}])
 def test_bad_generation_config(tmp_path, generation):
     assert_rejected(write_config(tmp_path, published_dict(), generation), "generation_config.json")
+
+
+def test_models_that_no_kernel_tells_apart_share_what_is_compiled():
+    alike = [GPT_OSS_120B.cut(3), replace(GPT_OSS_120B, stop_ids=()), replace(GPT_OSS_120B, sliding_window=7)]
+    assert all(config.compiled() == GPT_OSS_120B.compiled() for config in alike)
+    fp8 = DenseFormats(qkv=FP8_ROWS)
+    for other in (replace(GPT_OSS_120B, hidden_size=2816), GPT_OSS_20B, replace(GPT_OSS_120B, dense=fp8)):
+        assert other.compiled() != GPT_OSS_120B.compiled()

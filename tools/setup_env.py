@@ -144,9 +144,10 @@ def site_packages(venv: Path) -> Path:
 
 def read_state(venv: Path) -> dict:
     try:
-        return json.loads((venv / "setup.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        state = json.loads((venv / "setup.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # not JSON, or not even text
         return {}
+    return state if isinstance(state, dict) else {}
 
 
 def write_state(venv: Path, state: dict) -> None:
@@ -213,6 +214,13 @@ def is_done(venv: Path, stage: dict, wanted: dict) -> bool:
 
 def installed_packages(venv: Path) -> list[str]:
     return sorted(folder.name for folder in site_packages(venv).glob("*.dist-info"))
+
+
+def check_access(venv: Path) -> None:
+    """Raises SetupError where a user may not use what another one installed."""
+    for path in site_packages(venv).iterdir():
+        if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+            raise SetupError(f"{path}: this user may not read it; the one who ran make first has to allow that")
 
 
 def remove_unfinished_packages(venv: Path) -> None:
@@ -359,6 +367,7 @@ def set_up(venv: Path, target: str, torch_index: str) -> None:
                 install_stage(venv, stage, requirements, shares, torch_index)
                 state["done"][stage] = {"wanted": wanted, "packages": installed_packages(venv)}
                 write_state(venv, state)
+        check_access(venv)
 
 
 def interrupt(number: int, _frame: object) -> None:
