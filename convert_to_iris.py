@@ -31,6 +31,7 @@ from host.output_file import check_output, output_path
 from host.program import signals_deferred
 from load_iris import IrisArchive, open_archive
 from load_model import files_of, open_checkpoint
+from tokenizer_util import Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,6 +73,7 @@ def convert(args: argparse.Namespace) -> None:
     check_output(args.out, args.force)  # before a download
     try:
         source = open_source(args)
+        Tokenizer.of(source)  # what cannot be loaded later is refused now
         checkpoint = QuantizedCheckpoint(source, dense_formats(args, source))
         start = time.perf_counter()
         with signals_deferred() as check:
@@ -108,13 +110,15 @@ def open_source(args: argparse.Namespace) -> Checkpoint:
 
 
 def verify(path: Path, model: str | None, n_layers: int | None) -> None:
-    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs.
+    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs, or
+    the archive's tokenizer is none.
 
     What the archive has in FP8 and the checkpoint in bfloat16 is quantized and compared bit by bit.
     """
     archive = open_archive(path)
     if archive.header.digests is None and model is None:
         raise InputError(f"{path}: version 1 holds no checksums; --model names a checkpoint to compare with")
+    Tokenizer.of(archive)  # the same junk on both sides is still junk
     if archive.header.digests is not None:
         archive.verify(show_progress=sys.stderr.isatty())
         print(f"{path}: {len(archive.header.entries)} checksums match")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 from host.checkpoint import Checkpoint
 from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token, held_formats
 from host.devices import check_supported
-from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer
+from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer, printable
 from host.limits import DEFAULT_CONTEXT, context_length, is_out_of_memory
 from host.output_file import check_output, output_path, replacing
 from host.program import signal_exit_code, signals_as_interrupts, standard_streams
@@ -27,6 +28,8 @@ DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 
 FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # what --fp8-scale says
 FP8_COMPONENTS = ("qkv", "o", "router", "head")
+
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 EXIT_FAILURE = 1
 NO_THREAD = "can't start new thread"  # what Python's RuntimeError says
@@ -92,10 +95,7 @@ def _exit_code(call: Callable[[], None], came: list[int]) -> int:
 
 
 def _print_error(message: str) -> None:
-    """One line. A file's own words may hold what would move the terminal's cursor."""
-    line = " ".join(message.splitlines())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"error: {shown}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def positive_int(text: str) -> int:
@@ -337,7 +337,8 @@ def stream_generation(
 ) -> Generation:
     """Draws the tokens and prints them to stdout: text as it appears and a summary line, or one JSON object.
 
-    Without a tokenizer the ids are printed. A sequence that ends before max_new_tokens without a stop id has filled
+    Without a tokenizer the ids are printed. Control characters of the text are escaped on a terminal, and only there. A
+    sequence that ends before max_new_tokens without a stop id has filled
     the context; stderr says so.
     """
     text, token_ids, arrivals = "", [], []
@@ -386,4 +387,9 @@ def summary(generation: Generation) -> str:
 
 def _print_piece(piece: str, as_json: bool) -> None:
     if piece and not as_json:
-        print(piece, end="", flush=True)
+        print(_for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+
+
+def _for_terminal(text: str) -> str:
+    """A model's text without what a terminal would take as a command; lines and tabs stay."""
+    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,5 +1,6 @@
 """host.cli.run_main: what a script's end looks like."""
 
+import io
 import json
 import os
 import signal
@@ -8,12 +9,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from host import program
-from host.cli import run_main
-from host.errors import InputError, RunsDiffer
+from host.cli import run_main, stream_generation
+from host.errors import InputError, RunsDiffer, printable
 from host.output_file import replacing
 from host.program import ENDING_SIGNALS, signals_deferred
 
@@ -65,6 +67,34 @@ def test_runs_that_differ_are_one_line_and_a_failure(capsys):
 
     assert run_main(unsteady) == 1
     assert capsys.readouterr() == ("", "error: two runs wrote different tokens\n")
+
+
+def test_errors_keep_the_beginning_and_the_end_of_a_long_text():
+    for long in ("A" * 1_000_000, "\x1b" * 1_000_000, "\u4e2d\n" * 1_000_000):
+        error = InputError(f"config.json: model_type {long} is not supported")
+        assert len(str(error)) == 500
+        assert str(error).startswith("config.json: model_type ")
+        assert str(error).endswith(" is not supported")
+        assert str(error).isprintable()
+    assert printable("a" * 500) == "a" * 500
+    assert len(printable("a" * 501)) == 500
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stdout", [Terminal, io.StringIO])
+def test_a_models_text_cannot_command_a_terminal(monkeypatch, stdout):
+    text = "a\x1b[2J\x07\r\x7f\x9b31m\u00e9\tb\n\u200d\U0001f600"
+    stream = SimpleNamespace(push=lambda token: text, flush=lambda: "")
+    tokenizer, config = SimpleNamespace(stream=lambda: stream), SimpleNamespace(stop_ids=())
+    monkeypatch.setattr(sys, "stdout", stdout())
+    generation = stream_generation([1], [0], tokenizer, config, 1, "cpu", "default", as_json=False)
+    shown = "a\\x1b[2J\\x07\\r\\x7f\\x9b31m\u00e9\tb\n\u200d\U0001f600" if stdout is Terminal else text
+    assert sys.stdout.getvalue().startswith(f"{shown}\n[1 prompt + 1 new tokens")
+    assert generation.text == text
 
 
 def test_a_thread_that_cannot_be_had_is_one_line(capsys, monkeypatch):

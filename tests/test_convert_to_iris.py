@@ -768,7 +768,7 @@ class Interrupted:
 
     def __init__(self, checkpoint, number: signal.Signals):
         self._checkpoint, self._number = checkpoint, number
-        self.config, self.document = checkpoint.config, checkpoint.document
+        self.name, self.config, self.document = checkpoint.name, checkpoint.config, checkpoint.document
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for index, (name, tensor) in enumerate(self._checkpoint.tensors()):
@@ -935,3 +935,16 @@ def test_memory_does_not_grow_with_the_model(forks, out, tmp_path, source):
     assert max(small.peak_anonymous, large.peak_anonymous) < MOST_ANONYMOUS
     assert large.peak - small.peak < MOST_DIFFERENCE
     assert large.peak_anonymous - small.peak_anonymous < MOST_DIFFERENCE
+
+
+def test_a_junk_tokenizer_is_neither_converted_nor_called_the_same(run, tmp_path, out, monkeypatch):
+    folder = write_model(tmp_path / "folder")
+    junk = folder / "tokenizer.json"
+    junk.write_text("junk")
+    assert_rejected(run("--model", folder, "--out", out), "tokenizer.json: not a tokenizer file")
+    assert list(out.parent.iterdir()) == []
+    with monkeypatch.context() as patch:  # as an archive was made before conversions looked
+        patch.setattr(convert_to_iris.Tokenizer, "of", lambda checkpoint: None)
+        assert run("--model", folder, "--out", out)[0] == 0
+    for words in (("--verify", out), ("--verify", out, "--model", folder)):
+        assert_rejected(run(*words), str(out), "tokenizer.json: not a tokenizer file")

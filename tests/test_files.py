@@ -205,3 +205,10 @@ def test_keys_that_are_there_twice():
     assert json_value(b'{"a": 1, "a": 2}') == {"a": 2}
     with pytest.raises(ValueError, match="'a' is there twice"):
         json_value(b'[{"a": 1, "b": 0, "a": 2}]', unique_keys=True)
+
+
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 27868174\n")
+    with pytest.raises(InputError, match="tokenizer.json: is a Git LFS pointer, not the file itself: `git lfs pull`"):
+        read_small(path, 1000)
