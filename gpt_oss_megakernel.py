@@ -367,7 +367,7 @@ class MegaModel:
                 self._feed(position, logits=True)
                 self._check_barriers()
                 on_logits(self.state.logits)
-        elif last - held < self.blocks.least_tokens:
+        elif last - held < self.blocks.least_tokens or not self.prefill.holds_experts:
             for position in range(held, last):
                 self._feed(position)
         else:

@@ -5,10 +5,12 @@ import triton.language as tl
 
 from common.arch import opaque_zero
 from common.attention import (
+    WEIGHT_UNIT,
     attend_cache,
     attend_cache_by_head,
     keep_state_if,
     load_cache_block,
+    mean_value,
     merge_splits,
     start_state,
 )
@@ -125,11 +127,11 @@ def attend_head(w, s, layer, head, start, position, max_context, CONFIG: tl.cons
     new_k, new_v = load_current(s, kv_head + 0 * slot, position, zero, CONFIG)
     sink = tl.load(w.sinks + layer * CONFIG.n_heads + heads)
     append_current(s, cache, position, new_k, new_v, (slot == 0) & (head % G == 0), zero, CONFIG)
-    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale)  # noqa: E741
+    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale, WEIGHT_UNIT)  # noqa: E741
     l, acc = attend_cache_by_head(  # noqa: E741
-        m, l, acc, q, block, k_ptr, v_ptr, start, position, CONFIG.sm_scale, D, T, SLOTS, zero
+        m, l, acc, q, block, k_ptr, v_ptr, start, position, CONFIG.sm_scale, D, T, SLOTS, zero, WEIGHT_UNIT
     )
-    tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
+    tl.store(s.attention + head * D + zero + tl.arange(0, D), mean_value(l, acc, WEIGHT_UNIT))
 
 
 @triton.constexpr_function
@@ -172,7 +174,7 @@ def attend_split(
     sink = tl.load(w.sinks + layer * CONFIG.n_heads + head, mask=g < G, other=0.0)
     last = split == n_splits - 1
     append_current(s, cache, position, new_k, new_v, last & (tl.arange(0, 1) == 0), zero, CONFIG)
-    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale)  # noqa: E741
+    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, CONFIG.sm_scale, WEIGHT_UNIT)  # noqa: E741
     m, l, acc = keep_state_if(last, m, l, acc)  # noqa: E741
     first = start + split * split_size
     m, l, acc = attend_cache(  # noqa: E741
@@ -191,9 +193,11 @@ def attend_split(
         TUNING.bf16_parts,
         STAGES,
         zero,
+        WEIGHT_UNIT,
     )
     if n_splits == 1:
-        tl.store(s.attention + head[:, None] * D + dim[None, :], acc / l[:, None], mask=(g < G)[:, None])
+        mean = mean_value(l[:, None], acc, WEIGHT_UNIT)
+        tl.store(s.attention + head[:, None] * D + dim[None, :], mean, mask=(g < G)[:, None])
     else:
         mine = (kv_head * TUNING.max_splits + split) * BLOCK_G + g
         tl.store(s.split_m + mine, m)
@@ -218,7 +222,7 @@ def merge_head(s, layer, head, n_splits, CONFIG: tl.constexpr, TUNING: tl.conste
     l, acc = merge_splits(  # noqa: E741
         s.split_m + state, s.split_l + state, s.split_acc + state * D, n_splits, BLOCK_G, D, SPLITS, zero
     )
-    tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
+    tl.store(s.attention + head * D + zero + tl.arange(0, D), mean_value(l, acc, WEIGHT_UNIT))
 
 
 @triton.jit

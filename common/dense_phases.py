@@ -16,9 +16,10 @@ from common.gemv_dense import (
     matrix_at,
     row_lanes,
     scales_of,
+    vector_unit,
 )
 from common.prefetch import prefetch_l2
-from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
+from common.rmsnorm import add_blocks, normed_blocks, rms_rstd, scale_blocks
 from common.spread import spread_vector
 from common.stream import describe, release, scratch_words, share, take
 from common.sums import collect_dense, leave_dense
@@ -38,17 +39,23 @@ def embed_token(w, s, token, pid, n_programs, CONFIG: tl.constexpr, BLOCK_H: tl.
 
 @triton.jit
 def load_dense_vector(x_ptr, K: tl.constexpr, FORMAT: tl.constexpr, TUNING: tl.constexpr, zero):
-    """x [K] as blocks, in the order of the tiles of a dense matrix of that format."""
+    """x [K] times vector_unit as blocks, in the order of the tiles of a dense matrix of that format."""
     if TUNING.ring_slots > 0:
         LANES: tl.constexpr = row_lanes(K, FORMAT, TUNING)
-        return load_lane_vector(x_ptr, K, LANES, 32 * TUNING.num_warps // LANES, 16 // item_bytes(FORMAT))
+        x = load_lane_vector(x_ptr, K, LANES, 32 * TUNING.num_warps // LANES, 16 // item_bytes(FORMAT))
     else:
-        return load_row_vector(x_ptr, K, TUNING.dense_k, FORMAT, zero)
+        x = load_row_vector(x_ptr, K, TUNING.dense_k, FORMAT, zero)
+    if FORMAT != "bf16":
+        x = scale_blocks(x, vector_unit(FORMAT))
+    return x
 
 
 @triton.jit
 def load_normed(s, norm_ptr, stream, FORMAT: tl.constexpr, CONFIG: tl.constexpr, TUNING: tl.constexpr, zero):
-    """(the residual, x plus what the experts left, times a norm's weights, as load_dense_vector; its rms_rstd)."""
+    """(the residual's RMSNorm but for a factor, as load_dense_vector; what a product with it is to be multiplied by).
+
+    The residual is x plus what the experts left.
+    """
     H: tl.constexpr = CONFIG.hidden_size
     ARCH: tl.constexpr = TUNING.arch
     x = load_once(s.x, H, FORMAT, TUNING, zero)
@@ -56,13 +63,13 @@ def load_normed(s, norm_ptr, stream, FORMAT: tl.constexpr, CONFIG: tl.constexpr,
     for slot in tl.static_range(TOP_K):
         x = add_blocks(x, load_once(s.expert_out + slot * H, H, FORMAT, TUNING, zero))
     rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-    x = multiply_blocks(x, load_once(norm_ptr, H, FORMAT, TUNING, zero))
+    x, factor = normed_blocks(x, load_once(norm_ptr, H, FORMAT, TUNING, zero), rstd, vector_unit(FORMAT))
     if TUNING.ring_slots > 0:
         LANES: tl.constexpr = row_lanes(H, FORMAT, TUNING)
         EACH: tl.constexpr = 16 // item_bytes(FORMAT)
         WORDS: tl.constexpr = scratch_words(CONFIG, TUNING)
         x = spread_vector(stream.scratch, x, H, LANES, 32 * TUNING.num_warps // LANES, EACH, WORDS, ARCH)
-    return x, rstd
+    return x, factor
 
 
 @triton.jit
@@ -190,7 +197,7 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
     M: tl.constexpr = TUNING.qkv_m
     STEP: tl.constexpr = TUNING.dense_batch * M
     FORMAT: tl.constexpr = CONFIG.dense.qkv
-    x, rstd = load_normed(s, w.attn_norm + layer * H, stream, FORMAT, CONFIG, TUNING, zero)
+    x, factor = load_normed(s, w.attn_norm + layer * H, stream, FORMAT, CONFIG, TUNING, zero)
     matrix = qkv_matrix(w, layer, CONFIG)
     first, end = row_share(pid, n_programs, ROWS, M)
     for row0 in range(first, end, STEP):
@@ -200,7 +207,7 @@ def qkv_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.const
         y, tile, stream = multiply_rows(
             tile, stream, plan, x, w, matrix, row0, end, pid, n_programs, H, M, FORMAT, CONFIG, TUNING
         )
-        tl.store(s.qkv + row, y * rstd + bias, mask=row < end)
+        tl.store(s.qkv + row, y * factor + bias, mask=row < end)
     return stream
 
 
@@ -250,7 +257,7 @@ def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constex
         y, tile, stream = multiply_rows(
             tile, stream, plan, a, w, matrix, row0, end, pid, n_programs, K, M, FORMAT, CONFIG, TUNING
         )
-        tl.store(s.x + row, x + y, mask=row < end)
+        tl.store(s.x + row, x + y * (1.0 / vector_unit(FORMAT)), mask=row < end)
     return stream
 
 
@@ -266,7 +273,7 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     FORMAT: tl.constexpr = CONFIG.dense.head
     matrix = (w.lm_head, w.lm_head_scales)
     tile = first_dense_rows(matrix, first, end, H, M, FORMAT, TUNING)
-    x, rstd = load_normed(s, w.final_norm, stream, FORMAT, CONFIG, TUNING, zero)
+    x, factor = load_normed(s, w.final_norm, stream, FORMAT, CONFIG, TUNING, zero)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     for row0 in range(first, end, STEP):
@@ -274,7 +281,7 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
         y, tile, stream = multiply_rows(
             tile, stream, plan, x, w, matrix, row0, end, pid, n_programs, H, M, FORMAT, CONFIG, TUNING
         )
-        logits = y * rstd
+        logits = y * factor
         if want_logits:
             tl.store(s.logits + row, logits, mask=row < end)
         best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)

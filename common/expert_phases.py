@@ -12,11 +12,12 @@ from common.fp4_fragments import (
     fragment_unit,
     gemv_fp4_fragments,
     load_fragment_vector,
+    split_scale,
 )
-from common.gemv_dense import gemv_rows, load_row_vector, load_rows, matrix_at, scales_of
-from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows, matrix_at, scales_of, vector_unit
+from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8, vector_power
 from common.quant import GROUP, quantize_mxfp8, round_to_mxfp8
-from common.rmsnorm import largest_magnitude, multiply_blocks, rms_rstd
+from common.rmsnorm import largest_magnitude, normed_blocks, rms_rstd
 from common.router import element, elements, pick, top_k_softmax
 from common.stream import Plan, describe, describe_and_fill, gate_up_item, release, take, tiles_in_a_run
 from common.sums import collect_fragments, leave_fragments
@@ -56,23 +57,29 @@ def router_phase(w, s, layer, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.
         weights = load_router_tile(w, layer, pid, CONFIG, TUNING)
         x = load_row_vector(s.x, H, TUNING.dense_k, FORMAT, zero)
         rstd = rms_rstd(x, H, CONFIG.rms_norm_eps)
-        x = multiply_blocks(x, load_row_vector(norm_ptr, H, TUNING.dense_k, FORMAT, zero))
+        norm = load_row_vector(norm_ptr, H, TUNING.dense_k, FORMAT, zero)
+        x, factor = normed_blocks(x, norm, rstd, vector_unit(FORMAT))
         for tile in range(pid, N_TILES, n_programs):
             if tile != pid:
                 weights = load_router_tile(w, layer, tile, CONFIG, TUNING)
             row = tile * M + tl.arange(0, M)
-            tl.store(s.router_logits + row, gemv_rows(weights[0], x, FORMAT, ARCH) * rstd + weights[1], mask=row < E)
+            tl.store(s.router_logits + row, gemv_rows(weights[0], x, FORMAT, ARCH) * factor + weights[1], mask=row < E)
         for block in range(n_programs - 1 - pid, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
             normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
             if TUNING.fragments:
-                unit, scale = fragment_unit(largest_magnitude(x) * rstd)
+                unit, scale = fragment_unit(largest_magnitude(x) * factor)
                 if QUANT:
                     normed = round_to_mxfp8(normed)
                 store_parts(s.expert_in, h, h < H, normed, unit)
                 if block == 0:  # the same for all
                     tl.store(s.expert_in_scale, scale)
             else:
+                if not QUANT:
+                    power, scale = vector_power(largest_magnitude(x) * factor)
+                    normed *= power
+                    if block == 0:
+                        tl.store(s.expert_in_scale, scale)
                 write_activations(s.expert_in, s.expert_in_scale, normed, block * NORM, H, QUANT)
 
 
@@ -117,14 +124,16 @@ def choose_experts(s, plan, CONFIG: tl.constexpr, TUNING: tl.constexpr):
 
 
 @triton.jit
-def load_expert_in(s, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """The experts' input as multiply_experts takes it, or as multiply_expert_rows does."""
+def load_expert_in(s, CONFIG: tl.constexpr, TUNING: tl.constexpr, QUANT: tl.constexpr):
+    """(the experts' input as multiply_experts takes it, or multiply_expert_rows; what products with it lack)."""
     if TUNING.fragments:
         H: tl.constexpr = CONFIG.hidden_size
-        scale = tl.load(s.expert_in_scale)
-        return load_fragment_vector(as_words(s.expert_in), scale, H, TUNING.num_warps)
+        scale, missing = split_scale(tl.load(s.expert_in_scale))
+        return load_fragment_vector(as_words(s.expert_in), scale, H, TUNING.num_warps), missing
+    elif QUANT:
+        return (s.expert_in, s.expert_in_scale), 1.0
     else:
-        return s.expert_in, s.expert_in_scale
+        return (s.expert_in,), tl.load(s.expert_in_scale)
 
 
 @triton.jit
@@ -221,7 +230,7 @@ def gate_up_phase(
     ITEMS: tl.constexpr = N_TILES * CONFIG.experts_per_token
     BATCH: tl.constexpr = TUNING.expert_batch
     # Before any tile is asked for: behind them it waited for 3.2 us. 12.5 us a layer instead of 13.1.
-    vector = load_expert_in(s, CONFIG, TUNING)
+    vector, missing = load_expert_in(s, CONFIG, TUNING, QUANT)
     plan, expert_weights = choose_experts(s, plan, CONFIG, TUNING)
     experts, shares = plan.experts, plan.shares
     stream = describe_and_fill(stream, plan, w, pid, n_programs, CONFIG, TUNING)
@@ -247,7 +256,8 @@ def gate_up_phase(
             gate, up = multiply_expert_rows(
                 blocks, scales, vector, first % N_TILES * M, ROWS, K, M, TUNING.gate_up_k, TUNING, QUANT
             )
-        act = swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
+        gate, up = gate * missing + gate_bias, up * missing + up_bias
+        act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         write_expert_act(s, slot, act, i, CONFIG, TUNING, QUANT)
     return plan, expert_weights, stream
 

@@ -30,7 +30,7 @@ class State(NamedTuple):
     split_arrivals: torch.Tensor  # [kv heads] int32
     router_logits: torch.Tensor  # [experts]
     expert_in: torch.Tensor  # [hidden], float8e4nv with --quant; for fragments float16, see host.fragments.vector_parts
-    expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 for fragments
+    expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 without it and for fragments
     expert_act: torch.Tensor  # [top k, intermediate] likewise
     expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for fragments
     expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
@@ -64,6 +64,7 @@ def new_state(
     group = max(tuning.least_group, next_power_of_2(config.n_heads // config.n_kv_heads))
     splits = (config.n_kv_heads, tuning.max_splits, group)
     expert_in, expert_act = _expert_buffers(config, tuning, quant)
+    in_mxfp8 = quant and not tuning.fragments
     cos, sin = rope_tables(config, max_context, device)
     windows = [config.window(n) for n in range(config.n_layers)]
     return State(
@@ -82,7 +83,7 @@ def new_state(
         split_arrivals=zeros(config.n_kv_heads, dtype=torch.int32),
         router_logits=zeros(config.n_experts),
         expert_in=zeros(*expert_in[0], dtype=expert_in[1]),
-        expert_in_scale=zeros(1) if tuning.fragments else zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
+        expert_in_scale=zeros(hidden // MXFP4_GROUP, dtype=torch.uint8) if in_mxfp8 else zeros(1),
         expert_act=zeros(*expert_act[0], dtype=expert_act[1]),
         expert_act_scale=zeros(top_k, inter // MXFP4_GROUP, dtype=torch.uint8),
         expert_out=zeros(top_k, hidden),

@@ -9,7 +9,7 @@ from common.gemv_dense import item_bytes, scale_stride
 from host.checkpoint import check_unchanged
 from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, ModelConfig, expected_tensors, scale_name
 from host.fp8 import quantize_into
-from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count
+from host.fragments import block_words, drop_elements_of_nan, pack_blocks, pack_scales, scale_words, tile_count
 from host.launch import Tuning
 from host.upload import Uploader
 
@@ -190,6 +190,10 @@ def load_weights(
                 bar.update(place.nbytes)
     if places:
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
+    if tuning.fragments:
+        for name in ("gate_up", "down"):
+            for blocks, scales in zip(fields[name], fields[f"{name}_scales"]):
+                drop_elements_of_nan(blocks, scales, tuning.num_warps)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     check_unchanged(checkpoint)
