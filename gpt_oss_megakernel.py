@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 # NumPy reads this when it is imported. Interpreted blocks are too small for threads: 65 against 270 ms per token.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -41,6 +42,7 @@ import common
 from common import phases
 from common.stream import describe_and_fill, fill, open_stream, plan_until, shares_of
 from host import cpu_interpreter, shared_memory
+from host.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers, one_of
 from host.checkpoint import Checkpoint, RandomCheckpoint, check_unchanged
 from host.cli import (
     ArgumentParser,
@@ -59,7 +61,7 @@ from host.cli import (
     torch_device,
 )
 from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes, held_formats
-from host.errors import InputError, MegakernelAborted
+from host.errors import InputError, LogitsNotFinite, MegakernelAborted, PositionsLost
 from host.launch import (
     LEAST_SLOTS,
     BlockTuning,
@@ -78,6 +80,7 @@ from host.phases import PHASES, barrier_name
 from host.state import State, new_state
 from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
 from host.traffic import bytes_by_phase
+from host.turns import LAUNCHING, Turns, exclusive
 from host.weights import Weights, bytes_to_load, load_weights, weights_in_place
 from load_model import files_of, open_checkpoint, open_tokenizer
 from prefill import Prefill
@@ -115,7 +118,7 @@ def megakernel(
     SLOTS: tl.constexpr = TUNING.ring_slots
 
     common.mark(s.trace, 0, pid, n_programs, TRACE, ARCH)
-    token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 after an abort
+    token = tl.maximum(tl.load(s.tokens + position), 0)  # -1 after an abort, or NOT_FINITE
     phases.embed_token(w, s, token, pid, n_programs, CONFIG, BLOCK_H)
     arrive(s, 1, pid, n_programs, TRACE, ARCH)
     want_head = want_token | want_logits
@@ -195,7 +198,22 @@ def wait(s, barrier, pid, n_programs, TRACE: tl.constexpr, SPINS: tl.constexpr, 
 
 
 class MegaModel:
-    """A GPT-OSS model on one device, decoded greedily, one token a launch."""
+    """A GPT-OSS model on one device, decoded greedily, one token a launch.
+
+    It holds one sequence. generate and decode check their arguments when they are called and take the model when their
+    first token is asked for; from then on generate, decode, step, logits, hidden, reset and switch_path end the
+    sequence, and the generator raises GenerationOvertaken at its next token. Closing a generator changes nothing.
+
+    Threads may share a model, and each may have one of its own: a use waits until another thread's is over, be it a
+    call or one token of a generator. No lock is held between two tokens, nor while on_logits or on_launch run, which
+    may use any model. A signal handler may not, amid a use by its thread: ModelInUse.
+
+    Whatever ends a use early, an interrupt or an error, the next one starts clean: positions that were fed before it
+    count as fed, those that it was feeding do not. PositionsLost if a token is to be fed behind them. After
+    MegakernelAborted each use raises it again until reset.
+    """
+
+    _last_stream = None  # of a GPU, that any model used last
 
     def __init__(
         self,
@@ -219,13 +237,29 @@ class MegaModel:
         blocks: how prompts are fed, see prefill.py.
         kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
         checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
-        device.
+        device; TypeError names an argument of the wrong kind.
         """
+        if not hasattr(checkpoint, "config"):
+            raise TypeError(f"checkpoint must be an open one, not {type(checkpoint).__name__}; see from_pretrained")
+        boolean(show_progress, "show_progress")
+        for value, kind, name in (
+            (tuning, Tuning, "tuning"),
+            (weights, Weights, "weights"),
+            (dense, DenseFormats, "dense"),
+            (blocks, BlockTuning, "blocks"),
+        ):
+            instance(value, kind, name)
+        max_context = integer_or_none(max_context, "max_context")
+        num_programs = integer_or_none(num_programs, "num_programs")
+        one_of(kv_dtype, (torch.bfloat16, torch.float32), "kv_dtype")
         self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=held_formats(checkpoint, dense))
         self.compiled_config = self.config.compiled()
         self.device = usable_device(device)
-        self.quant = quant
+        self.quant = boolean(quant, "quant")
         self.max_context = context_length(self.config, max_context)
+        self.trace_position = integer_or_none(trace_position, "trace_position", least=0)
+        if self.trace_position is not None and self.trace_position >= self.max_context:
+            raise InputError(f"trace_position {trace_position}: the context has {self.max_context} positions")
         self.tuning = tuning or tuning_for(self.device, self.config)
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
@@ -240,17 +274,23 @@ class MegaModel:
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
         self.load_seconds = time.perf_counter() - start
         self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
-        self.trace_position = trace_position
-        self._start(kv_dtype)
+        self.kv_dtype = kv_dtype
+        self.turns = Turns()
+        self._start()
 
-    def _start(self, kv_dtype: torch.dtype) -> None:
+    def _start(self) -> None:
         """A new sequence in new memory."""
+        self._started = False
+        self.state = self.prefill = None  # before the new ones need their memory
         self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
-        self.state = self._new_state(kv_dtype)
+        self._feeding: range | None = None  # positions whose launches have begun and not ended
+        self._lost = 0  # so far the cache may hold anything behind n_fed, left by launches that did not end; 0: nowhere
+        self.state = self._new_state(self.kv_dtype)
         self.prefill = Prefill(self.config, self.tuning, self.blocks, self.quant, self.weights, self.state)
         with compile_errors(self.device):
             self._compile()
         self._check_barriers()
+        self._started = True
 
     def _compile(self) -> None:
         """Launch without layers: shows that the programs can be resident before anyone waits.
@@ -268,7 +308,7 @@ class MegaModel:
         """Bytes that the kernel needs beyond what there is."""
         try:
             for position in {0, self.trace_position or 0}:
-                self._launch(position, n_layers=0)
+                self._run(range(0), self._launch, position, n_layers=0)
         except OutOfResources as error:
             return error.required - error.limit
         return 0
@@ -289,18 +329,54 @@ class MegaModel:
         device = usable_device(device)  # before anything is loaded
         return cls(open_checkpoint(path), quant, max_context, device, **options)
 
+    @exclusive
     def reset(self) -> None:
         """Forget all positions, and a barrier that gave up."""
+        self._take()
         s, self.n_fed = self.state, 0
+        self._feeding = range(self.max_context)  # an interrupt may leave some
         for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
             tensor.zero_()
+        self._feeding, self._lost = None, 0
 
+    @exclusive
     def switch_path(self, quant: bool) -> None:
         """Go on with the quantized or the default path: the same weights, a new state."""
-        kv_dtype = self.state.k_cache.dtype
-        del self.state, self.prefill  # before the new ones need their memory
-        self.quant = quant
-        self._start(kv_dtype)
+        quant = boolean(quant, "quant")
+        self._take()
+        self._started, self.quant = False, quant
+        self._start()
+
+    def _take(self) -> int:
+        """Begin a use of the model, which ends the generation before it, and put right what an unfinished one left."""
+        turn = self.turns.take()
+        if not self._started:
+            self._start()
+        self._follow_stream()
+        if self._feeding is not None:
+            self.n_fed = min(self.n_fed, self._feeding.start)
+            self._lost = max(self._lost, self._feeding.stop)
+            self.state.sync[: common.ABORT.value] = 0  # arrivals of programs that were stopped
+            self.state.split_arrivals.zero_()
+            self._feeding = None
+        return turn
+
+    def _go_on(self, turn: int) -> None:
+        """Go on with a generation. GenerationOvertaken if the model has been put to another use."""
+        self.turns.check(turn)
+        self._follow_stream()
+
+    def _follow_stream(self) -> None:
+        """What this thread queues on a GPU from now on runs behind all that models queued before, on any stream.
+
+        Two kernels whose programs wait for each other must not share the GPU.
+        """
+        if self.device.type == "cuda":
+            with LAUNCHING:
+                stream, last = torch.cuda.current_stream(), MegaModel._last_stream
+                if last is not None and last != stream:
+                    stream.wait_stream(last)
+                MegaModel._last_stream = stream
 
     def _new_state(self, kv_dtype: torch.dtype) -> State:
         barriers = 2 + len(PHASES) * self.config.n_layers
@@ -320,25 +396,34 @@ class MegaModel:
         n_bytes = bytes_by_phase(self.config, self.trace_position or 0)
         return Launch.from_events(self.state.trace.cpu().numpy(), self.config.n_layers, n_bytes)
 
+    @exclusive
     def step(self, token_id: int, position: int) -> int:
-        """Feed a token at a position whose predecessors were fed; returns the most likely next token."""
-        self._write_tokens([token_id], position)
-        self._feed(position, token=True)
-        return self._token(self.state.tokens[position + 1])
+        """Feed a token at a position whose predecessors were fed; returns the most likely next token.
 
+        InputError if the logits are not finite, the position lies outside the context or the token outside the
+        vocabulary; TypeError if they are no integers.
+        """
+        token_id, position = self._placed(token_id, position)
+        self._take_at(token_id, position)
+        self._feed(position, token=True)
+        return self._token(self.state.tokens[position + 1], position)
+
+    @exclusive
     def logits(self, token_id: int, position: int) -> torch.Tensor:
         """The same, but returns the next token's logits, float32 [vocab], a copy on the model's device."""
-        self._write_tokens([token_id], position)
-        self._feed(position, logits=True)
-        self._check_barriers()
-        return self.state.logits.clone()
+        token_id, position = self._placed(token_id, position)
+        self._take_at(token_id, position)
+        return self._feed_for_logits(position)
 
+    @exclusive
     def hidden(self, token_id: int, position: int, n_layers: int) -> torch.Tensor:
         """The same, but returns the residual stream after the first n_layers, float32 [hidden], a copy."""
+        n_layers = integer(n_layers, "n_layers")
         if not 0 <= n_layers <= self.config.n_layers:
             raise InputError(f"n_layers {n_layers}: the model has {self.config.n_layers}")
-        self._write_tokens([token_id], position)
-        self._launch(position, n_layers=n_layers)
+        token_id, position = self._placed(token_id, position)
+        self._take_at(token_id, position)
+        self._run(range(position, position + 1), self._launch, position, n_layers=n_layers)
         self._check_barriers()
         return functools.reduce(torch.add, self.state.expert_out, self.state.x)
 
@@ -352,32 +437,50 @@ class MegaModel:
 
         What the prompt has in common with the sequence before it, such as a chat's earlier turns, is not fed again. The
         rest is fed in blocks (prefill.py), but for its last token. `on_logits` receives the logits, float32 [vocab], of
-        each position of the prompt and the answer, for which all are fed one by one; the next launch overwrites them.
-        InputError if weights lie in a mapped file, which a CPU's may, that was changed since it was opened.
+        each position of the prompt and the answer, for which all are fed one by one: a copy on the model's device.
+
+        Raises what step does; GenerationOvertaken if the model was used otherwise since the last token. InputError if
+        weights lie in a mapped file, which a CPU's may, that was changed since it was opened.
         """
-        prompt_ids = list(prompt_ids)
+        prompt_ids = integers(prompt_ids, "prompt_ids")
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens", least=0)
+        function_or_none(on_logits, "on_logits")
         if not prompt_ids:
             raise InputError("the prompt is empty")
+        self._check_fit(prompt_ids, 0)
+        return self._generate(prompt_ids, max_new_tokens, on_logits)
+
+    def _generate(
+        self, prompt_ids: list[int], max_new_tokens: int, on_logits: Callable[[torch.Tensor], None] | None
+    ) -> Iterator[int]:
         check_unchanged(self._mapped)
         last = len(prompt_ids) - 1
-        held = 0 if on_logits else min(self._held(prompt_ids), last)
-        self._write_tokens(prompt_ids[held:], held)
+        turn = self._begin(prompt_ids, in_blocks=on_logits is None)
         if on_logits:
             for position in range(last):
-                self._feed(position, logits=True)
-                self._check_barriers()
-                on_logits(self.state.logits)
-        elif last - held < self.blocks.least_tokens or not self.prefill.holds_experts:
-            for position in range(held, last):
-                self._feed(position)
-        else:
-            self.prefill.feed(held, last - held)
-            self.n_fed = last
-        for token in self._decode(last, min(last + max_new_tokens, self.max_context), on_logits):
+                on_logits(self._next_logits(turn, position))
+        for token in self._decode(turn, last, min(last + max_new_tokens, self.max_context), on_logits):
             check_unchanged(self._mapped)
             yield token
             if token in self.config.stop_ids:
                 return
+
+    @exclusive
+    def _begin(self, prompt_ids: list[int], in_blocks: bool) -> int:
+        """Take the model for a prompt; in_blocks: and feed all that the cache does not hold but the last token."""
+        turn = self._take()
+        last = len(prompt_ids) - 1
+        held = min(self._held(prompt_ids), last) if in_blocks else 0
+        self._write_tokens(prompt_ids[held:], held)
+        if not in_blocks:
+            return turn
+        if last - held < self.blocks.least_tokens or not self.prefill.holds_experts:
+            for position in range(held, last):
+                self._feed(position)
+        else:
+            self._run(range(held, last), self.prefill.feed, held, last - held)
+            self._fed(last)
+        return turn
 
     def _held(self, token_ids: list[int]) -> int:
         """How many of these tokens the cache holds: the first ones that it has in common with them."""
@@ -390,13 +493,26 @@ class MegaModel:
         """Feed a token at a position whose predecessors are in the cache and yield the n_tokens ids that follow.
 
         Stop ids end nothing; a full context does. `on_launch` is called after each launch, which a GPU may only have
-        queued: events recorded there mark where it ends.
+        queued: events recorded there mark where it ends. Raises what generate does.
         """
-        self._write_tokens([token_id], position)
-        yield from self._decode(position, min(position + n_tokens, self.max_context), on_launch=on_launch)
+        token_id, position = self._placed(token_id, position)
+        n_tokens = integer(n_tokens, "n_tokens", least=0)
+        function_or_none(on_launch, "on_launch")
+        return self._decode_from(token_id, position, n_tokens, on_launch)
+
+    def _decode_from(
+        self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None
+    ) -> Iterator[int]:
+        turn = self._begin_at(token_id, position)
+        yield from self._decode(turn, position, min(position + n_tokens, self.max_context), on_launch=on_launch)
+
+    @exclusive
+    def _begin_at(self, token_id: int, position: int) -> int:
+        return self._take_at(token_id, position)
 
     def _decode(
         self,
+        turn: int,
         start: int,
         end: int,
         on_logits: Callable[[torch.Tensor], None] | None = None,
@@ -406,52 +522,110 @@ class MegaModel:
 
         On a GPU the next launch is queued before a token is read back, so that the device never waits for the host.
         """
-        queued: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        ahead = 0 if on_logits or self.device.type == "cpu" else 1
+        queued: deque[Launched] = deque()
         for position in range(start, end):
-            self._feed(position, token=True, logits=on_logits is not None)
+            queued.append(self._next_launch(turn, position, on_logits is not None))
             if on_launch:
                 on_launch()
-            if on_logits or self.device.type == "cpu":
-                token_id = self._token(self.state.tokens[position + 1])
+            if len(queued) > ahead:
+                launched = queued.popleft()
+                token_id = self._next_token(turn, launched)
                 if on_logits:
-                    on_logits(self.state.logits)
+                    on_logits(launched.logits)
                 yield token_id
-                continue
-            queued.append(self._read_back(position + 1))
-            if len(queued) > 1:
-                yield self._wait_for(*queued.popleft())
         while queued:
-            yield self._wait_for(*queued.popleft())
+            yield self._next_token(turn, queued.popleft())
 
-    def _read_back(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event]:
-        token = torch.empty((), dtype=torch.int32, pin_memory=True)
-        token.copy_(self.state.tokens[position], non_blocking=True)
+    @exclusive
+    def _next_launch(self, turn: int, position: int, logits: bool) -> "Launched":
+        """Feed the token at a position of a generation."""
+        self._go_on(turn)
+        self._feed(position, token=True, logits=logits)
+        kept = self.state.logits.clone() if logits else None
+        token = self.state.tokens[position + 1]
+        if self.device.type == "cpu":
+            return Launched(position, token.clone(), None, kept)
+        pinned = torch.empty((), dtype=torch.int32, pin_memory=True)
+        pinned.copy_(token, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return token, copied
+        return Launched(position, pinned, copied, kept)
 
-    def _wait_for(self, token: torch.Tensor, copied: torch.cuda.Event) -> int:
-        copied.synchronize()
-        return self._token(token)
+    def _next_token(self, turn: int, launched: "Launched") -> int:
+        if launched.copied is not None:
+            launched.copied.synchronize()
+        return self._checked_token(turn, launched)
 
-    def _write_tokens(self, token_ids: list[int], position: int) -> None:
-        """Put tokens at positions from `position` on, still to be fed; later ones become -1, "not decoded"."""
+    @exclusive
+    def _checked_token(self, turn: int, launched: "Launched") -> int:
+        self._go_on(turn)
+        return self._token(launched.token, launched.position)
+
+    @exclusive
+    def _next_logits(self, turn: int, position: int) -> torch.Tensor:
+        self._go_on(turn)
+        return self._feed_for_logits(position)
+
+    def _check_fit(self, token_ids: list[int], position: int) -> None:
+        """InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
         if position < 0 or position + len(token_ids) > self.max_context:
             raise InputError(
                 f"positions {position} to {position + len(token_ids) - 1} do not fit a context of {self.max_context}"
             )
         for token_id in token_ids:
             check_token(token_id, self.config)
+
+    def _write_tokens(self, token_ids: list[int], position: int) -> None:
+        """Put tokens at positions from `position` on, still to be fed; later ones become -1, "not decoded"."""
+        self._check_fit(token_ids, position)
         self.n_fed = min(self.n_fed, position)
         self.state.tokens[position:] = -1
         ids = torch.tensor(token_ids, dtype=torch.int32)
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
+    def _placed(self, token_id: int, position: int) -> tuple[int, int]:
+        """Both as int. TypeError and InputError, see step."""
+        token_id, position = integer(token_id, "token_id"), integer(position, "position")
+        self._check_fit([token_id], position)
+        return token_id, position
+
+    def _take_at(self, token_id: int, position: int) -> int:
+        """Take the model for a token behind what was fed. PositionsLost if some of that an interrupted use has lost."""
+        turn = self._take()
+        if self.n_fed < min(position, self._lost):
+            raise PositionsLost(
+                f"position {position}: an interrupted call lost those from {self.n_fed} on; feed them again or reset()"
+            )
+        self._write_tokens([token_id], position)
+        return turn
+
     def _feed(self, position: int, token: bool = False, logits: bool = False) -> None:
         """Launch a position, whose token was written, through all layers. Behind a gap the cache does not hold it."""
-        self._launch(position, token=token, logits=logits)
+        self._run(range(position, position + 1), self._launch, position, token=token, logits=logits)
         if self.n_fed == position:
-            self.n_fed = position + 1
+            self._fed(position + 1)
+
+    def _run(self, positions: range, launch: Callable[..., None], *arguments, **options) -> None:
+        """Launch what feeds these positions."""
+        self._feeding = positions
+        with LAUNCHING:
+            self._follow_stream()
+            launch(*arguments, **options)
+        self._feeding = None
+
+    def _fed(self, n: int) -> None:
+        """The cache holds the first n positions; on a GPU, for what is launched from now on."""
+        self.n_fed = n
+        if n >= self._lost:
+            self._lost = 0
+
+    def _feed_for_logits(self, position: int) -> torch.Tensor:
+        self._feed(position, logits=True)
+        self._check_barriers()
+        if int(self.state.head_index.min()) < 0:
+            raise LogitsNotFinite(position)
+        return self.state.logits.clone()
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         try:
@@ -478,8 +652,11 @@ class MegaModel:
                 f"--num-programs {self.num_programs}: more than can be resident on {self.device}"
             ) from None
 
-    def _token(self, token: torch.Tensor) -> int:
+    def _token(self, token: torch.Tensor, position: int) -> int:
+        """What the launch of a position left."""
         token_id = int(token)
+        if token_id == common.NOT_FINITE.value:
+            raise LogitsNotFinite(position)
         if token_id < 0:
             self._check_barriers()
             raise RuntimeError("the kernel ended without a token and without an abort record")
@@ -492,6 +669,15 @@ class MegaModel:
                 f"a program did not arrive at the barrier after {barrier_name(barrier, self.config.n_layers)}; "
                 "call reset() before the next step"
             )
+
+
+class Launched(NamedTuple):
+    """A position that a generation has fed, and what becomes of it."""
+
+    position: int
+    token: torch.Tensor  # [] int32, on the host
+    copied: torch.cuda.Event | None  # when it is there; None: it is
+    logits: torch.Tensor | None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -584,7 +770,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     interpreted = isinstance(megakernel, InterpretedFunction)
     if interpreted and device is None:
         notice_unused_gpu()
-    device = torch_device(device or ("cpu" if interpreted else "cuda"), for_kernels=True)
+    device = torch_device(("cpu" if interpreted else "cuda") if device is None else device, for_kernels=True)
     if (device.type == "cpu") != interpreted:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:

@@ -128,7 +128,7 @@ class PhasedModel(MegaModel):
         """As MegaModel."""
         super().__init__(*args, **options)
         with compile_errors(self.device):
-            self._launch(0, token=True, n_layers=1)  # compiles them all
+            self._run(range(1), self._launch, 0, token=True, n_layers=1)  # compiles them all
         self.reset()
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Device ops of GPT-OSS in Triton, one a file. Each works on values or pointers that a kernel hands it."""
 
 from common.arch import clock_ns, drain_stores
-from common.argmax import keep_larger, reduce_argmax
+from common.argmax import NOT_FINITE, expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.attention import (
     attend_cache,
     attend_cache_by_head,
@@ -41,6 +41,7 @@ __all__ = [
     "ABORT",
     "ARRIVALS",
     "GROUP",
+    "NOT_FINITE",
     "SYNC_WORDS",
     "add_blocks",
     "arrive",
@@ -55,6 +56,7 @@ __all__ = [
     "drain_stores",
     "e2m1_to_float32",
     "e8m0_to_float32",
+    "expose_doubt",
     "gemm_dense",
     "gemm_fp4",
     "gemm_fp4_fp8",
@@ -64,6 +66,7 @@ __all__ = [
     "gemv_fp4_fragments",
     "grid_barrier",
     "group_pairs",
+    "keep_finite",
     "keep_larger",
     "keep_state_if",
     "leave_grid",

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from common.arch import opaque_zero
-from common.argmax import keep_larger, reduce_argmax
+from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.barrier import ABORT
 from common.gemv_bf16 import load_lane_vector
 from common.gemv_dense import (
@@ -263,7 +263,10 @@ def o_phase(w, s, layer, tile, stream, plan, pid, n_programs, CONFIG: tl.constex
 
 @triton.jit
 def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.constexpr, TUNING: tl.constexpr):
-    """Each program's largest logit of W_head @ rmsnorm(residual); the logits themselves only when asked for."""
+    """Each program's largest logit of W_head @ rmsnorm(residual); the logits themselves only when asked for.
+
+    Its index is NOT_FINITE if any of the program's logits is not finite.
+    """
     ARCH: tl.constexpr = TUNING.arch
     zero = opaque_zero(ARCH)
     H: tl.constexpr = CONFIG.hidden_size
@@ -276,6 +279,7 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
     x, factor = load_normed(s, w.final_norm, stream, FORMAT, CONFIG, TUNING, zero)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
+    doubt = tl.zeros([STEP], tl.float32)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
         y, tile, stream = multiply_rows(
@@ -285,6 +289,8 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
         if want_logits:
             tl.store(s.logits + row, logits, mask=row < end)
         best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)
+        doubt = keep_finite(doubt, tl.where(row < end, logits, 0.0))
+    best, best_index = expose_doubt(best, best_index, doubt)
     value, index = reduce_argmax(best, best_index)
     tl.store(s.head_value + pid, value)
     tl.store(s.head_index + pid, index)
@@ -292,7 +298,7 @@ def head_phase(w, s, want_logits, stream, plan, pid, n_programs, CONFIG: tl.cons
 
 @triton.jit
 def argmax_phase(s, position, pid, n_programs, BLOCK_P: tl.constexpr):
-    """tokens[position + 1] = index of the largest logit, unless a barrier gave up."""
+    """tokens[position + 1] = index of the largest logit, or NOT_FINITE, unless a barrier gave up."""
     if pid == 0:
         program = tl.arange(0, BLOCK_P)
         value = tl.load(s.head_value + program, mask=program < n_programs, other=float("-inf"))

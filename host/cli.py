@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from host.arguments import instance
 from host.checkpoint import Checkpoint
 from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token, held_formats
 from host.devices import check_supported
@@ -119,7 +120,9 @@ def torch_device(device: torch.device | str | None, for_kernels: bool = False) -
 
     for_kernels: a GPU must also be one that the kernels can be compiled for.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    instance(device, torch.device | str, "device")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if for_kernels and torch.device(device).type == "cuda":
             check_supported(torch.device(device))
@@ -369,7 +372,8 @@ def stream_generation(
     )
     print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
     if len(token_ids) < max_new_tokens and not stopped:
-        print(f"context full: stopped after {len(prompt_ids) + len(token_ids)} tokens", file=sys.stderr)
+        held = len(prompt_ids) + len(token_ids) - 1  # the last one is not fed
+        print(f"context full: stopped after {held} tokens", file=sys.stderr)
     return generation
 
 

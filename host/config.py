@@ -6,11 +6,11 @@ transformers 5.17 takes; what would mean another model there, and is not support
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from host.arguments import integer
 from host.errors import InputError
 from host.files import is_there, parse_json, read_small
 
@@ -128,9 +128,7 @@ class ModelConfig:
 
     def cut(self, n_layers: int) -> "ModelConfig":
         """The same model with only its first layers. InputError if it has fewer; TypeError if that is no integer."""
-        if not hasattr(n_layers, "__index__") or isinstance(n_layers, bool):
-            raise TypeError(f"n_layers is {n_layers!r}, not an integer")
-        n_layers = operator.index(n_layers)
+        n_layers = integer(n_layers, "n_layers")
         if not 1 <= n_layers <= self.n_layers:
             raise InputError(f"--layers {n_layers}: the model has layers 1 to {self.n_layers}")
         return ModelConfig(
@@ -212,7 +210,7 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 def check_token(token_id: int, config: ModelConfig) -> None:
     """InputError unless the id is in the vocabulary. TypeError if it is no integer."""
-    if not 0 <= operator.index(token_id) < config.vocab_size:
+    if not 0 <= integer(token_id, "token_id") < config.vocab_size:
         raise InputError(f"token id {token_id} lies outside the vocabulary of {config.vocab_size}")
 
 

@@ -32,6 +32,28 @@ class InputError(Exception):
         super().__init__(printable(message))
 
 
+class LogitsNotFinite(InputError):
+    """A position's logits hold NaN or an infinity, so that no token follows from them."""
+
+    def __init__(self, position: int):
+        super().__init__(
+            f"logits are not finite at position {position}: "
+            "the weights hold NaN or infinite values, or values too large for float32 arithmetic"
+        )
+
+
+class PositionsLost(InputError):
+    """A token cannot be fed behind positions that an interrupted call was feeding."""
+
+
+class GenerationOvertaken(RuntimeError):
+    """A generator's model has been put to another use since its last token."""
+
+
+class ModelInUse(RuntimeError):
+    """A thread uses a model while it is amid a use of one, or launches a kernel amid a launch."""
+
+
 class RunsDiffer(RuntimeError):
     """The same input gave different tokens twice: what was timed is not what it seems."""
 

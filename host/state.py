@@ -15,7 +15,7 @@ from host.rope import rope_tables
 class State(NamedTuple):
     """What a step reads and writes on the device besides the weights. float32 unless said."""
 
-    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next
+    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next, or NOT_FINITE
     k_cache: torch.Tensor  # [layers, kv heads, context, head_dim] bfloat16, or what was asked for
     v_cache: torch.Tensor
     cos: torch.Tensor  # [context, head_dim / 2]
@@ -35,7 +35,7 @@ class State(NamedTuple):
     expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for fragments
     expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
     head_value: torch.Tensor  # [programs] each program's largest logit
-    head_index: torch.Tensor  # [programs] int32
+    head_index: torch.Tensor  # [programs] int32, NOT_FINITE if any of a program's logits is not
     logits: torch.Tensor  # [vocab]
     scratch: (
         torch.Tensor

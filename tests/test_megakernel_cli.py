@@ -170,7 +170,7 @@ def test_a_stop_token_ends_the_run_and_is_an_id_but_not_text(run_json, checkpoin
 def test_a_full_context_is_told_and_ends_cleanly(run, tmp_path, n_prompt):
     ids = ",".join(["65"] * n_prompt)
     code, out, err = run("--prompt-ids", ids, "--max-context", 6, "--json", "--logits-out", tmp_path / "l.npy")
-    assert (code, err) == (0, "context full: stopped after 7 tokens\n")
+    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
     assert len(json.loads(out)["token_ids"]) == 7 - n_prompt
     assert np.load(tmp_path / "l.npy").shape == (6, VOCAB)
 
@@ -178,7 +178,7 @@ def test_a_full_context_is_told_and_ends_cleanly(run, tmp_path, n_prompt):
 def test_the_default_context_is_no_longer_than_the_model_takes(run, own_folder):
     edit_config(own_folder, max_position_embeddings=6)
     code, out, err = run("--prompt-ids", "65,65", "--json", model=own_folder)
-    assert (code, err) == (0, "context full: stopped after 7 tokens\n")
+    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
     assert len(json.loads(out)["token_ids"]) == 5
     assert_rejected(run("--prompt-ids", ",".join(["65"] * 7), model=own_folder), "do not fit in a context of 6")
 
