@@ -31,7 +31,7 @@ test:
 
 test-gpu:
 	$(set_up) test
-	@.venv/bin/python -m pytest tests/gpu $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest tests/gpu -n auto --durations=25 $(PYTEST_ARGS)
 
 lint:
 	$(set_up) lint

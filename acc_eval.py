@@ -5,11 +5,8 @@ logits are compared. The metrics are defined in host/accuracy.py. With --fail-un
 metric misses its threshold. A logit that is not finite is a failure always.
 """
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import argparse
 import contextlib
@@ -17,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +60,11 @@ from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_t
 from host.errors import InputError
 from host.files import read_small
 from host.limits import check_memory
+from host.output_file import output_path
 from host.plot import png
 from host.report import check_report_files, display_name, markdown_table, write_file
 from host.weights import Weights
-from load_model import open_checkpoint, open_tokenizer
+from load_model import files_of, open_checkpoint, open_tokenizer
 from reference import Reference
 from tokenizer_util import Tokenizer
 
@@ -279,8 +278,10 @@ def parse_arguments() -> argparse.Namespace:
         f"{', '.join(metric.key for metric in METRICS if metric.least)}), or at most ("
         f"{', '.join(metric.key for metric in METRICS if not metric.least)})",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything found as JSON")
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw divergence and agreement; needs matplotlib")
+    parser.add_argument("--json", metavar="FILE", type=output_path, help="write everything found as JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", type=output_path, help="draw divergence and agreement; needs matplotlib"
+    )
     args = parser.parse_args()
     args.streams = args.streams or ("text" if args.text else "random" if args.random_weights else "shipped")
     if args.streams != "greedy" and (args.prompt is not None or args.prompt_ids is not None):
@@ -538,7 +539,7 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_plot(path: Path, report: Report) -> None:
+def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
     """KL over the position, its spread over windows as bands; agreement by the reference's probability."""
     from matplotlib.figure import Figure
 
@@ -566,7 +567,7 @@ def write_plot(path: Path, report: Report) -> None:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     figure.suptitle(report.title)
-    write_file("--plot", path, png(figure))
+    write_file("--plot", path, png(figure), inputs)
 
 
 def kl_by_position(windows: Sequence[Tensor]) -> Tensor:
@@ -586,6 +587,12 @@ def open_test_model(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpo
         sizes = f"{other.config.vocab_size} tokens, that of the reference {checkpoint.config.vocab_size}"
         raise InputError(f"--test-model {args.test_model}: the vocabulary has {sizes}")
     return other
+
+
+def input_files(args: argparse.Namespace, *checkpoints: Checkpoint) -> list[Path]:
+    """All that is read, which no report replaces."""
+    opened = [*checkpoints, open_checkpoint(DEFAULT_MODEL)] if args.streams == "shipped" else checkpoints
+    return [path for checkpoint in opened for path in files_of(checkpoint)] + [args.text] * bool(args.text)
 
 
 def check_formats(flag: str, side: Side, checkpoint: Checkpoint) -> None:
@@ -614,6 +621,8 @@ def main() -> None:
     plan = plan_for(args, device.type == "cpu")
     checkpoint, tokenizer = open_model(args)
     test_checkpoint = open_test_model(args, checkpoint)
+    inputs = input_files(args, checkpoint, test_checkpoint)
+    check_report_files(args, inputs)
     check_formats("--ref", args.ref, checkpoint)
     check_formats("--test", args.test, test_checkpoint)
 
@@ -638,9 +647,9 @@ def main() -> None:
     report = Report(*names, args.ref.name, args.test.name, plan.source, conditions(device), results, args.fail_under)
     print(markdown(report))
     if args.json:
-        write_file("--json", args.json, json_text(report).encode())
+        write_file("--json", args.json, json_text(report).encode(), inputs)
     if args.plot:
-        write_plot(args.plot, report)
+        write_plot(args.plot, report, inputs)
     for line in report.failures:
         print(f"acc_eval: {line}", file=sys.stderr)
     if report.failures:

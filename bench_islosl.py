@@ -10,18 +10,16 @@ times are wall clock on the host, from the call on:
     output tokens/s   output tokens / end to end
 """
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import argparse
 import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +50,7 @@ from host.plot import Line, plot_times
 from host.report import check_report_files, display_name, markdown_table, progress, write_file
 from host.timing import Spread, WallMarks, checksum, spread
 from host.weights import bytes_to_load
+from load_model import files_of
 
 GPU_CONFIGS, GPU_REPEATS = "100:100,1024:100,1024:1024,2048:2048,8192:128", 5
 CPU_CONFIGS, CPU_REPEATS = "16:8,64:8", 2
@@ -301,11 +300,11 @@ def ttft_lines(results: Iterable[Measurement]) -> dict[str, Line]:
     return {path: [(n, spread(ttft_ms)) for n, ttft_ms in lengths.items()] for path, lengths in samples.items()}
 
 
-def write_plot(path: Path, report: Report) -> None:
+def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
     """Median TTFT over prompt length, a line per path."""
     y_label = axis_label("time to first token, ms", report.conditions)
     lines = ttft_lines(report.results)
-    write_file("--plot", path, plot_times(report.model, "prompt, tokens", y_label, lines, log_y=True))
+    write_file("--plot", path, plot_times(report.model, "prompt, tokens", y_label, lines, log_y=True), inputs)
 
 
 def main() -> None:
@@ -313,6 +312,8 @@ def main() -> None:
     check_report_files(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
+    inputs = files_of(checkpoint)
+    check_report_files(args, inputs)
     dense = dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, device.type != "cpu")
@@ -339,9 +340,9 @@ def main() -> None:
     report = Report(name, conditions(device), model.num_programs, model.max_context, plan, tuple(results))
     print(markdown(report))
     if args.json:
-        write_file("--json", args.json, json_text(report).encode())
+        write_file("--json", args.json, json_text(report).encode(), inputs)
     if args.plot:
-        write_plot(args.plot, report)
+        write_plot(args.plot, report, inputs)
 
 
 if __name__ == "__main__":

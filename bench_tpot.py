@@ -5,16 +5,15 @@ steps before N, and the kernel decodes from there. Device time is that between e
 time that between tokens as the caller gets them.
 """
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import argparse
 import dataclasses
 import itertools
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from host.random_cache import fill_cache
 from host.report import check_report_files, display_name, markdown_table, progress, write_file
 from host.timing import DeviceMarks, Spread, WallMarks, checksum, spread
 from host.traffic import bytes_per_token
+from load_model import files_of
 
 GPU_CONTEXTS = (128, 2048, 8192, 32768, 131072)
 CPU_CONTEXTS = (64,)
@@ -242,7 +242,7 @@ def json_text(report: Report) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
-def write_plot(path: Path, report: Report) -> None:
+def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
     """Median time per token over context, a line per path; the floor dashed."""
     lines = {
         name: [(row.context, row.device_ms or row.wall_ms) for row in group]
@@ -250,7 +250,7 @@ def write_plot(path: Path, report: Report) -> None:
     }
     floor = {(row.context, row.floor_ms) for row in report.results if row.floor_ms is not None}
     y_label = axis_label("ms per token", report.conditions)
-    write_file("--plot", path, plot_times(report.model, "context, tokens", y_label, lines, sorted(floor)))
+    write_file("--plot", path, plot_times(report.model, "context, tokens", y_label, lines, sorted(floor)), inputs)
 
 
 def main() -> None:
@@ -258,6 +258,8 @@ def main() -> None:
     check_report_files(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
+    inputs = files_of(checkpoint)
+    check_report_files(args, inputs)
     dense = dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, config, device.type != "cpu", available_bytes(device))
@@ -286,9 +288,9 @@ def main() -> None:
     report = Report(name, conditions(device), model.num_programs, plan, bandwidth, tuple(results))
     print(markdown(report))
     if args.json:
-        write_file("--json", args.json, json_text(report).encode())
+        write_file("--json", args.json, json_text(report).encode(), inputs)
     if args.plot:
-        write_plot(args.plot, report)
+        write_plot(args.plot, report, inputs)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
 """Converts a checkpoint to an .iris archive, one file that is enough to run the model, and checks or lists archives."""
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import argparse
-import contextlib
 import dataclasses
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,8 +27,11 @@ from host.errors import InputError
 from host.fp8 import QuantizedCheckpoint
 from host.iris_compare import first_difference
 from host.iris_writer import write_archive
+from host.output_file import check_output, output_path
+from host.program import signals_deferred
 from load_iris import IrisArchive, open_archive
-from load_model import open_checkpoint
+from load_model import files_of, open_checkpoint
+from tokenizer_util import Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--model", metavar="MODEL", help="folder, hub id or archive to convert or compare with")
     source.add_argument("--random-weights", choices=PRESETS, help="full-size weights of random values, for timing")
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--out", metavar="FILE.iris", type=Path, help="the archive to write")
+    task.add_argument("--out", metavar="FILE.iris", type=output_path, help="the archive to write")
     task.add_argument(
         "--verify",
         metavar="FILE.iris",
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         "--layers", metavar="N", type=positive_int, help="convert, or compare with, the first N layers of --model only"
     )
     add_fp8_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="replace an archive that is there already")
+    parser.add_argument("--force", action="store_true", help="replace what is there already, but no file of --model")
     args = parser.parse_args()
     if args.out and not (args.model or args.random_weights):
         raise InputError("--out: what to convert? --model or --random-weights says so")
@@ -70,11 +70,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> None:
     """Writes args.out. An interrupted run says how to go on."""
+    check_output(args.out, args.force)  # before a download
     try:
-        checkpoint = open_source(args)
-        checkpoint = QuantizedCheckpoint(checkpoint, dense_formats(args, checkpoint))
+        source = open_source(args)
+        Tokenizer.of(source)  # what cannot be loaded later is refused now
+        checkpoint = QuantizedCheckpoint(source, dense_formats(args, source))
         start = time.perf_counter()
-        with signals_noted() as check:
+        with signals_deferred() as check:
             n_bytes = write_archive(
                 checkpoint,
                 args.out,
@@ -82,12 +84,19 @@ def convert(args: argparse.Namespace) -> None:
                 show_progress=True,
                 on_terminal=sys.stderr.isatty(),
                 check=check,
+                inputs=files_to_keep(source, rewritten=args.layers is None and checkpoint.config == source.config),
             )
-    except (KeyboardInterrupt, Terminated):
+    except KeyboardInterrupt:
         print(f"interrupted: {args.out} was not written; the same command starts again", file=sys.stderr)
         raise
     seconds = time.perf_counter() - start
     print(f"{args.out}: {n_bytes / 1e9:.3f} GB in {seconds:.1f} s, {n_bytes / 1e9 / seconds:.2f} GB/s")
+
+
+def files_to_keep(source: Checkpoint, rewritten: bool) -> list[Path]:
+    """What --force does not replace: the source's files, but for an archive that is rewritten with all it holds."""
+    files = files_of(source)
+    return files[1:] if rewritten and isinstance(source, IrisArchive) else files
 
 
 def open_source(args: argparse.Namespace) -> Checkpoint:
@@ -101,13 +110,15 @@ def open_source(args: argparse.Namespace) -> Checkpoint:
 
 
 def verify(path: Path, model: str | None, n_layers: int | None) -> None:
-    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs.
+    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs, or
+    the archive's tokenizer is none.
 
     What the archive has in FP8 and the checkpoint in bfloat16 is quantized and compared bit by bit.
     """
     archive = open_archive(path)
     if archive.header.digests is None and model is None:
         raise InputError(f"{path}: version 1 holds no checksums; --model names a checkpoint to compare with")
+    Tokenizer.of(archive)  # the same junk on both sides is still junk
     if archive.header.digests is not None:
         archive.verify(show_progress=sys.stderr.isatty())
         print(f"{path}: {len(archive.header.entries)} checksums match")
@@ -144,37 +155,7 @@ def describe(archive: IrisArchive) -> Iterator[str]:
         yield f"  {name:24} {len(entries):4} x {kind:32} {size / 1e6:12.3f} MB"
 
 
-class Terminated(SystemExit):
-    """A signal came: ends like Ctrl-C, leaving nothing behind."""
-
-
-def terminate(signal_number: int, _frame: object = None) -> None:
-    raise Terminated(128 + signal_number)
-
-
-@contextlib.contextmanager
-def signals_noted() -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM interrupt nothing, but a call of the function that this gives raises Terminated after them.
-
-    An exception out of a signal's handler reaches whatever runs then; torch may take it for one of a tensor's.
-    """
-    came, handlers = [], {}
-
-    def check() -> None:
-        if came:
-            terminate(came[0])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, _: came.append(number))
-    try:
-        yield check
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, terminate)
     args = parse_arguments()
     if args.out:
         convert(args)

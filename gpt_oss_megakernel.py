@@ -9,27 +9,28 @@ each other:
 and launches it; `main` is the command line.
 """
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import argparse
 import dataclasses
 import functools
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 # NumPy reads this when it is imported. Interpreted blocks are too small for threads: 65 against 270 ms per token.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 
-if not torch.cuda.is_available():
+from host.devices import gpu_runs_kernels, notice_unused_gpu
+
+if not gpu_runs_kernels():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when @triton.jit decorates
 
 import triton
@@ -38,27 +39,29 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from common import barrier as barriers
-from common.argmax import keep_larger, reduce_argmax
+from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.barrier import ABORT, leave_grid
 from common.build import Build
 from common.context import Context
 from common.decode_attention import attend_head, attend_split, first_seen, merge_head, split_cache
 from common.dense import lm_head_stack, o_stack, qkv_stack, router_stack
 from common.experts import Choice, ExpertTiles, element, elements, pick
-from common.gemv_dense import gemv_rows, load_row_vector, load_rows
-from common.rmsnorm import multiply_blocks, rms_rstd
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_unit
+from common.rmsnorm import normed_blocks, rms_rstd
 from common.router import top_k_softmax
 from common.swiglu import swiglu
 from common.trace import mark
 from common.work import gate_up_tile, share_rows, share_work
 import interpreter
 from host import shared_memory
-from host.checkpoint import Checkpoint, RandomCheckpoint
+from host.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers, one_of
+from host.checkpoint import Checkpoint, RandomCheckpoint, check_unchanged
 from host.cli import (
     ArgumentParser,
     add_fp8_arguments,
     add_model_arguments,
     add_prompt_arguments,
+    check_outputs,
     dense_formats,
     device_name,
     logits_writer,
@@ -70,33 +73,47 @@ from host.cli import (
     torch_device,
 )
 from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes, held_formats
-from host.errors import InputError, MegakernelAborted
+from host.errors import InputError, LogitsNotFinite, MegakernelAborted, PositionsLost
 from host.launch import (
     LEAST_STAGES,
     BlockTuning,
     Tuning,
     blocks_for,
     check_program_count,
+    compile_errors,
     next_power_of_2,
     program_count,
+    quiet_compilers,
     tuning_for,
 )
 from host.limits import check_memory, context_length
+from host.output_file import output_path
 from host.phases import PHASES, barrier_name
 from host.state import State, new_state
 from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
 from host.traffic import bytes_by_phase
-from host.weights import Weights, bytes_to_load, load_weights
-from load_model import open_checkpoint, open_tokenizer
+from host.turns import LAUNCHING, Turns, exclusive
+from host.weights import Weights, bytes_to_load, load_weights, weights_in_place
+from load_model import files_of, open_checkpoint, open_tokenizer
 from prefill import Prefill
 from tokenizer_util import Tokenizer
 
+quiet_compilers()
 shared_memory.install()
 
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
 def megakernel(
-    w, s, position, want_token, want_logits, n_layers, max_context, n_programs, BUILD: tl.constexpr, BLOCK_P: tl.constexpr
+    w,
+    s,
+    position,
+    want_token,
+    want_logits,
+    n_layers,
+    max_context,
+    n_programs,
+    BUILD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Decode the token at `position`: w is Weights, s is State, BUILD a common.build.Build.
 
@@ -197,7 +214,7 @@ def embedding_phase(ctx, BUILD: tl.constexpr):
     H: tl.constexpr = BUILD.config.hidden_size
     BLOCK_H: tl.constexpr = triton.next_power_of_2(H)
     s = ctx.s
-    token = tl.maximum(tl.load(s.tokens + ctx.position), 0)  # -1 after an abort, or if the position was never fed
+    token = tl.maximum(tl.load(s.tokens + ctx.position), 0)  # -1 after an abort or where none was fed; NOT_FINITE
     if ctx.program == 0:
         h = tl.arange(0, BLOCK_H)
         row = tl.load(ctx.w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
@@ -213,7 +230,7 @@ def qkv_phase(ctx, layer, feed, BUILD: tl.constexpr):
     MATRIX: tl.constexpr = BUILD.qkv
     STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
     w, s = ctx.w, ctx.s
-    x, rstd = DENSE.load_normed(ctx, w.attn_norm + layer * MATRIX.k, feed, MATRIX, BUILD)
+    x, factor = DENSE.load_normed(ctx, w.attn_norm + layer * MATRIX.k, feed, MATRIX, BUILD)
     stack = qkv_stack(ctx, layer, BUILD)
     first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
     for row0 in range(first, end, STEP):
@@ -221,7 +238,7 @@ def qkv_phase(ctx, layer, feed, BUILD: tl.constexpr):
         # Before the product, as behind it the bias would cost its latency once more.
         bias = tl.load(w.qkv_bias + layer * MATRIX.rows + row, mask=row < end, other=0.0).to(tl.float32)
         y, feed = DENSE.multiply(ctx, feed, x, stack, row0, end, MATRIX, BUILD)
-        tl.store(s.qkv + row, y * rstd + bias, mask=row < end)
+        tl.store(s.qkv + row, y * factor + bias, mask=row < end)
     return feed
 
 
@@ -269,7 +286,7 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
             x += tl.load(s.expert_out + rank * H + row, mask=row < end, other=0.0)
         x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
         y, feed = DENSE.multiply(ctx, feed, attention, stack, row0, end, MATRIX, BUILD)
-        tl.store(s.x + row, x + y, mask=row < end)
+        tl.store(s.x + row, x + y * (1.0 / vector_unit(MATRIX.format)), mask=row < end)
     return feed
 
 
@@ -290,17 +307,17 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
         tile, bias = load_router_tile(ctx, layer, program, BUILD)
         x = load_row_vector(s.x, MATRIX, zero)
         rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
-        x = multiply_blocks(x, load_row_vector(norm_ptr, MATRIX, zero))
+        x, factor = normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_unit(MATRIX.format))
         for n in range(program, MATRIX.n_tiles, n_programs):
             if n != program:
                 tile, bias = load_router_tile(ctx, layer, n, BUILD)
             row = n * M + tl.arange(0, M)
-            logits = gemv_rows(tile, x, MATRIX, MACHINE) * rstd + bias
+            logits = gemv_rows(tile, x, MATRIX, MACHINE) * factor + bias
             tl.store(s.router_logits + row, logits, mask=row < MATRIX.rows)
         for block in range(n_programs - 1 - program, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
             normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
-            MACHINE.experts.store_input(ctx, block, normed, x, rstd, BUILD)
+            MACHINE.experts.store_input(ctx, block, normed, x, factor, BUILD)
 
 
 @triton.jit
@@ -341,7 +358,7 @@ def gate_up_phase(ctx, layer, feed, BUILD: tl.constexpr):
     OUTPUTS: tl.constexpr = MATRIX.tile_rows // 2  # of a tile
     w = ctx.w
     # Before any tile is asked for: behind them it waited for 3.2 us. 12.5 us a layer instead of 13.1.
-    vector = EXPERTS.load_input(ctx, BUILD)
+    vector, missing = EXPERTS.load_input(ctx, BUILD)
     choice = choose_experts(ctx, BUILD)
     feed = BUILD.machine.feed.ask_experts(ctx, choice, feed, BUILD)
     number = tl.arange(0, TILES * OUTPUTS) // OUTPUTS
@@ -355,7 +372,8 @@ def gate_up_phase(ctx, layer, feed, BUILD: tl.constexpr):
         first = gate_up_tile(step * TILES, ctx.program, ctx.n_programs, BUILD)
         tiles = ExpertTiles(first // MATRIX.n_tiles, first % MATRIX.n_tiles, tl.minimum(count - step * TILES, TILES))
         gate, up, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
-        act = swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
+        gate, up = gate * missing + gate_bias, up * missing + up_bias
+        act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         EXPERTS.store_act(ctx, rank, i, act, BUILD)
     return choice, feed
 
@@ -397,7 +415,8 @@ def load_expert_bias(bias_ptr, layer, choice, rank, row, MATRIX: tl.constexpr, B
 def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     """head_value, head_index = each program's largest of logits = W_head @ rmsnorm(x + expert_out).
 
-    The logits themselves are stored only when asked for.
+    The index is NOT_FINITE if any of the program's logits is not finite. The logits themselves are stored only when asked
+    for.
     """
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.lm_head
@@ -406,16 +425,19 @@ def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
     stack = lm_head_stack(ctx, BUILD)
     feed = BUILD.machine.feed.ask_head(ctx, feed, BUILD)
-    x, rstd = DENSE.load_normed(ctx, ctx.w.final_norm, feed, MATRIX, BUILD)
+    x, factor = DENSE.load_normed(ctx, ctx.w.final_norm, feed, MATRIX, BUILD)
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
+    doubt = tl.zeros([STEP], tl.float32)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
         y, feed = DENSE.multiply(ctx, feed, x, stack, row0, end, MATRIX, BUILD)
-        logits = y * rstd
+        logits = y * factor
         if want_logits:
             tl.store(s.logits + row, logits, mask=row < end)
+        doubt = keep_finite(doubt, tl.where(row < end, logits, 0.0))
         best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)
+    best, best_index = expose_doubt(best, best_index, doubt)
     value, index = reduce_argmax(best, best_index)
     tl.store(s.head_value + ctx.program, value)
     tl.store(s.head_index + ctx.program, index)
@@ -423,7 +445,7 @@ def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
 
 @triton.jit
 def argmax_phase(ctx, BLOCK_P: tl.constexpr):
-    """tokens[position + 1] = index of the largest logit, unless a barrier gave up."""
+    """tokens[position + 1] = index of the largest logit, or NOT_FINITE, unless a barrier gave up."""
     s = ctx.s
     if ctx.program == 0:
         program = tl.arange(0, BLOCK_P)
@@ -435,7 +457,22 @@ def argmax_phase(ctx, BLOCK_P: tl.constexpr):
 
 
 class MegaModel:
-    """A GPT-OSS model on one device, decoded greedily, one token a launch."""
+    """A GPT-OSS model on one device, decoded greedily, one token a launch.
+
+    It holds one sequence. generate and decode check their arguments when they are called and take the model when their
+    first token is asked for; from then on generate, decode, step, logits, hidden, reset and switch_path end the
+    sequence, and the generator raises GenerationOvertaken at its next token. Closing a generator changes nothing.
+
+    Threads may share a model, and each may have one of its own: a use waits until another thread's is over, be it a
+    call or one token of a generator. No lock is held between two tokens, nor while on_logits or on_launch run, which
+    may use any model. A signal handler may not, amid a use by its thread: ModelInUse.
+
+    Whatever ends a use early, an interrupt or an error, the next one starts clean: positions that were fed before it
+    count as fed, those that it was feeding do not. PositionsLost if a token is to be fed behind them. After
+    MegakernelAborted each use raises it again until reset.
+    """
+
+    _last_stream = None  # of a GPU, that any model used last
 
     def __init__(
         self,
@@ -459,12 +496,29 @@ class MegaModel:
         blocks: how prompts are fed, see prefill.py.
         kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
         checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
-        device.
+        device; TypeError names an argument of the wrong kind.
         """
+        if not hasattr(checkpoint, "config"):
+            raise TypeError(f"checkpoint must be an open one, not {type(checkpoint).__name__}; see from_pretrained")
+        boolean(show_progress, "show_progress")
+        for value, kind, name in (
+            (tuning, Tuning, "tuning"),
+            (weights, Weights, "weights"),
+            (dense, DenseFormats, "dense"),
+            (blocks, BlockTuning, "blocks"),
+        ):
+            instance(value, kind, name)
+        max_context = integer_or_none(max_context, "max_context")
+        num_programs = integer_or_none(num_programs, "num_programs")
+        one_of(kv_dtype, (torch.bfloat16, torch.float32), "kv_dtype")
         self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=held_formats(checkpoint, dense))
+        self.compiled_config = self.config.compiled()
         self.device = usable_device(device)
-        self.quant = quant
+        self.quant = boolean(quant, "quant")
         self.max_context = context_length(self.config, max_context)
+        self.trace_position = integer_or_none(trace_position, "trace_position", least=0)
+        if self.trace_position is not None and self.trace_position >= self.max_context:
+            raise InputError(f"trace_position {trace_position}: the context has {self.max_context} positions")
         self.tuning = tuning or tuning_for(self.device, self.config)
         self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
         check_program_count(self.num_programs, self.device, self.tuning)
@@ -473,25 +527,35 @@ class MegaModel:
         needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
         check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
         start = time.perf_counter()
+        # Weights that stay in a mapped file are as good as that file.
+        in_place = weights_in_place(checkpoint, self.config, self.device, self.tuning)
+        self._mapped = checkpoint if in_place else None
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
         self.load_seconds = time.perf_counter() - start
         self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
-        self.trace_position = trace_position
-        self._start(kv_dtype)
+        self.kv_dtype = kv_dtype
+        self.turns = Turns()
+        self._start()
 
-    def _start(self, kv_dtype: torch.dtype) -> None:
+    def _start(self) -> None:
         """A new sequence in new memory."""
+        self._started = False
+        self.state = self.prefill = None  # before the new ones need their memory
         self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
-        self.state = self._new_state(kv_dtype)
+        self._feeding: range | None = None  # positions whose launches have begun and not ended
+        self._lost = 0  # so far the cache may hold anything behind n_fed, left by launches that did not end; 0: nowhere
+        self.state = self._new_state(self.kv_dtype)
         self._build()
-        self.prefill = Prefill(self.build, self.blocks, self.weights, self.state)
-        self._compile()
+        self.prefill = Prefill(self.config, self.build, self.blocks, self.weights, self.state)
+        with compile_errors(self.device):
+            self._compile()
         self._check_barriers()
+        self._started = True
 
     def _build(self) -> None:
         """What kernels are compiled for."""
-        self.build = Build(self.config, self.tuning, self.quant)
-        self.traced_build = Build(self.config, self.tuning, self.quant, trace=True)
+        self.build = Build(self.compiled_config, self.tuning, self.quant)
+        self.traced_build = Build(self.compiled_config, self.tuning, self.quant, trace=True)
 
     def _compile(self) -> None:
         """Launch without layers: shows that the programs can be resident before anyone waits.
@@ -512,7 +576,7 @@ class MegaModel:
         """Bytes that the kernel needs beyond what there is."""
         try:
             for position in {0, self.trace_position or 0}:
-                self._launch(position, n_layers=0)
+                self._run(range(0), self._launch, position, n_layers=0)
         except OutOfResources as error:
             return error.required - error.limit
         return 0
@@ -530,20 +594,57 @@ class MegaModel:
 
         Options and errors: see MegaModel.
         """
+        device = usable_device(device)  # before anything is loaded
         return cls(open_checkpoint(path), quant, max_context, device, **options)
 
+    @exclusive
     def reset(self) -> None:
         """Forget all positions, and a barrier that gave up."""
+        self._take()
         s, self.n_fed = self.state, 0
+        self._feeding = range(self.max_context)  # an interrupt may leave some
         for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
             tensor.zero_()
+        self._feeding, self._lost = None, 0
 
+    @exclusive
     def switch_path(self, quant: bool) -> None:
         """Go on with the quantized or the default path: the same weights, a new state."""
-        kv_dtype = self.state.k_cache.dtype
-        del self.state, self.prefill  # before the new ones need their memory
-        self.quant = quant
-        self._start(kv_dtype)
+        quant = boolean(quant, "quant")
+        self._take()
+        self._started, self.quant = False, quant
+        self._start()
+
+    def _take(self) -> int:
+        """Begin a use of the model, which ends the generation before it, and put right what an unfinished one left."""
+        turn = self.turns.take()
+        if not self._started:
+            self._start()
+        self._follow_stream()
+        if self._feeding is not None:
+            self.n_fed = min(self.n_fed, self._feeding.start)
+            self._lost = max(self._lost, self._feeding.stop)
+            self.state.sync[: ABORT.value] = 0  # arrivals of programs that were stopped
+            self.state.split_arrivals.zero_()
+            self._feeding = None
+        return turn
+
+    def _go_on(self, turn: int) -> None:
+        """Go on with a generation. GenerationOvertaken if the model has been put to another use."""
+        self.turns.check(turn)
+        self._follow_stream()
+
+    def _follow_stream(self) -> None:
+        """What this thread queues on a GPU from now on runs behind all that models queued before, on any stream.
+
+        Two kernels whose programs wait for each other must not share the GPU.
+        """
+        if self.device.type == "cuda":
+            with LAUNCHING:
+                stream, last = torch.cuda.current_stream(), MegaModel._last_stream
+                if last is not None and last != stream:
+                    stream.wait_stream(last)
+                MegaModel._last_stream = stream
 
     def _new_state(self, kv_dtype: torch.dtype) -> State:
         barriers = 2 + len(PHASES) * self.config.n_layers
@@ -563,25 +664,34 @@ class MegaModel:
         n_bytes = bytes_by_phase(self.config, self.trace_position or 0)
         return Launch.from_events(self.state.trace.cpu().numpy(), self.config.n_layers, n_bytes)
 
+    @exclusive
     def step(self, token_id: int, position: int) -> int:
-        """Feed a token at a position whose predecessors were fed; returns the most likely next token."""
-        self._write_tokens([token_id], position)
-        self._feed(position, token=True)
-        return self._token(self.state.tokens[position + 1])
+        """Feed a token at a position whose predecessors were fed; returns the most likely next token.
 
+        InputError if the logits are not finite, the position lies outside the context or the token outside the
+        vocabulary; TypeError if they are no integers.
+        """
+        token_id, position = self._placed(token_id, position)
+        self._take_at(token_id, position)
+        self._feed(position, token=True)
+        return self._token(self.state.tokens[position + 1], position)
+
+    @exclusive
     def logits(self, token_id: int, position: int) -> torch.Tensor:
         """The same, but returns the next token's logits, float32 [vocab], a copy on the model's device."""
-        self._write_tokens([token_id], position)
-        self._feed(position, logits=True)
-        self._check_barriers()
-        return self.state.logits.clone()
+        token_id, position = self._placed(token_id, position)
+        self._take_at(token_id, position)
+        return self._feed_for_logits(position)
 
+    @exclusive
     def hidden(self, token_id: int, position: int, n_layers: int) -> torch.Tensor:
         """The same, but returns the residual stream after the first n_layers, float32 [hidden], a copy."""
+        n_layers = integer(n_layers, "n_layers")
         if not 0 <= n_layers <= self.config.n_layers:
             raise InputError(f"n_layers {n_layers}: the model has {self.config.n_layers}")
-        self._write_tokens([token_id], position)
-        self._launch(position, n_layers=n_layers)
+        token_id, position = self._placed(token_id, position)
+        self._take_at(token_id, position)
+        self._run(range(position, position + 1), self._launch, position, n_layers=n_layers)
         self._check_barriers()
         return functools.reduce(torch.add, self.state.expert_out, self.state.x)
 
@@ -595,29 +705,50 @@ class MegaModel:
 
         What the prompt has in common with the sequence before it, such as a chat's earlier turns, is not fed again. The
         rest is fed in blocks (prefill.py), but for its last token. `on_logits` receives the logits, float32 [vocab], of
-        each position of the prompt and the answer, for which all are fed one by one; the next launch overwrites them.
+        each position of the prompt and the answer, for which all are fed one by one: a copy on the model's device.
+
+        Raises what step does; GenerationOvertaken if the model was used otherwise since the last token. InputError if
+        weights lie in a mapped file, which a CPU's may, that was changed since it was opened.
         """
-        prompt_ids = list(prompt_ids)
+        prompt_ids = integers(prompt_ids, "prompt_ids")
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens", least=0)
+        function_or_none(on_logits, "on_logits")
         if not prompt_ids:
             raise InputError("the prompt is empty")
+        self._check_fit(prompt_ids, 0)
+        return self._generate(prompt_ids, max_new_tokens, on_logits)
+
+    def _generate(
+        self, prompt_ids: list[int], max_new_tokens: int, on_logits: Callable[[torch.Tensor], None] | None
+    ) -> Iterator[int]:
+        check_unchanged(self._mapped)
         last = len(prompt_ids) - 1
-        held = 0 if on_logits else min(self._held(prompt_ids), last)
-        self._write_tokens(prompt_ids[held:], held)
+        turn = self._begin(prompt_ids, in_blocks=on_logits is None)
         if on_logits:
             for position in range(last):
-                self._feed(position, logits=True)
-                self._check_barriers()
-                on_logits(self.state.logits)
-        elif last - held < self.blocks.least_tokens:
-            for position in range(held, last):
-                self._feed(position)
-        else:
-            self.prefill.feed(held, last - held)
-            self.n_fed = last
-        for token in self._decode(last, min(last + max_new_tokens, self.max_context), on_logits):
+                on_logits(self._next_logits(turn, position))
+        for token in self._decode(turn, last, min(last + max_new_tokens, self.max_context), on_logits):
+            check_unchanged(self._mapped)
             yield token
             if token in self.config.stop_ids:
                 return
+
+    @exclusive
+    def _begin(self, prompt_ids: list[int], in_blocks: bool) -> int:
+        """Take the model for a prompt; in_blocks: and feed all that the cache does not hold but the last token."""
+        turn = self._take()
+        last = len(prompt_ids) - 1
+        held = min(self._held(prompt_ids), last) if in_blocks else 0
+        self._write_tokens(prompt_ids[held:], held)
+        if not in_blocks:
+            return turn
+        if last - held < self.blocks.least_tokens or not self.prefill.holds_experts:
+            for position in range(held, last):
+                self._feed(position)
+        else:
+            self._run(range(held, last), self.prefill.feed, held, last - held)
+            self._fed(last)
+        return turn
 
     def _held(self, token_ids: list[int]) -> int:
         """How many of these tokens the cache holds: the first ones that it has in common with them."""
@@ -630,13 +761,26 @@ class MegaModel:
         """Feed a token at a position whose predecessors are in the cache and yield the n_tokens ids that follow.
 
         Stop ids end nothing; a full context does. `on_launch` is called after each launch, which a GPU may only have
-        queued: events recorded there mark where it ends.
+        queued: events recorded there mark where it ends. Raises what generate does.
         """
-        self._write_tokens([token_id], position)
-        yield from self._decode(position, min(position + n_tokens, self.max_context), on_launch=on_launch)
+        token_id, position = self._placed(token_id, position)
+        n_tokens = integer(n_tokens, "n_tokens", least=0)
+        function_or_none(on_launch, "on_launch")
+        return self._decode_from(token_id, position, n_tokens, on_launch)
+
+    def _decode_from(
+        self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None
+    ) -> Iterator[int]:
+        turn = self._begin_at(token_id, position)
+        yield from self._decode(turn, position, min(position + n_tokens, self.max_context), on_launch=on_launch)
+
+    @exclusive
+    def _begin_at(self, token_id: int, position: int) -> int:
+        return self._take_at(token_id, position)
 
     def _decode(
         self,
+        turn: int,
         start: int,
         end: int,
         on_logits: Callable[[torch.Tensor], None] | None = None,
@@ -646,52 +790,110 @@ class MegaModel:
 
         On a GPU the next launch is queued before a token is read back, so that the device never waits for the host.
         """
-        queued: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        ahead = 0 if on_logits or self.device.type == "cpu" else 1
+        queued: deque[Launched] = deque()
         for position in range(start, end):
-            self._feed(position, token=True, logits=on_logits is not None)
+            queued.append(self._next_launch(turn, position, on_logits is not None))
             if on_launch:
                 on_launch()
-            if on_logits or self.device.type == "cpu":
-                token_id = self._token(self.state.tokens[position + 1])
+            if len(queued) > ahead:
+                launched = queued.popleft()
+                token_id = self._next_token(turn, launched)
                 if on_logits:
-                    on_logits(self.state.logits)
+                    on_logits(launched.logits)
                 yield token_id
-                continue
-            queued.append(self._read_back(position + 1))
-            if len(queued) > 1:
-                yield self._wait_for(*queued.popleft())
         while queued:
-            yield self._wait_for(*queued.popleft())
+            yield self._next_token(turn, queued.popleft())
 
-    def _read_back(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event]:
-        token = torch.empty((), dtype=torch.int32, pin_memory=True)
-        token.copy_(self.state.tokens[position], non_blocking=True)
+    @exclusive
+    def _next_launch(self, turn: int, position: int, logits: bool) -> "Launched":
+        """Feed the token at a position of a generation."""
+        self._go_on(turn)
+        self._feed(position, token=True, logits=logits)
+        kept = self.state.logits.clone() if logits else None
+        token = self.state.tokens[position + 1]
+        if self.device.type == "cpu":
+            return Launched(position, token.clone(), None, kept)
+        pinned = torch.empty((), dtype=torch.int32, pin_memory=True)
+        pinned.copy_(token, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return token, copied
+        return Launched(position, pinned, copied, kept)
 
-    def _wait_for(self, token: torch.Tensor, copied: torch.cuda.Event) -> int:
-        copied.synchronize()
-        return self._token(token)
+    def _next_token(self, turn: int, launched: "Launched") -> int:
+        if launched.copied is not None:
+            launched.copied.synchronize()
+        return self._checked_token(turn, launched)
 
-    def _write_tokens(self, token_ids: list[int], position: int) -> None:
-        """Put tokens at positions from `position` on, still to be fed; later ones become -1, "not decoded"."""
+    @exclusive
+    def _checked_token(self, turn: int, launched: "Launched") -> int:
+        self._go_on(turn)
+        return self._token(launched.token, launched.position)
+
+    @exclusive
+    def _next_logits(self, turn: int, position: int) -> torch.Tensor:
+        self._go_on(turn)
+        return self._feed_for_logits(position)
+
+    def _check_fit(self, token_ids: list[int], position: int) -> None:
+        """InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
         if position < 0 or position + len(token_ids) > self.max_context:
             raise InputError(
                 f"positions {position} to {position + len(token_ids) - 1} do not fit a context of {self.max_context}"
             )
         for token_id in token_ids:
             check_token(token_id, self.config)
+
+    def _write_tokens(self, token_ids: list[int], position: int) -> None:
+        """Put tokens at positions from `position` on, still to be fed; later ones become -1, "not decoded"."""
+        self._check_fit(token_ids, position)
         self.n_fed = min(self.n_fed, position)
         self.state.tokens[position:] = -1
         ids = torch.tensor(token_ids, dtype=torch.int32)
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
+    def _placed(self, token_id: int, position: int) -> tuple[int, int]:
+        """Both as int. TypeError and InputError, see step."""
+        token_id, position = integer(token_id, "token_id"), integer(position, "position")
+        self._check_fit([token_id], position)
+        return token_id, position
+
+    def _take_at(self, token_id: int, position: int) -> int:
+        """Take the model for a token behind what was fed. PositionsLost if some of that an interrupted use has lost."""
+        turn = self._take()
+        if self.n_fed < min(position, self._lost):
+            raise PositionsLost(
+                f"position {position}: an interrupted call lost those from {self.n_fed} on; feed them again or reset()"
+            )
+        self._write_tokens([token_id], position)
+        return turn
+
     def _feed(self, position: int, token: bool = False, logits: bool = False) -> None:
         """Launch a position, whose token was written, through all layers. Behind a gap the cache does not hold it."""
-        self._launch(position, token=token, logits=logits)
+        self._run(range(position, position + 1), self._launch, position, token=token, logits=logits)
         if self.n_fed == position:
-            self.n_fed = position + 1
+            self._fed(position + 1)
+
+    def _run(self, positions: range, launch: Callable[..., None], *arguments, **options) -> None:
+        """Launch what feeds these positions."""
+        self._feeding = positions
+        with LAUNCHING:
+            self._follow_stream()
+            launch(*arguments, **options)
+        self._feeding = None
+
+    def _fed(self, n: int) -> None:
+        """The cache holds the first n positions; on a GPU, for what is launched from now on."""
+        self.n_fed = n
+        if n >= self._lost:
+            self._lost = 0
+
+    def _feed_for_logits(self, position: int) -> torch.Tensor:
+        self._feed(position, logits=True)
+        self._check_barriers()
+        if int(self.state.head_index.min()) < 0:
+            raise LogitsNotFinite(position)
+        return self.state.logits.clone()
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         try:
@@ -715,8 +917,11 @@ class MegaModel:
                 f"--num-programs {self.num_programs}: more than can be resident on {self.device}"
             ) from None
 
-    def _token(self, token: torch.Tensor) -> int:
+    def _token(self, token: torch.Tensor, position: int) -> int:
+        """What the launch of a position left."""
         token_id = int(token)
+        if token_id == NOT_FINITE.value:
+            raise LogitsNotFinite(position)
         if token_id < 0:
             self._check_barriers()
             raise RuntimeError("the kernel ended without a token and without an abort record")
@@ -731,6 +936,15 @@ class MegaModel:
             )
 
 
+class Launched(NamedTuple):
+    """A position that a generation has fed, and what becomes of it."""
+
+    position: int
+    token: torch.Tensor  # [] int32, on the host
+    copied: torch.cuda.Event | None  # when it is there; None: it is
+    logits: torch.Tensor | None
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line; InputError where it is wrong."""
     parser = ArgumentParser(description="GPT-OSS decoded by one persistent kernel launch per token.")
@@ -741,7 +955,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
     parser.add_argument("--load-rate", action="store_true", help="say how long loading took, and at what rate")
     parser.add_argument(
-        "--trace", metavar="FILE.json", type=Path, help="time the phases of one token, as a Chrome trace and a table"
+        "--trace",
+        metavar="FILE.json",
+        type=output_path,
+        help="time the phases of one token, as a Chrome trace and a table",
     )
     parser.add_argument(
         "--trace-token",
@@ -753,7 +970,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
-    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids."""
+    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids.
+
+    InputError before anything is opened if the kernels cannot run here.
+    """
+    device = usable_device(None)
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
         return checkpoint, open_tokenizer(checkpoint)
@@ -761,16 +982,18 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
         raise InputError("--verify: random weights have no checksums")
     config = PRESETS[args.random_weights]
     config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
-    return RandomCheckpoint(config, device=usable_device(None), name=f"random {args.random_weights}"), None
+    return RandomCheckpoint(config, device=device, name=f"random {args.random_weights}"), None
 
 
 def main() -> None:
     args = parse_arguments()
+    check_outputs(args)
     checkpoint, tokenizer = open_model(args)
     prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
     traced = token_to_trace(args, len(prompt_ids), context_length(checkpoint.config, args.max_context))
-    with trace_writer(args.trace) as write_trace:
-        with logits_writer(args.logits_out, checkpoint.config.vocab_size) as on_logits:
+    inputs = files_of(checkpoint)
+    with trace_writer(args.trace, inputs) as write_trace:
+        with logits_writer(args.logits_out, checkpoint.config.vocab_size, inputs) as on_logits:
             model = MegaModel(
                 checkpoint,
                 args.quant,
@@ -810,7 +1033,9 @@ def load_rate(model: MegaModel) -> str:
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or the one Triton was set up for when this module was imported. Raises InputError."""
     interpreted = isinstance(megakernel, InterpretedFunction)
-    device = torch_device(device or ("cpu" if interpreted else "cuda"))
+    if interpreted and device is None:
+        notice_unused_gpu()
+    device = torch_device(("cpu" if interpreted else "cuda") if device is None else device, for_kernels=True)
     if (device.type == "cpu") != interpreted:
         raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
     if interpreted:

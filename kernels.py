@@ -15,7 +15,7 @@ import triton.language as tl
 
 import gpt_oss_megakernel as phases
 from common.experts import no_choice
-from host.launch import next_power_of_2
+from host.launch import compile_errors, next_power_of_2
 
 
 @triton.jit
@@ -104,7 +104,8 @@ class PhasedModel(MegaModel):
     def __init__(self, *args, **options):
         """As MegaModel."""
         super().__init__(*args, **options)
-        self._launch(0, token=True, n_layers=1)  # compiles them all
+        with compile_errors(self.device):
+            self._run(range(1), self._launch, 0, token=True, n_layers=1)  # compiles them all
         self.reset()
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:

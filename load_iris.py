@@ -28,8 +28,19 @@ from host.config import (
     read_config,
 )
 from host.errors import InputError
-from host.files import open_regular, read_small
+from host.files import (
+    LFS_POINTER_START,
+    FileState,
+    check_same,
+    file_state,
+    is_there,
+    open_regular,
+    path_of,
+    read_small,
+    refuse_lfs_pointer,
+)
 from host.iris_format import (
+    BLOB_ALIGNMENT,
     DOCUMENTS,
     SCALES_ENDING,
     Entry,
@@ -38,6 +49,7 @@ from host.iris_format import (
     archive_tensors,
     read_header,
     stored_formats,
+    unused_spans,
 )
 from host.mapped import name_on_bus_error, release_pages
 
@@ -51,6 +63,9 @@ class IrisArchive:
 
     Tensors are views of the mapped file, so host memory holds only the pages in use. Norms and sinks are float32.
     `config.dense` tells which dense matrices are FP8; their scales are tensors beside them.
+
+    `tensors`, at its end, and check_unchanged raise InputError if the file was written to since it was opened. Another
+    file may take its name, as the mapping keeps the one that was opened.
     """
 
     def __init__(self, path: Path, descriptor: int):
@@ -58,9 +73,12 @@ class IrisArchive:
         self.name = str(path)
         self._path = path
         self._file = open(descriptor, "rb", buffering=0)
-        self.header: Header = read_header(self._read, os.fstat(descriptor).st_size, self.name)
+        self._state: FileState = file_state(descriptor)
+        refuse_lfs_pointer(self._read(0, len(LFS_POINTER_START)), self.name)
+        self.header: Header = read_header(self._read, self._state.n_bytes, self.name)
         self.config: ModelConfig = dataclasses.replace(self._read_config(), dense=stored_formats(self.header.entries))
         _check_tensors(self.header, self.config, self.name)
+        self._check_unused(most=BLOB_ALIGNMENT)
         self._entries = self._entries_of(self.config)
         name_on_bus_error(self.name)
         self._bytes = _map(self._file, self.header.file_bytes, self.name)
@@ -81,6 +99,7 @@ class IrisArchive:
             tensor = self.tensor(name)
             yield name, tensor
             release_pages(tensor, str(self._path.resolve()))
+        self.check_unchanged()
 
     def run_of(self, names: Sequence[str]) -> torch.Tensor | None:
         """The bytes of these tensors, uint8, if they follow each other in the file without gaps; else None."""
@@ -94,7 +113,7 @@ class IrisArchive:
         most = MOST_BYTES[name]
         if self.header.version == 1:
             path = self._path.parent / name
-            return read_small(path, most) if path.exists() else None
+            return read_small(path, most) if is_there(path) else None
         entry = self.header.entries.get(name)
         if entry is None:
             return None
@@ -105,10 +124,22 @@ class IrisArchive:
             raise InputError(f"{self.name}: {name}: the checksum does not match: the file is damaged")
         return data
 
+    def check_unchanged(self) -> None:
+        """InputError if the file was written to since it was opened."""
+        check_same(self._state, file_state(self._file.fileno()), self.name)
+
+    def files(self) -> list[Path]:
+        """The archive, and the files beside one of version 1 that complete it."""
+        return [self._path, *(self._path.parent / name for name in MOST_BYTES if self.header.version == 1)]
+
     def verify(self, show_progress: bool = False) -> None:
-        """Read all of the file and compare checksums. InputError names what does not match, or has no checksum."""
+        """Read all of the file and compare checksums. InputError names what does not match, or has no checksum.
+
+        What belongs to no blob must be zero.
+        """
         if self.header.digests is None:
             raise InputError(f"{self.name}: version 1 holds no checksums")
+        self._check_unused()
         entries = sorted(self.header.entries.values(), key=lambda entry: entry.offset)
         total = sum(entry.n_bytes for entry in entries)
         with (
@@ -125,6 +156,20 @@ class IrisArchive:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        self.check_unchanged()
+
+    def _check_unused(self, most: int | None = None) -> None:
+        """InputError unless all bytes between the blobs are zero; where there are more than `most`, they are not read.
+
+        Version 1 says nothing of them.
+        """
+        for span in unused_spans(self.header) if self.header.version > 1 else ():
+            if most is not None and len(span) > most:
+                continue
+            for offset in range(span.start, span.stop, HASH_CHUNK):
+                if self._read(offset, min(HASH_CHUNK, span.stop - offset)).strip(b"\0"):
+                    where = f"from {span.start} to {span.stop}"
+                    raise InputError(f"{self.name}: holds bytes other than zero, {where}, that belong to no tensor")
 
     def _digest(self, entry: Entry) -> bytes:
         digest = hashlib.sha256()
@@ -164,7 +209,7 @@ class IrisArchive:
         """That of the folder around the file, or that of the published model whose sizes the tensors have."""
         layers = {int(match[1]) for name in self.header.entries if (match := re.match(r"L(\d{1,4})\.", name))}
         n_layers = len(layers)
-        if (self._path.parent / CONFIG_NAME).exists():
+        if is_there(self._path.parent / CONFIG_NAME):
             config = read_config(self._path.parent)
             return config.cut(n_layers) if 1 <= n_layers < config.n_layers else config
         stored = {name: (entry.dtype, entry.shape) for name, entry in self.header.entries.items()}
@@ -183,9 +228,11 @@ def open_archive(
     """Check an archive by its header and configuration; with n_layers only the first layers are used.
 
     With `verify` every blob is compared with its checksum. InputError, naming the file and tensor, if it is no archive,
-    damaged, of an unknown version or order, or does not hold exactly the tensors of its configuration.
+    damaged, of an unknown version or order, or does not hold exactly the tensors of its configuration. TypeError if
+    `path` is no path.
     """
-    archive = IrisArchive(Path(path), open_regular(path))
+    path = path_of(path, "model")
+    archive = IrisArchive(path, open_regular(path))
     if n_layers is not None:
         archive.cut(n_layers)
     if verify:

@@ -19,19 +19,24 @@ from common.attention_rows import attend_rows
 from common.build import Build
 from common.gemm_dense import gemm_dense
 from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, split_rows
-from common.gemv_dense import matrix_at, scales_of
+from common.gemv_dense import matrix_at, scales_of, vector_unit
 from common.grouping import cut_blocks, group_pairs, load_block
-from common.parts import half_unit, to_half, two_parts
+from common.parts import half_unit, store_two_parts, to_half
 from common.quant import GROUP, e8m0_to_float32, quantize_mxfp8, round_to_mxfp8
 from common.rmsnorm import rms_rstd
 from common.rope import load_rotated
 from common.router import top_k_softmax_rows
 from common.swiglu import swiglu
 from host.buffers import Buffers, buffer_shapes, most_tokens
-from host.launch import BlockTuning, Tile, next_power_of_2
+from host.config import ModelConfig
+from host.launch import BlockTuning, Tile, compile_errors, next_power_of_2
 from host.state import State
 from host.weights import Weights
 
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+# E8M0, 2^13: beside experts' elements with a larger scale float16 loses the others, so such models' prompts are not fed
+# in blocks but one by one.
+MOST_SCALE = 140
 # What changes from launch to launch must not compile a kernel of its own.
 DYNAMIC = ["layer", "position", "n_tokens", "n_pairs", "max_context"]
 
@@ -58,7 +63,8 @@ def attention_norm_kernel(x_ptr, expert_out_ptr, norm_ptr, high_ptr, low_ptr, la
         for slot in tl.static_range(TOP_K):
             x += tl.load(expert_out_ptr + (t * TOP_K + slot) * H + h, mask=h < H, other=0.0)
         tl.store(x_ptr + t * H + h, x, mask=h < H)
-    store_parts(high_ptr, low_ptr, t * H + h, _normed(x, norm_ptr + layer * H, CONFIG), h < H)
+    x = _normed(x, norm_ptr + layer * H, CONFIG) * vector_unit(CONFIG.dense.qkv)
+    store_two_parts(high_ptr, low_ptr, t * H + h, x, h < H)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -80,7 +86,7 @@ def expert_norm_kernel(
     h = tl.arange(0, BLOCK_H)
     x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0)
     x = _normed(x, norm_ptr + layer * H, CONFIG)
-    store_parts(high_ptr, low_ptr, t * H + h, x, h < H)
+    store_two_parts(high_ptr, low_ptr, t * H + h, x * vector_unit(CONFIG.dense.router), h < H)
     if BUILD.is_scaled:
         elements, scale = quantize_mxfp8(tl.reshape(x, (BLOCK_H // GROUP, GROUP)))
         group = tl.arange(0, BLOCK_H // GROUP)
@@ -101,13 +107,6 @@ def _normed(x, norm_ptr, CONFIG: tl.constexpr):
     h = tl.arange(0, x.shape[0])
     rstd = rms_rstd((x,), CONFIG.hidden_size, CONFIG.rms_norm_eps)
     return x * rstd * tl.load(norm_ptr + h, mask=h < CONFIG.hidden_size, other=0.0)
-
-
-@triton.jit
-def store_parts(high_ptr, low_ptr, at, x, mask):
-    high, low = two_parts(x)
-    tl.store(high_ptr + at, high, mask=mask)
-    tl.store(low_ptr + at, low, mask=mask)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -149,7 +148,8 @@ def dense_kernel(
         TILE.stages,
     )
     row, token = row0 + tl.arange(0, TILE.m), token0 + tl.arange(0, TILE.n)
-    y = tl.trans(acc) + tl.load(bias_ptr + layer * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)[None, :]
+    y = tl.trans(acc) * (1.0 / vector_unit(FORMAT))
+    y += tl.load(bias_ptr + layer * ROWS + row, mask=row < ROWS, other=0.0).to(tl.float32)[None, :]
     y_ptr += token.to(tl.int64)[:, None] * ROWS + row[None, :]
     mask = (token < n_tokens)[:, None] & (row < ROWS)[None, :]
     if ADD:
@@ -235,7 +235,7 @@ def attention_kernel(
         STAGES,
     )
     at = token.to(tl.int64)[:, None] * CONFIG.q_size + head[:, None] * D + tl.arange(0, D)[None, :]
-    store_parts(high_ptr, low_ptr, at, y, mine[:, None])
+    store_two_parts(high_ptr, low_ptr, at, y * vector_unit(CONFIG.dense.o), mine[:, None])
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -267,6 +267,7 @@ def router_kernel(
     acc = gemm_dense(
         w_ptr, scales_ptr, high_ptr, low_ptr, 0, token0, n_tokens, E, H, FORMAT, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
     )
+    acc *= 1.0 / vector_unit(FORMAT)
     expert = tl.arange(0, BLOCK_M)
     bias = tl.load(bias_ptr + layer * E + expert, mask=expert < E, other=0.0).to(tl.float32)
     # Of BLOCK_M logits, as many as the smallest matrix product has, only the first E may be chosen.
@@ -327,8 +328,12 @@ def expert_product(
     K: tl.constexpr,
     TILE: tl.constexpr,
     BUILD: tl.constexpr,
+    X_SCALE: tl.constexpr = None,
 ):
-    """Places m0 .. of matrix number `matrix` times rows of x: see gemm_fp4, but with all factors but x's."""
+    """Places m0 .. of matrix number `matrix` times rows of x: see gemm_fp4, but with all factors.
+
+    X_SCALE: the power of two that float16 vectors lack; None: each has its own at x.scale_ptr, float32.
+    """
     words_ptr, scales_ptr = experts.words_ptr, experts.scales_ptr
     if BUILD.is_scaled:
         words_ptr, scales_ptr = words_ptr + matrix * (ROWS * K // 8), scales_ptr + matrix * (ROWS * K // GROUP)
@@ -343,7 +348,9 @@ def expert_product(
         scale = e8m0_to_float32(base)
         products = ()
         for i in tl.static_range(len(accs)):
-            products = products + (accs[i] * scale,)
+            x_scale = tl.load(x.scale_ptr + x_rows[i])[None, :] if X_SCALE is None else X_SCALE
+            # At once, as one of them alone may bring a product beyond float32; finite, as a product may be 0.
+            products = products + (accs[i] * tl.minimum(x_scale * scale, FLOAT32_MAX),)
         return products
 
 
@@ -421,10 +428,7 @@ def gate_up_tile(
     gate_bias = tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
     up_bias = tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
     for part in tl.static_range(len(places)):
-        acc = products[part]
-        if not BUILD.is_scaled:
-            acc *= tl.load(x.scale_ptr + tokens[part])[None, :]
-        gate, up = split_rows(acc, MACHINE)
+        gate, up = split_rows(products[part], MACHINE)
         y = tl.trans(swiglu(gate + gate_bias, up + up_bias, CONFIG.swiglu_limit, CONFIG.swiglu_alpha))
         store_act(act.ptr, act.scale_ptr, y, places[part], m0 // 2, end, BUILD)
 
@@ -493,13 +497,9 @@ def down_kernel(
         places = first + tl.arange(0, TILE.n)
         if end - first > TILE.n if TILE.more else False:  # known to the compiler where there is no more
             both = (places, first + TILE.n + tl.arange(0, TILE.more))
-            down_tile(
-                experts, matrix, m0, act, order_ptr, both, end, weights_ptr, out_ptr, TILE, BUILD
-            )
+            down_tile(experts, matrix, m0, act, order_ptr, both, end, weights_ptr, out_ptr, TILE, BUILD)
         else:
-            down_tile(
-                experts, matrix, m0, act, order_ptr, (places,), end, weights_ptr, out_ptr, TILE, BUILD
-            )
+            down_tile(experts, matrix, m0, act, order_ptr, (places,), end, weights_ptr, out_ptr, TILE, BUILD)
 
 
 @triton.jit
@@ -523,13 +523,12 @@ def down_tile(
     inside = ()
     for part in tl.static_range(len(places)):
         inside = inside + (tl.minimum(places[part], end - 1),)
-    products = expert_product(experts, matrix, m0, act, inside, H, CONFIG.intermediate_size, TILE, BUILD)
+    I: tl.constexpr = CONFIG.intermediate_size  # noqa: E741
+    products = expert_product(experts, matrix, m0, act, inside, H, I, TILE, BUILD, 1.0 / UNIT)
     row = m0 + tl.arange(0, TILE.m)
     bias = tl.load(experts.bias_ptr + matrix * H + row, mask=row < H, other=0.0).to(tl.float32)
     for part in tl.static_range(len(places)):
         acc = BUILD.machine.prompts.in_rows(products[part])
-        if not BUILD.is_scaled:
-            acc *= 1.0 / UNIT
         pair = tl.load(order_ptr + inside[part]).to(tl.int64)
         y = tl.trans(acc + bias[:, None]) * tl.load(weights_ptr + pair)[:, None]
         mask = (places[part] < end)[:, None] & (row < H)[None, :]
@@ -539,13 +538,14 @@ def down_tile(
 class Prefill:
     """Blocks of tokens through a model's layers."""
 
-    def __init__(
-        self, build: Build, blocks: BlockTuning, weights: Weights, state: State
-    ):
-        """build, weights, state: those of the decoding kernel."""
-        self.build, self.config, self.blocks = build, build.config, blocks
+    def __init__(self, config: ModelConfig, build: Build, blocks: BlockTuning, weights: Weights, state: State):
+        """build, weights, state: those of the decoding kernel.
+
+        holds_experts: whether the experts' elements are in the range in which products with many vectors are right.
+        """
+        self.config, self.build, self.blocks = config, build, blocks
+        self.compiled_config = build.config
         self.weights, self.state = weights, state
-        config = build.config
         device = state.x.device
         max_context = state.k_cache.shape[2]
         longest = min(blocks.tokens, most_tokens(config), max_context - 1)
@@ -555,26 +555,31 @@ class Prefill:
         self.buffers = Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
         self.gate_up_bases = largest_scales(weights.gate_up_scales)
         self.down_bases = largest_scales(weights.down_scales)
+        largest = max(int(bases.max()) for bases in (self.gate_up_bases, self.down_bases))
+        self.holds_experts = build.is_scaled or largest <= MOST_SCALE
 
     def feed(self, position: int, n_tokens: int) -> None:
         """Fill the cache from `position` on with the state's next n_tokens tokens, whose predecessors are in it."""
         end = position + n_tokens
         while position < end:
             n = min(self.tokens, end - position)
-            self._feed_block(position, n)
+            with compile_errors(self.state.x.device):
+                self._feed_block(position, n)
             position += n
 
     def _feed_block(self, position: int, n: int) -> None:
         c, w, s, b = self.config, self.weights, self.state, self.buffers
-        t = self.blocks
+        t, compiled = self.blocks, self.compiled_config
         embed_kernel[(n,)](s.tokens, w.embed, b.x, position, H=c.hidden_size)
         for layer in range(c.n_layers):
             attention_norm_kernel[(n,)](
-                b.x, b.expert_out, w.attn_norm, b.high, b.low, layer, CONFIG=c, num_warps=t.norm_warps
+                b.x, b.expert_out, w.attn_norm, b.high, b.low, layer, CONFIG=compiled, num_warps=t.norm_warps
             )
             self._dense(w.qkv, w.qkv_scales, w.qkv_bias, b.qkv, layer, n, c.qkv_size, c.hidden_size, c.dense.qkv)
             max_context = s.k_cache.shape[2]
-            append_kernel[(n,)](b.qkv, s.k_cache, s.v_cache, s.cos, s.sin, layer, position, max_context, CONFIG=c)
+            append_kernel[(n,)](
+                b.qkv, s.k_cache, s.v_cache, s.cos, s.sin, layer, position, max_context, CONFIG=compiled
+            )
             if layer == c.n_layers - 1:
                 return
             self._attention(layer, position, n, max_context)
@@ -629,7 +634,7 @@ class Prefill:
             position,
             n,
             max_context,
-            CONFIG=c,
+            CONFIG=self.compiled_config,
             BLOCK_M=m,
             BLOCK_T=t.attention_t,
             STAGES=t.attention_stages,
@@ -659,7 +664,7 @@ class Prefill:
             b.weights,
             layer,
             n,
-            CONFIG=c,
+            CONFIG=self.compiled_config,
             BLOCK_N=t.router_n,
             BLOCK_K=t.router_k,
             STAGES=t.router_stages,

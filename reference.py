@@ -8,16 +8,20 @@ to E4M3 with scales, activations are not.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from host.config import BF16, DenseFormats, ModelConfig, expected_tensors, held_formats, scale_name
-from host.errors import InputError
+from host.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers
+from host.checkpoint import check_unchanged
+from host.config import BF16, DenseFormats, ModelConfig, check_token, expected_tensors, held_formats, scale_name
+from host.errors import InputError, LogitsNotFinite
 from host.fp8 import dequantize_fp8, quantize_fp8
 from host.rope import rope_tables
+from host.turns import Turns, exclusive
 
 # OCP Microscaling Formats v1.0: an E2M1 nibble is sign, two exponent bits, a mantissa bit; an E8M0 byte 2^(byte - 127).
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -151,17 +155,21 @@ def combine_experts(act: Tensor, chosen: Tensor, weights: Tensor, down: Tensor |
     return out
 
 
+_precision = threading.RLock()  # held while the process's setting is not the user's
+
+
 def full_float32(function: Callable) -> Callable:
-    """Runs `function` without TF32, whatever the process has set."""
+    """Runs `function` without TF32, whatever the process has set; threads wait for each other."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_float32_matmul_precision(before)
+        with _precision:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.set_float32_matmul_precision(before)
 
     return wrapper
 
@@ -219,6 +227,7 @@ class Reference:
 
     The cache is zero after construction and reset(). A token at a position sees all earlier positions (in a sliding
     layer those in its window), and those that were never fed count as zero keys and values; the kernel does the same.
+    Threads and generators that share one: see MegaModel.
     """
 
     def __init__(
@@ -237,23 +246,40 @@ class Reference:
         dense: dense matrices are rounded to these formats, see host/fp8.py; they stay as they are unless said, in
         bfloat16 or as an archive has them. InputError if it has them in another format than this says.
         max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first.
+        TypeError names an argument of the wrong kind.
         """
+        if not hasattr(checkpoint, "config"):
+            raise TypeError(f"checkpoint must be an open one, not {type(checkpoint).__name__}")
+        instance(dense, DenseFormats, "dense")
+        for value, name in ((kv_dtype, "kv_dtype"), (dtype, "dtype")):
+            instance(value, torch.dtype, name)
+            if value is not None and not value.is_floating_point:
+                raise InputError(f"{name} {value}: a floating point type")
+        max_context, n_layers = integer(max_context, "max_context", least=1), integer_or_none(n_layers, "n_layers")
+        boolean(quant, "quant")
+        self.turns = Turns()
         self.config = checkpoint.config if n_layers is None else checkpoint.config.cut(n_layers)
+        self._checkpoint = checkpoint
         self.quant, self.dtype, self.max_context = quant, dtype, max_context
-        self.device = torch.device(device or "cpu")
+        instance(device, torch.device | str, "device")
+        self.device = torch.device("cpu" if device is None else device)
         self._weights = Weights(checkpoint, self.config, self.device, dtype, held_formats(checkpoint, dense))
         self._cos, self._sin = (table.to(dtype) for table in rope_tables(self.config, max_context, self.device))
         shape = (self.config.n_layers, max_context, self.config.n_kv_heads, self.config.head_dim)
         self.keys = torch.zeros(shape, dtype=kv_dtype or dtype, device=self.device)
         self.values = torch.zeros_like(self.keys)
 
+    @exclusive
     def reset(self) -> None:
         """Forgets the sequence."""
+        self.turns.take()
+        self._forget()
+
+    def _forget(self) -> None:
         self.keys.zero_()
         self.values.zero_()
 
-    @torch.no_grad()
-    @full_float32
+    @exclusive
     def forward(self, token_ids: Iterable[int], position: int = 0, trace: dict[str, Tensor] | None = None) -> Tensor:
         """Logits [tokens, vocab_size] in the reference's dtype, float32 by default, after each of the tokens.
 
@@ -261,13 +287,19 @@ class Reference:
         intermediates by name, under "layers.{n}.": qkv (with biases, before RoPE) [tokens, qkv_size], attention
         (before the output projection) [tokens, q_size], attn_residual (hidden state after it) [tokens, hidden],
         router_logits [tokens, n_experts], expert_act (before quantization) [tokens, top_k, intermediate], output
-        (hidden state after the layer) [tokens, hidden]. InputError if a position exceeds max_context.
+        (hidden state after the layer) [tokens, hidden]. InputError if a position exceeds max_context, a token lies
+        outside the vocabulary, or a file of the checkpoint was changed since it was opened; TypeError if they are no
+        integers.
         """
-        ids = torch.tensor(list(token_ids), dtype=torch.int64, device=self.device)
-        if position < 0 or position + len(ids) > self.max_context:
-            raise InputError(
-                f"positions {position} to {position + len(ids) - 1} do not fit a context of {self.max_context} tokens"
-            )
+        token_ids, position = integers(token_ids, "token_ids"), integer(position, "position")
+        self._check_fit(token_ids, position)
+        self.turns.take()
+        return self._forward(token_ids, position, trace)
+
+    @torch.no_grad()
+    @full_float32
+    def _forward(self, token_ids: list[int], position: int, trace: dict[str, Tensor] | None = None) -> Tensor:
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
         record = _ignore if trace is None else trace.__setitem__
         weight = self._weights.tensor
         x = self._weights.rows("model.embed_tokens.weight", ids)
@@ -275,28 +307,64 @@ class Reference:
             x = self._attention_block(layer, x, position, record)
             x = self._expert_block(layer, x, record)
             record(f"layers.{layer}.output", x)
-        return linear(rms_norm(x, weight("model.norm.weight"), self.config.rms_norm_eps), weight("lm_head.weight"))
+        logits = linear(rms_norm(x, weight("model.norm.weight"), self.config.rms_norm_eps), weight("lm_head.weight"))
+        check_unchanged(self._checkpoint)
+        return logits
 
     def generate(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, on_logits: Callable[[Tensor], None] | None = None
+        self, prompt_ids: Iterable[int], max_new_tokens: int, on_logits: Callable[[Tensor], None] | None = None
     ) -> Iterator[int]:
         """Yields greedy tokens (the lowest id on a tie) until a stop id, which is yielded too, or a full context.
 
         Starts a new sequence. `on_logits` receives the logits [vocab_size] of each position fed, the prompt's included.
+        InputError if logits are not finite, and otherwise see forward.
         """
-        self.reset()
-        fed, position = list(prompt_ids), 0
+        prompt_ids = integers(prompt_ids, "prompt_ids")
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens", least=0)
+        function_or_none(on_logits, "on_logits")
+        if not prompt_ids:
+            raise InputError("the prompt is empty")
+        self._check_fit(prompt_ids, 0)
+        return self._generate(prompt_ids, max_new_tokens, on_logits)
+
+    def _generate(
+        self, fed: list[int], max_new_tokens: int, on_logits: Callable[[Tensor], None] | None
+    ) -> Iterator[int]:
+        turn, position = self._begin(), 0
         for _ in range(max_new_tokens):
-            if position + len(fed) > self.max_context and position:
+            if position + len(fed) > self.max_context:
                 return
-            logits = self.forward(fed, position)
-            for row in logits if on_logits is not None else ():
-                on_logits(row)
+            logits = self._go_on(turn, fed, position)
+            rows = logits if on_logits is not None else logits[-1:]
             position += len(fed)
+            for n, row in enumerate(rows, position - len(rows)):
+                if not row.isfinite().all():
+                    raise LogitsNotFinite(n)
+                if on_logits is not None:
+                    on_logits(row)
             fed = [int(logits[-1].argmax())]  # the first one on a tie
             yield fed[0]
             if fed[0] in self.config.stop_ids:
                 return
+
+    @exclusive
+    def _begin(self) -> int:
+        self._forget()
+        return self.turns.take()
+
+    @exclusive
+    def _go_on(self, turn: int, token_ids: list[int], position: int) -> Tensor:
+        self.turns.check(turn)
+        return self._forward(token_ids, position)
+
+    def _check_fit(self, token_ids: list[int], position: int) -> None:
+        """InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
+        if position < 0 or position + len(token_ids) > self.max_context:
+            raise InputError(
+                f"positions {position} to {position + len(token_ids) - 1} do not fit a context of {self.max_context}"
+            )
+        for token_id in token_ids:
+            check_token(token_id, self.config)
 
     def _attention_block(self, layer: int, x: Tensor, position: int, record: Recorder) -> Tensor:
         config, tokens, end = self.config, len(x), position + len(x)

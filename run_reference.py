@@ -1,10 +1,9 @@
 """Generates text with the reference implementation: slow, and right by definition."""
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+
+import sys
 
 import torch
 
@@ -13,6 +12,7 @@ from host.cli import (
     add_fp8_arguments,
     add_model_arguments,
     add_prompt_arguments,
+    check_outputs,
     dense_formats,
     device_name,
     logits_writer,
@@ -23,7 +23,7 @@ from host.cli import (
     torch_device,
 )
 from host.limits import check_memory, context_length
-from load_model import open_checkpoint, open_tokenizer
+from load_model import files_of, open_checkpoint, open_tokenizer
 from reference import Reference
 
 
@@ -40,6 +40,7 @@ def parse_arguments():
 
 def main() -> None:
     args = parse_arguments()
+    check_outputs(args)
     device = torch_device(args.device)
     checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
     tokenizer = open_tokenizer(checkpoint)
@@ -50,7 +51,7 @@ def main() -> None:
     check_memory(config, max_context, kv_dtype, device, weights=4 * config.vocab_size * config.hidden_size)
     dense = dense_formats(args, checkpoint)
     model = Reference(checkpoint, args.quant, kv_dtype, max_context, device, dense=dense)
-    with logits_writer(args.logits_out, config.vocab_size) as on_logits:
+    with logits_writer(args.logits_out, config.vocab_size, files_of(checkpoint)) as on_logits:
         stream_generation(
             model.generate(prompt_ids, args.max_new_tokens, on_logits),
             prompt_ids,

@@ -1,15 +1,13 @@
 """Generates text with one launch for each phase of each layer, and times the phases; see kernels.py."""
 
-import signal
-import sys
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports leaves no traceback; see run_main
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import argparse
 import dataclasses
 import json
 import statistics
+import sys
 from dataclasses import dataclass
 
 from gpt_oss_megakernel import MegaModel, open_model  # before Triton and NumPy: it sets what they read
@@ -23,6 +21,7 @@ from host.cli import (
     add_fp8_arguments,
     add_model_arguments,
     add_prompt_arguments,
+    check_outputs,
     dense_formats,
     device_name,
     logits_writer,
@@ -35,6 +34,7 @@ from host.cli import (
 from host.phases import PHASE_NAMES, phases_of_token
 from host.timing import DeviceMarks, WallMarks
 from kernels import PhasedModel
+from load_model import files_of
 
 GPU_TOKENS, CPU_TOKENS = 33, 5  # decoded for --times; the first warms up
 HOLD_CYCLES = 400_000  # of the GPU's clock, for each launch of a token: 200 us, of which the host takes a few tens
@@ -178,10 +178,11 @@ def table_text(times: Times) -> str:
 
 def main() -> None:
     args = parse_arguments()
+    check_outputs(args)
     checkpoint, tokenizer = open_model(args)
     config = checkpoint.config
     prompt_ids = prompt_ids_from(args, tokenizer, config)
-    with logits_writer(args.logits_out, config.vocab_size) as on_logits:
+    with logits_writer(args.logits_out, config.vocab_size, files_of(checkpoint)) as on_logits:
         dense = dense_formats(args, checkpoint)
         options = {"max_context": args.max_context, "num_programs": args.num_programs, "dense": dense}
         model = PhasedModel(checkpoint, args.quant, show_progress=sys.stderr.isatty(), **options)

@@ -1,4 +1,7 @@
-"""Text to token ids and back for a checkpoint folder, and the harmony chat prompt that GPT-OSS was trained on."""
+"""Text to token ids and back by a checkpoint's tokenizer.json, and the harmony chat prompt of GPT-OSS.
+
+What the `tokenizers` package makes of the file is the truth, see docs/tokenizers.md.
+"""
 
 import codecs
 import re
@@ -10,6 +13,9 @@ import tokenizers
 from host.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME, Checkpoint
 from host.errors import InputError
 from host.files import read_small
+from host.text_backend import BYTES, PIECES, RUNS, WHOLE, TextBackend
+from host.text_process import TextProcess
+from host.tokenizer_parts import is_known_good
 
 REASONING_EFFORTS = ("low", "medium", "high")
 # What one chat prompt is framed with; a vocabulary that lacks one of these cannot chat.
@@ -27,28 +33,105 @@ BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 class TextStream:
-    """Decodes one token at a time; a character whose bytes are not all there yet is held back."""
+    """Decodes one token at a time, what the next token can still change being held back.
+
+    All that it gives, `flush` included, is what Tokenizer.decode gives for all tokens. This one holds everything back,
+    for a decoder whose text only the end decides.
+    """
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, possibly empty. Costs the token's own length, not the history's."""
+        self._held.append(token_id)
+        return ""
+
+    def flush(self) -> str:
+        """Ends the text, and returns what was held back. The stream can then be used afresh."""
+        held, self._held = self._held, []
+        return self._tokenizer.decode(held)
+
+
+class _ByteStream(TextStream):
+    """A character whose bytes are not all there yet is held back; flush gives U+FFFD for it."""
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        super().__init__(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """Ends the text: an unfinished character comes out as U+FFFD. The stream can then be used afresh."""
         tail = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return tail
 
 
-class Tokenizer:
-    """A byte-level BPE tokenizer as stored in a checkpoint's tokenizer.json."""
+class _PieceStream(TextStream):
+    """Holds nothing back: the first token's text is one, a later one's may be another."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
+    _is_first = True
+
+    def push(self, token_id: int) -> str:
+        if self._tokenizer.kept("token", token_id) is None:
+            return ""
+        method = "first_piece" if self._is_first else "later_piece"
+        self._is_first = False
+        return self._tokenizer.kept(method, token_id)
+
+    def flush(self) -> str:
+        self._is_first = True
+        return ""
+
+
+class _RunStream(TextStream):
+    """Holds back tokens that spell bytes until another token follows, and at the beginning what may be stripped.
+
+    A token that leaves text of its own ends what can be stripped: from then on the tokens held are decoded after it.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        super().__init__(tokenizer)
+        self._last: list[int] = []  # the token that the held ones are decoded after, once there is one
+
+    def push(self, token_id: int) -> str:
+        kept = self._tokenizer.kept
+        self._held.append(token_id)
+        if kept("may_spell_byte", token_id) or kept("first_piece", token_id) == "":
+            return ""
+        piece = self._new_text()
+        self._last, self._held = [token_id], []
+        return piece
+
+    def flush(self) -> str:
+        tail = self._new_text()
+        self._last, self._held = [], []
+        return tail
+
+    def _new_text(self) -> str:
+        decode = self._tokenizer.decode
+        return decode(self._last + self._held)[len(decode(self._last)) :] if self._held else ""
+
+
+STREAMS = {BYTES: _ByteStream, PIECES: _PieceStream, RUNS: _RunStream, WHOLE: TextStream}
+
+
+class Tokenizer:
+    """The tokenizer stored in a checkpoint's tokenizer.json.
+
+    Its `truncation` and `padding` sections are ignored, and so is every other file, as transformers does for a prompt.
+    Any method raises InputError where the `tokenizers` package fails, or takes more time or memory than a tokenizer
+    should: a file that is not made of the parts of GPT-OSS tokenizers is used in a process of its own.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer | TextBackend | TextProcess, source: str = "tokenizer"):
+        """Takes over the backend; `source` names it in errors."""
+        self._backend = TextBackend(backend) if isinstance(backend, tokenizers.Tokenizer) else backend
+        self._source = source
+        self._kept: dict[tuple, object] = {}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -67,44 +150,43 @@ class Tokenizer:
     @classmethod
     def from_json(cls, data: bytes, source: str) -> "Tokenizer":
         """Reads the bytes of a tokenizer.json, which `source` names in errors. InputError where they are none."""
-        try:
-            return cls(tokenizers.Tokenizer.from_buffer(data))
-        except BaseException as error:  # the package raises bare Exception and, where it panics, a BaseException
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{source}: not a tokenizer file ({reason})") from error
+        if len(data) > MAX_TOKENIZER_BYTES:
+            raise InputError(f"{source}: has {len(data)} bytes, at most {MAX_TOKENIZER_BYTES} are expected")
+        load = TextBackend.load if is_known_good(data) else TextProcess
+        return cls(_answer(f"{source}: not a tokenizer file", load, data), source)
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, special ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return _answer(self._source, self._backend.vocab_size)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its spelling, None where the vocabulary has no such token."""
-        return self._backend.token_to_id(token)
+        return _answer(self._source, self._backend.token_id, token)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens spelled out in the text become their ids, none are added.
+        """Token ids; added tokens spelled out in the text become their ids, none are added.
 
         Raises InputError where the text holds bytes that are not UTF-8 (lone surrogates).
         """
-        return self._encode(text, special_as_text=False)
+        return self._encode(text, plain=False)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Like `encode`, but a special token spelled out in the text stays ordinary text."""
-        return self._encode(text, special_as_text=True)
+        """Like `encode`, but an added token spelled out in the text stays ordinary text, special or not.
 
-    def _encode(self, text: str, special_as_text: bool) -> list[int]:
+        Raises InputError where the vocabulary itself has a control token as a word, and the text holds it.
+        """
+        return self._encode(text, plain=True)
+
+    def _encode(self, text: str, plain: bool) -> list[int]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid UTF-8 (character {error.start})") from error
-        self._backend.encode_special_tokens = special_as_text
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return _answer(f"{self._source}: cannot encode this text", self._backend.encode, text, plain)
 
     def encode_chat(self, user_text: str, reasoning: str = "medium", date: str | None = None) -> list[int]:
-        """The harmony prompt as token ids; whatever the user wrote is encoded as plain text.
+        """The harmony prompt as token ids; whatever the user wrote is encoded on its own, as plain text.
 
         Raises InputError as `render_chat` does, and where the vocabulary lacks the harmony tokens.
         """
@@ -115,21 +197,42 @@ class Tokenizer:
         return self.encode(before) + self.encode_plain(user_text) + self.encode(after)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's bytes; empty for an id without a token (a model's vocabulary may be padded)."""
-        token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        if all(character in BYTE_OF_CHARACTER for character in token):
-            return bytes(BYTE_OF_CHARACTER[character] for character in token)
-        return token.encode("utf-8")
+        """A token's bytes where the decoder is ByteLevel; empty for an id without a token."""
+        text = self.kept("first_piece", token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        spelling = self.kept("token", token_id)
+        if not all(character in BYTE_OF_CHARACTER for character in spelling):
+            return text.encode()
+        return bytes(BYTE_OF_CHARACTER[character] for character in spelling)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens kept visible, bytes that are not UTF-8 as U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        """The text of the ids: special tokens are kept visible, ids without a token are left out (a model's vocabulary
+        may be padded), and bytes that are not UTF-8 are U+FFFD."""
+        return _answer(f"{self._source}: cannot decode tokens", self._backend.decode, list(ids))
 
     def stream(self) -> TextStream:
         """A decoder for text that appears token by token."""
-        return TextStream(self)
+        return STREAMS[self.kept("stream_kind")](self)
+
+    def kept(self, method: str, *arguments):
+        """A backend's answer about one token, the same every time, so that it is asked once."""
+        question = (method, *arguments)
+        if question not in self._kept:
+            failure = f"{self._source}: cannot decode tokens"
+            self._kept[question] = _answer(failure, getattr(self._backend, method), *arguments)
+        return self._kept[question]
+
+
+def _answer(failure: str, method, *arguments):
+    """Calls a method of a backend; whatever the package raises or panics with is an InputError."""
+    try:
+        return method(*arguments)
+    except BaseException as error:  # a panic of the package is a BaseException
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{failure} ({reason})") from error
 
 
 def _chat_frame(reasoning: str, date: str | None) -> tuple[str, str]:

@@ -1,7 +1,9 @@
-"""Running argmax over tiles of logits; the lowest index wins a tie."""
+"""Running argmax over tiles of logits; the lowest index wins a tie, and a logit that is not finite wins over all."""
 
 import triton
 import triton.language as tl
+
+NOT_FINITE = tl.constexpr(-2)  # the index of a logit that is not finite
 
 
 @triton.jit
@@ -16,3 +18,16 @@ def reduce_argmax(value, index):
     """The largest of value [N] and the lowest index that holds it, as scalars."""
     top = tl.max(value, axis=0)
     return top, tl.min(tl.where(value == top, index, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def keep_finite(doubt, value):
+    """Update what a lane knows of its values: zero while all are finite, else NaN."""
+    return doubt + value * 0.0
+
+
+@triton.jit
+def expose_doubt(best, best_index, doubt):
+    """What reduce_argmax finds first, as infinity at NOT_FINITE, where a lane's values were not all finite."""
+    finite = doubt == 0.0
+    return tl.where(finite, best, float("inf")), tl.where(finite, best_index, NOT_FINITE)

@@ -2,17 +2,20 @@
 
 The keys of a query are cut into splits that different programs attend; each split leaves the state of an online
 softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): the largest score m, the sum l of exp(score - m), and the
-values weighted by exp(score - m). States merge in a fixed order, so the result does not depend on who ran when.
+values weighted by exp(score - m), times a power of two, UNIT, that keeps the sum of large values finite. States merge
+in a fixed order, so the result does not depend on who ran when.
 """
 
 import triton
 import triton.language as tl
 
-NO_SCORE = tl.constexpr(-1e30)  # below any score, yet finite: a part may have seen no position
+NO_SCORE = tl.constexpr(-3.4028234663852886e38)  # the least float32: a part may have seen no position
+# Of the kernels' weights: the sum of 2^20 values, each as large as float32 allows, times this is finite.
+WEIGHT_UNIT = tl.constexpr(2.0**-20)
 
 
 @triton.jit
-def start_state(q, k, v, sink, SM_SCALE: tl.constexpr):
+def start_state(q, k, v, sink, SM_SCALE: tl.constexpr, UNIT: tl.constexpr = 1.0):
     """The state m [G], l [G], acc [G, HEAD_DIM] of one key and value, held in registers, and of the sinks.
 
     q, k and v float32 [G, HEAD_DIM], or k and v [1, HEAD_DIM]; sink float32 [G], one more logit, which takes weight but
@@ -21,7 +24,13 @@ def start_state(q, k, v, sink, SM_SCALE: tl.constexpr):
     score = tl.sum(q * k, axis=1) * SM_SCALE
     m = tl.maximum(score, sink)
     p = tl.exp(score - m)
-    return m, p + tl.exp(sink - m), p[:, None] * v
+    return m, p + tl.exp(sink - m), (p * UNIT)[:, None] * v
+
+
+@triton.jit
+def mean_value(l, acc, UNIT: tl.constexpr):  # noqa: E741
+    """The mean of the values of a state, by their weights; l and acc have one shape or broadcast."""
+    return acc / l * (1.0 / UNIT)
 
 
 @triton.jit
@@ -47,6 +56,7 @@ def attend_cache(
     BF16_PARTS: tl.constexpr,
     STAGES: tl.constexpr = 1,
     zero=0,
+    UNIT: tl.constexpr = 1.0,
 ):
     """Add cached positions start <= t < end of one KV head to the state m [G], l [G], acc [G, HEAD_DIM] of its heads.
 
@@ -75,7 +85,7 @@ def attend_cache(
         p = tl.exp(scores - m_new[:, :, None])
         keep = tl.exp(m - m_new)
         l = l * keep + tl.sum(p, axis=2)  # noqa: E741
-        acc = acc * keep[:, :, None] + _product(_left(p, IN_BF16), v, IN_BF16)
+        acc = acc * keep[:, :, None] + _product(_left(p * UNIT, IN_BF16), v, IN_BF16)
         m = m_new
     m_all = tl.max(m, axis=0)
     keep = tl.exp(m - m_all[None, :])
@@ -157,6 +167,7 @@ def attend_cache_by_head(
     BLOCK_T: tl.constexpr,
     SLOTS: tl.constexpr,
     zero=0,
+    UNIT: tl.constexpr = 1.0,
 ):
     """attend_cache for one query head and few positions: float32 products, made for a short way through.
 
@@ -181,7 +192,7 @@ def attend_cache_by_head(
         p = tl.exp(scores - m_new[:, None])
         keep = tl.exp(m - m_new)
         l = l * keep + tl.sum(p, axis=1)  # noqa: E741
-        acc = acc * keep[:, None] + tl.sum(p[:, :, None] * _unpack(v), axis=1)
+        acc = acc * keep[:, None] + tl.sum((p * UNIT)[:, :, None] * _unpack(v), axis=1)
         m = m_new
         k, v = following
     keep = tl.exp(m - tl.max(m, axis=0))

@@ -7,10 +7,13 @@ a key is read once for all of them. The softmax is the online one of attention.p
 import triton
 import triton.language as tl
 
+from common.attention import WEIGHT_UNIT, mean_value
 from common.parts import two_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LEAST_SINK = tl.constexpr(-1e30)  # in place of those below, -inf among them: no weight beside any score
+# In place of larger sinks, infinite ones among them, which to the base 2 would leave float32. Where q k is finite a
+# score is smaller, so that such a sink keeps all weight, or none.
+MOST_SINK = tl.constexpr(2.3e38)
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def attend_rows(
     IN_BF16: tl.constexpr = k_ptr.dtype.element_ty == tl.bfloat16
     M: tl.constexpr = q.shape[0]
     q *= SM_SCALE * LOG2_E
-    m = tl.where(sink < LEAST_SINK, LEAST_SINK, sink) * LOG2_E
+    m = tl.clamp(sink, -MOST_SINK, MOST_SINK, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
     l = tl.full([M], 1.0, tl.float32)  # noqa: E741
     acc = tl.zeros([M, HEAD_DIM], tl.float32)
     queries = _left(q, IN_BF16)
@@ -55,9 +58,9 @@ def attend_rows(
         p = tl.exp2(scores - m_new[:, None])
         keep = tl.exp2(m - m_new)
         l = l * keep + tl.sum(p, axis=1)  # noqa: E741
-        acc = _product(_left(p, IN_BF16), v, acc * keep[:, None], IN_BF16)
+        acc = _product(_left(p * WEIGHT_UNIT, IN_BF16), v, acc * keep[:, None], IN_BF16)
         m = m_new
-    return acc / l[:, None]
+    return mean_value(l[:, None], acc, WEIGHT_UNIT)
 
 
 @triton.jit

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from common.attention import (
+    WEIGHT_UNIT,
     attend_cache,
     attend_cache_by_head,
     keep_state_if,
     load_cache_block,
+    mean_value,
     merge_splits,
     start_state,
 )
@@ -98,11 +100,11 @@ def attend_head(ctx, layer, head, start, BUILD: tl.constexpr):
     new_k, new_v = load_current(ctx, kv_head + 0 * slot, zero, BUILD)
     sink = tl.load(ctx.w.sinks + layer * BUILD.config.n_heads + heads)
     append_current(ctx, cache, new_k, new_v, (slot == 0) & (head % G == 0), zero, BUILD)
-    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, SM_SCALE)  # noqa: E741
+    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, SM_SCALE, WEIGHT_UNIT)  # noqa: E741
     l, acc = attend_cache_by_head(  # noqa: E741
-        m, l, acc, q, block, k_ptr, v_ptr, start, position, SM_SCALE, D, T, SLOTS, zero
+        m, l, acc, q, block, k_ptr, v_ptr, start, position, SM_SCALE, D, T, SLOTS, zero, WEIGHT_UNIT
     )
-    tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
+    tl.store(s.attention + head * D + zero + tl.arange(0, D), mean_value(l, acc, WEIGHT_UNIT))
 
 
 @triton.constexpr_function
@@ -135,7 +137,7 @@ def attend_split(ctx, layer, unit, span, BUILD: tl.constexpr):
     sink = tl.load(ctx.w.sinks + layer * BUILD.config.n_heads + head, mask=g < G, other=0.0)
     last = split == span.n_splits - 1
     append_current(ctx, cache, new_k, new_v, last & (tl.arange(0, 1) == 0), zero, BUILD)
-    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, SM_SCALE)  # noqa: E741
+    m, l, acc = start_state(q, new_k.to(tl.float32), new_v.to(tl.float32), sink, SM_SCALE, WEIGHT_UNIT)  # noqa: E741
     m, l, acc = keep_state_if(last, m, l, acc)  # noqa: E741
     first = span.start + split * span.split_size
     m, l, acc = attend_cache(  # noqa: E741
@@ -154,9 +156,11 @@ def attend_split(ctx, layer, unit, span, BUILD: tl.constexpr):
         ATTENTION.bf16_parts,
         STAGES,
         zero,
+        WEIGHT_UNIT,
     )
     if span.n_splits == 1:
-        tl.store(s.attention + head[:, None] * D + dim[None, :], acc / l[:, None], mask=(g < G)[:, None])
+        mean = mean_value(l[:, None], acc, WEIGHT_UNIT)
+        tl.store(s.attention + head[:, None] * D + dim[None, :], mean, mask=(g < G)[:, None])
     else:
         MACHINE: tl.constexpr = BUILD.machine
         own = (kv_head * ATTENTION.max_splits + split) * BLOCK_G + g
@@ -184,4 +188,4 @@ def merge_head(ctx, head, n_splits, barrier, BUILD: tl.constexpr):
     l, acc = merge_splits(  # noqa: E741
         s.split_m + state, s.split_l + state, s.split_acc + state * D, n_splits, BLOCK_G, D, SPLITS, zero
     )
-    tl.store(s.attention + head * D + zero + tl.arange(0, D), acc / l)
+    tl.store(s.attention + head * D + zero + tl.arange(0, D), mean_value(l, acc, WEIGHT_UNIT))

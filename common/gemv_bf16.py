@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 
-
 @triton.jit
 def load_vector(x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, zero=0):
     """x [K] as float32 blocks [BLOCK_K / 2]: even, odd, even, ... zeros beyond K. `zero`: see Machine.opaque_zero."""

@@ -9,9 +9,17 @@ import triton
 import triton.language as tl
 
 from common.fp4 import HALF_BIAS, e2m1_to_float32
-from common.quant import GROUP, e8m0_to_float32, load_mxfp8
+from common.quant import GROUP, e8m0_product, e8m0_to_float32
 
+MOST = tl.constexpr(2.0**60)  # of a float32 vector, that its elements times HALF_BIAS are finite
+DOWN = tl.constexpr(2.0**-68)  # brings the largest float32 below
 DOT_N = tl.constexpr(16)  # columns of the smallest scaled MFMA tile: the vector is the first, the rest are zeros
+
+
+@triton.jit
+def vector_power(largest):
+    """(power, scale): the power of two, usually 1, times which gemv_fp4 takes such a vector; what undoes it."""
+    return tl.where(largest > MOST, DOWN, 1.0), tl.where(largest > MOST, 1.0 / DOWN, 1.0)
 
 
 @triton.jit
@@ -28,8 +36,8 @@ def gemv_fp4(
 ):
     """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0.
 
-    x_ptr float32 [K], or float8e4nv [K] with x_scale_ptr uint8 [K / 32]. Activations are meant to lie between 1e-19
-    and 3e19 in magnitude: below they lose precision, beyond they overflow (see common/fp4.py).
+    x_ptr float32 [K], times vector_power, or float8e4nv [K] with x_scale_ptr uint8 [K / 32]. Activations below 1e-19
+    lose precision (see common/fp4.py).
     """
     rows = _rows_inside(row0, n_rows, BLOCK_M)
     blocks_ptr += tl.cast(row0, tl.int64) * (K // 8)
@@ -39,16 +47,16 @@ def gemv_fp4(
         word = tl.arange(0, BLOCK_K // 8) + k0 // 8
         words = tl.load(blocks_ptr + rows * (K // 8) + _inside(word, K // 8, 4)[None, :])
         k = k0 + tl.arange(0, BLOCK_K)
-        if x_scale_ptr is None:
-            x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        else:
-            x = load_mxfp8(x_ptr, x_scale_ptr, k, k < K)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         products = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
         parts = _eighths(x * HALF_BIAS)
         for i in tl.static_range(8):
             products += e2m1_to_float32(words >> (4 * i)) * parts[i][None, :]
         group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
         scales = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
+        if x_scale_ptr is not None:
+            x_scales = tl.load(x_scale_ptr + group, mask=group < K // GROUP, other=0)
+            scales = e8m0_product(scales, x_scales[None, :])
         sums = tl.sum(tl.reshape(products, (BLOCK_M, BLOCK_K // GROUP, GROUP // 8)), axis=2)
         acc += sums * HALF_BIAS * e8m0_to_float32(scales)
     return _zero_beyond(tl.sum(acc, axis=1), row0, n_rows)

@@ -3,12 +3,22 @@
 import triton
 import triton.language as tl
 
+BF16_MAX = tl.constexpr(3.3895313892515355e38)
+
 
 @triton.jit
 def two_parts(x):
     """bfloat16 (high, low) whose sum is float32 x to 16 bits."""
     high = x.to(tl.bfloat16)
     return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def store_two_parts(high_ptr, low_ptr, at, x, mask):
+    """Store two_parts of x; what bfloat16 would round to infinity is its largest number and the rest."""
+    high = tl.clamp(x, -BF16_MAX, BF16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.bfloat16)
+    tl.store(high_ptr + at, high, mask=mask)
+    tl.store(low_ptr + at, (x - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
 
 
 @triton.jit

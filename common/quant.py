@@ -17,6 +17,14 @@ def e8m0_to_float32(e8m0):
 
 
 @triton.jit
+def e8m0_product(a, b):
+    """The E8M0 scale, int32, of the product of two, or the nearest there is; 255, NaN, if one is that."""
+    a, b = a.to(tl.int32), b.to(tl.int32)
+    product = tl.minimum(tl.maximum(a + b - 127, 0), 254)
+    return tl.where((a == 255) | (b == 255), 255, product)
+
+
+@triton.jit
 def quantize_mxfp8(x):
     """Quantize float32 x [N, GROUP] row by row: E4M3 elements [N, GROUP] and E8M0 scales uint8 [N]."""
     e8m0 = mxfp8_scale(tl.max(tl.abs(x), axis=1))

@@ -1,7 +1,7 @@
 """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) of a vector held as a tuple of blocks, see load_vector.
 
-The norm is a number times x * weight, so a GEMV can take x * weight and be scaled by rms_rstd afterwards: no program
-has to wait for the whole vector's sum before it multiplies.
+The norm is a number times x * weight. A GEMV takes x * weight times that number's power of two, which is exact, and is
+scaled by the rest of it afterwards: see normed_blocks.
 """
 
 import triton
@@ -42,9 +42,31 @@ def add_blocks(a, b):
 
 
 @triton.jit
+def scale_blocks(x, factor):
+    """x * factor, a number, block by block."""
+    blocks = ()
+    for i in tl.static_range(len(x)):
+        blocks = blocks + (x[i] * factor,)
+    return blocks
+
+
+@triton.jit
 def multiply_blocks(a, b):
     """a * b, block by block."""
     blocks = ()
     for i in tl.static_range(len(a)):
         blocks = blocks + (a[i] * b[i],)
     return blocks
+
+
+@triton.jit
+def normed_blocks(x, weight, rstd, UNIT: tl.constexpr = 1.0):
+    """(blocks, factor), whose products are the RMSNorm x * rstd * weight; factor is from 1 to 2, but for UNIT.
+
+    The blocks come times UNIT, a power of two. A product with them overflows no sooner than one with the norm, however
+    large x is; and they are zeros where x is so large that rstd is 0.
+    """
+    bits = rstd.to(tl.int32, bitcast=True)
+    power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    factor = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    return multiply_blocks(scale_blocks(x, power * UNIT), weight), factor * (1.0 / UNIT)

@@ -4,24 +4,30 @@ import triton
 import triton.language as tl
 
 from common.experts import element
-from common.gemv_dense import gemv_rows, load_row_vector, load_rows
-from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_unit
+from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8, vector_power
 from common.machine import Experts
 from common.quant import GROUP, quantize_mxfp8
-from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
+from common.rmsnorm import add_blocks, largest_magnitude, normed_blocks, rms_rstd, scale_blocks
 
 # ---------------------------------------------------------------- dense matrices
 
 
 @triton.jit
 def load_vector(x_ptr, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """x float32 [k] as blocks, as gemv_rows takes it."""
-    return load_row_vector(x_ptr, MATRIX, BUILD.machine.opaque_zero())
+    """x float32 [k] times vector_unit as blocks, as gemv_rows takes it."""
+    x = load_row_vector(x_ptr, MATRIX, BUILD.machine.opaque_zero())
+    if MATRIX.format != "bf16":
+        x = scale_blocks(x, vector_unit(MATRIX.format))
+    return x
 
 
 @triton.jit
 def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """(the residual, x plus what the experts left, times a norm's weights, as load_vector gives it; its rms_rstd)."""
+    """(the residual's RMSNorm but for a factor, as load_vector gives it; that factor, for a product with it).
+
+    The residual is x plus what the experts left.
+    """
     H: tl.constexpr = BUILD.config.hidden_size
     TOP_K: tl.constexpr = BUILD.config.experts_per_token
     zero = BUILD.machine.opaque_zero()
@@ -29,7 +35,7 @@ def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
     for rank in tl.static_range(TOP_K):
         x = add_blocks(x, load_row_vector(ctx.s.expert_out + rank * H, MATRIX, zero))
     rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
-    return multiply_blocks(x, load_row_vector(norm_ptr, MATRIX, zero)), rstd
+    return normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_unit(MATRIX.format))
 
 
 @triton.jit
@@ -63,16 +69,24 @@ def store_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: 
 
 
 @triton.jit
-def store_input(ctx, block, normed, x, rstd, BUILD: tl.constexpr):
-    """Store a block of the experts' input, rmsnorm(x)."""
+def store_input(ctx, block, normed, x, factor, BUILD: tl.constexpr):
+    """Store a block of the experts' input, normed; x * factor is all of it, whose largest element gives its power."""
+    if not BUILD.quant:
+        power, scale = vector_power(largest_magnitude(x) * factor)
+        normed *= power
+        if block == 0:  # the same for all
+            tl.store(ctx.s.expert_in_scale, scale)
     first = block * BUILD.tuning.experts.norm_block
     store_activations(ctx.s.expert_in, ctx.s.expert_in_scale, normed, first, BUILD.config.hidden_size, BUILD.quant)
 
 
 @triton.jit
 def load_input(ctx, BUILD: tl.constexpr):
-    """(pointer, pointer to the scales) of the experts' input, which a product loads itself."""
-    return ctx.s.expert_in, ctx.s.expert_in_scale
+    """((pointer to the experts' input, to its scales) for a product to load, what such a product lacks)."""
+    if BUILD.quant:
+        return (ctx.s.expert_in, ctx.s.expert_in_scale), 1.0
+    else:
+        return (ctx.s.expert_in,), tl.load(ctx.s.expert_in_scale)
 
 
 @triton.jit

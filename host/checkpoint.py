@@ -21,7 +21,7 @@ from host.errors import InputError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_NAME = "tokenizer.json"
-MAX_TOKENIZER_BYTES = 256 << 20  # that of the published models has 28 MB
+MAX_TOKENIZER_BYTES = 64 << 20  # that of the published models has 28 MB
 
 # Root mean square of the E2M1 values, all 16 codes alike: sqrt((0 + .25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8).
 E2M1_RMS = math.sqrt(68.5 / 8)
@@ -49,6 +49,13 @@ class Checkpoint(Protocol):
 
     def document(self, name: str) -> bytes | None:
         """What a file beside the weights holds, such as TOKENIZER_NAME; None if there is none. Raises InputError."""
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """InputError if a file that the checkpoint reads was changed since it was opened. Some read none."""
+    check = getattr(checkpoint, "check_unchanged", None)
+    if check is not None:
+        check()
 
 
 class RandomCheckpoint:

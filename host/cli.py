@@ -4,22 +4,24 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import signal
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from host.arguments import instance
 from host.checkpoint import Checkpoint
 from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token, held_formats
-from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer
-from host.limits import DEFAULT_CONTEXT, context_length
+from host.devices import check_supported
+from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer, printable
+from host.limits import DEFAULT_CONTEXT, context_length, is_out_of_memory
+from host.output_file import check_output, output_path, replacing
+from host.program import signal_exit_code, signals_as_interrupts, standard_streams
 
 DEMO_CHAT = "Recite sonnet 18."
 RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
@@ -28,8 +30,10 @@ DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # what --fp8-scale says
 FP8_COMPONENTS = ("qkv", "o", "router", "head")
 
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
 EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
+NO_THREAD = "can't start new thread"  # what Python's RuntimeError says
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
@@ -41,20 +45,30 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[], None]) -> int:
-    """Calls `main` and returns the process's exit code.
+    """Calls `main` and returns the process's exit code; see host.program for what signals and streams do meanwhile.
 
-    0; 2 after an InputError; 1 if the kernel gave up, runs that must agree differ or stdout could not be written; 130
-    after Ctrl-C; 141 if stdout was closed. Errors are one line on stderr. A script may let Ctrl-C end the process
-    outright until it comes here.
+    0; 2 after an InputError, without enough memory, or where a file or stdout could not be written; 1 if the kernel
+    gave up or runs that must agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the reader of stdout
+    is gone. Errors are one line on stderr; where that is lost, the exit code still tells.
     """
-    _interrupts.clear()
-    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
-        signal.signal(signal.SIGINT, _interrupt)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a model may write what the terminal cannot show
+    with signals_as_interrupts() as came, standard_streams() as check_stdout:
+        code = _exit_code(check_stdout, came)  # it may be closed
+        if code:
+            return code
+        try:
+            code = _exit_code(main, came)
+        except SystemExit:  # of --help, for example
+            code = _exit_code(check_stdout, came)
+            if code:
+                return code
+            raise
+        return code or _exit_code(check_stdout, came)
+
+
+def _exit_code(call: Callable[[], None], came: list[int]) -> int:
+    """Of a call, after which an error is printed; `came` are the signals so far."""
     try:
-        main()
-        sys.stdout.flush()
+        call()
         return 0
     except InputError as error:
         _print_error(str(error))
@@ -63,38 +77,26 @@ def run_main(main: Callable[[], None]) -> int:
         _print_error(str(error))
         return EXIT_FAILURE
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return signal_exit_code(came)
     except BrokenPipeError:
-        _abandon_stdout()
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        _abandon_stdout()
-        _print_error(f"{error.filename or 'stdout'}: {error.strerror}")
-        return EXIT_FAILURE
-    except Exception:  # a library may have made another one of KeyboardInterrupt
-        if _interrupts:
-            return EXIT_INTERRUPTED
-        raise
-
-
-_interrupts: list[int] = []  # signals that came while run_main ran
-
-
-def _interrupt(number: int, frame: object) -> None:
-    _interrupts.append(number)
-    signal.default_int_handler(number, frame)
+        _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return EXIT_INPUT_ERROR
+    except Exception as error:  # a library may have made another one of KeyboardInterrupt
+        if came:
+            return signal_exit_code(came)
+        if str(error) == NO_THREAD:
+            _print_error(f"{error}: the limit on this user's processes, or memory, is reached")
+            return EXIT_INPUT_ERROR
+        if not is_out_of_memory(error):
+            raise
+        _print_error(f"not enough memory: {(str(error).splitlines() or ['the system gives no more'])[0]}")
+        return EXIT_INPUT_ERROR
 
 
 def _print_error(message: str) -> None:
-    """One line. A file's own words may hold what would move the terminal's cursor."""
-    line = " ".join(message.splitlines())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"error: {shown}", file=sys.stderr)
-
-
-def _abandon_stdout() -> None:
-    """The interpreter flushes stdout once more at exit, and would complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def positive_int(text: str) -> int:
@@ -113,10 +115,17 @@ def token_id_list(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def torch_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def torch_device(device: torch.device | str | None, for_kernels: bool = False) -> torch.device:
+    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back.
+
+    for_kernels: a GPU must also be one that the kernels can be compiled for.
+    """
+    instance(device, torch.device | str, "device")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if for_kernels and torch.device(device).type == "cuda":
+            check_supported(torch.device(device))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
@@ -205,8 +214,8 @@ def paths_to_measure(args: argparse.Namespace) -> tuple[bool, ...]:
 
 def add_report_arguments(parser: argparse.ArgumentParser, drawing: str) -> None:
     """--json and --plot, which shows a `drawing`; see host.report."""
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured as JSON")
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help=f"draw {drawing}; needs matplotlib")
+    parser.add_argument("--json", metavar="FILE", type=output_path, help="write everything measured as JSON")
+    parser.add_argument("--plot", metavar="FILE.png", type=output_path, help=f"draw {drawing}; needs matplotlib")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,7 +237,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logits-out",
         metavar="FILE.npy",
-        type=Path,
+        type=output_path,
         help="write float32 logits [steps, vocabulary], a row for each position fed, the prompt's included",
     )
 
@@ -267,57 +276,43 @@ def _needed(tokenizer, flag: str):
     return tokenizer
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """InputError if --logits-out, or --trace where there is one, could not be written: known before a download."""
+    for flag, path in (("--logits-out", args.logits_out), ("--trace", getattr(args, "trace", None))):
+        if path is not None:
+            check_output(path, True, flag=flag)
+
+
 @contextlib.contextmanager
-def logits_writer(path: Path | None, vocab_size: int) -> Iterator[Callable[[torch.Tensor], None] | None]:
+def logits_writer(
+    path: Path | None, vocab_size: int, inputs: Sequence[Path] = ()
+) -> Iterator[Callable[[torch.Tensor], None] | None]:
     """A function that appends logits [vocab_size] to an .npy file; without a path it is None.
 
-    The rows go to a file beside `path`, which takes its place at the end: an interrupted run leaves nothing behind.
-    InputError if the file cannot be written, or the disk is full.
+    InputError if the file cannot be written, is one of `inputs`, or the disk is full. See host.output_file.
     """
     if path is None:
         yield None
         return
-    part = path.parent / f"{path.name}.part"
-    with _write_errors(path):
-        if path.exists() and not path.is_file():
-            raise InputError(f"--logits-out {path}: is there already, and not a regular file")
-        file = open(part, "wb")
     n_rows = 0
+    # NumPy pads the header so that the number of rows can grow in place.
+    start = len(_npy_header(0, vocab_size))
+    with replacing(path, start, True, inputs=inputs, flag="--logits-out", alone=False) as file:
 
-    def append(logits: torch.Tensor) -> None:
-        nonlocal n_rows
-        with _write_errors(path):
-            file.write(logits.float().cpu().numpy().tobytes())
-            file.flush()
-        n_rows += 1
+        def append(logits: torch.Tensor) -> None:
+            nonlocal n_rows
+            file.write(logits.float().cpu().numpy().tobytes(), start + n_rows * vocab_size * 4)
+            n_rows += 1
 
-    try:
-        # NumPy pads the header so that the number of rows can grow in place.
-        with _write_errors(path):
-            _write_npy_header(file, 0, vocab_size)
+        file.write(_npy_header(0, vocab_size), 0)
         yield append
-        with _write_errors(path):
-            file.seek(0)
-            _write_npy_header(file, n_rows, vocab_size)
-            file.close()
-            part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):  # of a full disk, already reported
-            file.close()
-        part.unlink(missing_ok=True)
+        file.write(_npy_header(n_rows, vocab_size), 0)
 
 
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--logits-out {path}: {error.strerror}") from None
-
-
-def _write_npy_header(file: BinaryIO, n_rows: int, n_columns: int) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": (n_rows, n_columns)}
-    np.lib.format.write_array_header_1_0(file, header)
+def _npy_header(n_rows: int, n_columns: int) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (n_rows, n_columns)})
+    return header.getvalue()
 
 
 @dataclass
@@ -345,7 +340,8 @@ def stream_generation(
 ) -> Generation:
     """Draws the tokens and prints them to stdout: text as it appears and a summary line, or one JSON object.
 
-    Without a tokenizer the ids are printed. A sequence that ends before max_new_tokens without a stop id has filled
+    Without a tokenizer the ids are printed. Control characters of the text are escaped on a terminal, and only there. A
+    sequence that ends before max_new_tokens without a stop id has filled
     the context; stderr says so.
     """
     text, token_ids, arrivals = "", [], []
@@ -376,7 +372,8 @@ def stream_generation(
     )
     print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
     if len(token_ids) < max_new_tokens and not stopped:
-        print(f"context full: stopped after {len(prompt_ids) + len(token_ids)} tokens", file=sys.stderr)
+        held = len(prompt_ids) + len(token_ids) - 1  # the last one is not fed
+        print(f"context full: stopped after {held} tokens", file=sys.stderr)
     return generation
 
 
@@ -394,4 +391,9 @@ def summary(generation: Generation) -> str:
 
 def _print_piece(piece: str, as_json: bool) -> None:
     if piece and not as_json:
-        print(piece, end="", flush=True)
+        print(_for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+
+
+def _for_terminal(text: str) -> str:
+    """A model's text without what a terminal would take as a command; lines and tabs stay."""
+    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,21 +1,28 @@
-"""What the code must know of a GPT-OSS model: its sizes, its constants, and the names and shapes of its tensors."""
+"""What the code must know of a GPT-OSS model: its sizes, its constants, and the names and shapes of its tensors.
 
-import json
+A configuration may say a thing twice. One rule decides, docs/checkpoints.md spells it out: what counts is what
+transformers 5.17 takes; what would mean another model there, and is not supported here, is refused by its key.
+"""
+
+import dataclasses
 import math
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from host.arguments import integer
 from host.errors import InputError
-from host.files import read_small
+from host.files import is_there, parse_json, read_small
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 MAX_JSON_BYTES = 1 << 20  # of either of them
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
 MXFP4_GROUP = 32  # elements that share one E8M0 scale
 MAX_LAYERS = 1024  # a damaged file may ask for billions, and each layer costs memory before any shape is checked
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 BF16, FP8_ROWS, FP8_GROUPS = "bf16", "fp8-row", "fp8-32"  # bfloat16; E4M3 with a scale a row, or one for 32 elements
+# Keys from which transformers makes another model, or takes other weights, than the supported keys say.
+CHANGES_MEANING = ("per_layer_config", "attribute_map", "partial_rotary_factor", "transformers_weights")
 LAYER_KINDS = ("sliding_attention", "full_attention")
 ITEM_BYTES = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}  # by dtype as safetensors spells it
 SCALE_ENDING = "_scale"  # of the name of an FP8 matrix's scales, behind that of the matrix
@@ -114,8 +121,14 @@ class ModelConfig:
         """Keys that a query of this layer sees, itself included; 0 means all."""
         return self.sliding_window if self.layer_is_sliding[layer] else 0
 
+    def compiled(self) -> "ModelConfig":
+        """What kernels are compiled for: models that differ in what no kernel reads, None here, share them."""
+        unread = "n_layers sliding_window layer_is_sliding max_position_embeddings yarn stop_ids"
+        return replace(self, **dict.fromkeys(unread.split()))
+
     def cut(self, n_layers: int) -> "ModelConfig":
-        """The same model with only its first layers. InputError if it has fewer."""
+        """The same model with only its first layers. InputError if it has fewer; TypeError if that is no integer."""
+        n_layers = integer(n_layers, "n_layers")
         if not 1 <= n_layers <= self.n_layers:
             raise InputError(f"--layers {n_layers}: the model has layers 1 to {self.n_layers}")
         return ModelConfig(
@@ -197,7 +210,7 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 def check_token(token_id: int, config: ModelConfig) -> None:
     """InputError unless the id is in the vocabulary. TypeError if it is no integer."""
-    if not 0 <= operator.index(token_id) < config.vocab_size:
+    if not 0 <= integer(token_id, "token_id") < config.vocab_size:
         raise InputError(f"token id {token_id} lies outside the vocabulary of {config.vocab_size}")
 
 
@@ -209,7 +222,7 @@ def read_config(folder: Path) -> ModelConfig:
     path, generation = Path(folder) / CONFIG_NAME, Path(folder) / GENERATION_NAME
     return parse_config(
         read_small(path, MAX_JSON_BYTES),
-        read_small(generation, MAX_JSON_BYTES) if generation.exists() else None,
+        read_small(generation, MAX_JSON_BYTES) if is_there(generation) else None,
         str(path),
         str(generation),
     )
@@ -218,12 +231,15 @@ def read_config(folder: Path) -> ModelConfig:
 def parse_config(
     config: bytes, generation: bytes | None, source: str = CONFIG_NAME, generation_source: str = GENERATION_NAME
 ) -> ModelConfig:
-    """The same of what these files hold; the sources name them in errors."""
-    result = config_from_dict(_parse_json(config, source), source)
+    """The same of what these files hold; the sources name them in errors.
+
+    Where there is a `generation_config.json`, its stop ids are the model's, be they none; else those of `config.json`.
+    """
+    result = config_from_dict(_json_object(config, source), source)
     if generation is None:
         return result
-    stop_ids = _stop_ids(_parse_json(generation, generation_source), result.vocab_size, generation_source)
-    return ModelConfig(**{**result.__dict__, "stop_ids": tuple(dict.fromkeys(stop_ids + result.stop_ids))})
+    stop_ids = _stop_ids(_json_object(generation, generation_source), result.vocab_size, generation_source)
+    return dataclasses.replace(result, stop_ids=stop_ids)
 
 
 def config_from_dict(raw: dict, source: str) -> ModelConfig:
@@ -240,11 +256,16 @@ def config_from_dict(raw: dict, source: str) -> ModelConfig:
     def size(key: str, default: int | None = None) -> int:
         return _size(raw, key, source, default)
 
+    for key in CHANGES_MEANING:
+        if raw.get(key) is not None:
+            raise InputError(f"{source}: {key} is {raw[key]!r}, it is not supported")
     n_layers = size("num_hidden_layers")
     if n_layers > MAX_LAYERS:
         raise InputError(f"{source}: num_hidden_layers is {n_layers}, at most {MAX_LAYERS} are supported")
     n_heads, n_kv_heads, head_dim = size("num_attention_heads"), size("num_key_value_heads"), size("head_dim")
     n_experts, experts_per_token = size("num_local_experts"), size("num_experts_per_tok")
+    if raw.get("num_experts", n_experts) != n_experts:  # transformers' other name of it
+        raise InputError(f"{source}: num_experts is {raw['num_experts']!r}, but num_local_experts {n_experts}")
     hidden, inter, vocab = size("hidden_size"), size("intermediate_size"), size("vocab_size")
     for key, value in (("hidden_size", hidden), ("intermediate_size", inter)):
         if value % MXFP4_GROUP:
@@ -257,6 +278,7 @@ def config_from_dict(raw: dict, source: str) -> ModelConfig:
         )
     if experts_per_token > n_experts:
         raise InputError(f"{source}: num_experts_per_tok {experts_per_token} exceeds num_local_experts {n_experts}")
+    max_positions = size("max_position_embeddings", 131072)
     return ModelConfig(
         n_layers=n_layers,
         n_experts=n_experts,
@@ -269,19 +291,16 @@ def config_from_dict(raw: dict, source: str) -> ModelConfig:
         vocab_size=vocab,
         sliding_window=size("sliding_window", 128),
         layer_is_sliding=_layer_is_sliding(raw, n_layers, source),
-        max_position_embeddings=size("max_position_embeddings", 131072),
+        max_position_embeddings=max_positions,
         rms_norm_eps=_number(raw, "rms_norm_eps", source, 1e-5),
         swiglu_limit=_number(raw, "swiglu_limit", source, 7.0),
-        yarn=_yarn(raw, source),
+        yarn=_yarn(raw, max_positions, source),
         stop_ids=_stop_ids(raw, vocab, source),
     )
 
 
-def _parse_json(data: bytes, source: str) -> dict:
-    try:
-        raw = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not valid JSON ({error})") from None
+def _json_object(data: bytes, source: str) -> dict:
+    raw = parse_json(data, source)
     if not isinstance(raw, dict):
         raise InputError(f"{source}: not a JSON object")
     return raw
@@ -307,7 +326,7 @@ def _stop_ids(raw: dict, vocab_size: int, source: str) -> tuple[int, ...]:
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise InputError(f"{source}: eos_token_id is {raw['eos_token_id']!r}, not a token id or a list of them")
-    return tuple(i for i in ids if i < vocab_size)
+    return tuple(dict.fromkeys(i for i in ids if i < vocab_size))
 
 
 def _layer_is_sliding(raw: dict, n_layers: int, source: str) -> tuple[bool, ...]:
@@ -319,12 +338,16 @@ def _layer_is_sliding(raw: dict, n_layers: int, source: str) -> tuple[bool, ...]
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
-def _yarn(raw: dict, source: str) -> YarnConfig:
-    """The keys of `rope_parameters`, or of the older `rope_scaling` with `rope_theta` beside it."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
+def _yarn(raw: dict, max_positions: int, source: str) -> YarnConfig:
+    """The keys of the older `rope_scaling`, all of them if there are any, or else of `rope_parameters`.
+
+    `rope_theta` counts inside before it does beside; `original_max_position_embeddings` the other way round, and
+    without either it is `max_position_embeddings`.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "yarn":
         raise InputError(f"{source}: rope_parameters (or rope_scaling) does not describe YaRN")
-    for key in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
+    for key in ("mscale", "mscale_all_dim", "partial_rotary_factor", *LAYER_KINDS):
         if rope.get(key) is not None:
             raise InputError(f"{source}: {key} is {rope[key]!r}, it is not supported")
     truncate = rope.get("truncate", True)
@@ -339,7 +362,7 @@ def _yarn(raw: dict, source: str) -> YarnConfig:
     return YarnConfig(
         theta=theta,
         factor=_number(rope, "factor", source),
-        original_context=_size(rope, "original_max_position_embeddings", source, raw.get("initial_context_length")),
+        original_context=_size(raw if ORIGINAL_CONTEXT in raw else rope, ORIGINAL_CONTEXT, source, max_positions),
         beta_fast=beta_fast,
         beta_slow=beta_slow,
         truncate=truncate,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from host.checkpoint import check_unchanged
 from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, DenseFormats, held_formats, scale_name
 from host.config import MXFP4_GROUP as GROUP
 from host.errors import InputError
@@ -110,6 +111,10 @@ class QuantizedCheckpoint:
     def document(self, name: str) -> bytes | None:
         """The checkpoint's."""
         return self._checkpoint.document(name)
+
+    def check_unchanged(self) -> None:
+        """The checkpoint's."""
+        check_unchanged(self._checkpoint)
 
     def _is_quantized(self, name: str) -> bool:
         return self.config.dense.of(name) != self._checkpoint.config.dense.of(name)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.checkpoint import TOKENIZER_NAME, Checkpoint
+from host.checkpoint import TOKENIZER_NAME, Checkpoint, check_unchanged
 
 CHUNK = 1 << 24  # elements compared at a time
 
@@ -26,6 +26,8 @@ def first_difference(ours: Checkpoint, theirs: Checkpoint, show_progress: bool =
             if not _same(tensor, theirs.tensor(name)):
                 return f"tensor {name}"
             bar.update()
+    check_unchanged(ours)
+    check_unchanged(theirs)
     return None
 
 

@@ -234,6 +234,15 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, source: str)
     return Header(version, file_bytes, entries, digests)
 
 
+def unused_spans(header: Header) -> list[range]:
+    """The places in a file behind its header that belong to no blob."""
+    end, spans = header_bytes(header.version, len(header.entries)), []
+    for entry in sorted(header.entries.values(), key=lambda entry: (entry.offset, entry.end)):
+        spans.append(range(end, entry.offset))
+        end = entry.end
+    return [span for span in (*spans, range(end, header.file_bytes)) if span]
+
+
 def _entries(table: np.ndarray, version: int, source: str) -> dict[str, Entry]:
     entries = {}
     for number, row in enumerate(table):

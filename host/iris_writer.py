@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.checkpoint import TOKENIZER_NAME, Checkpoint, config_to_dict
+from host.checkpoint import TOKENIZER_NAME, Checkpoint, check_unchanged, config_to_dict
 from host.config import BF16, CONFIG_NAME, GENERATION_NAME, scale_name
 from host.iris_format import Entry, archive_name, archive_tensors, encode_header, place_entries
-from host.output_file import replacing, write_all
+from host.output_file import replacing
 from host.weights import LAYER_TENSORS, MODEL_TENSORS, published_names
 
 CHUNK = 16 << 20  # bytes that are written and hashed at a time
@@ -26,13 +26,14 @@ def write_archive(
     show_progress: bool = False,
     on_terminal: bool = True,
     check: Callable[[], None] = lambda: None,
+    inputs: Sequence[Path] = (),
 ) -> int:
     """Write an archive of version 2, returns its bytes. The host holds one tensor at a time, or a mapped file's pages.
 
     Dense matrices are written as the checkpoint has them; host.fp8.QuantizedCheckpoint has them in FP8.
     `check` is called again and again: what it raises ends the writing, with nothing left at `path`.
     InputError, and nothing at `path`, if it is there already (but with `force`), there is no space, or the checkpoint
-    is damaged.
+    is damaged. `inputs` are files that are not replaced by force either.
     """
     documents = _documents(checkpoint)
     entries = _plan(checkpoint, documents)
@@ -40,7 +41,7 @@ def write_archive(
     n_bytes = max(entry.end for entry in entries)
     digests = {}
     with (
-        replacing(path, n_bytes, force) as descriptor,
+        replacing(path, n_bytes, force, inputs=inputs) as file,
         ThreadPoolExecutor(1) as hashing,
         tqdm(
             total=sum(entry.n_bytes for entry in entries),
@@ -58,7 +59,7 @@ def write_archive(
                 check()
                 chunk = data[at : at + CHUNK]
                 hashed = hashing.submit(digest.update, chunk)
-                write_all(descriptor, chunk, entry.offset + at)
+                file.write(chunk, entry.offset + at)
                 hashed.result()
                 bar.update(len(chunk))
             digests[entry.name] = digest.digest()
@@ -70,7 +71,8 @@ def write_archive(
             write(entry, _bytes_of(tensor, entry))
             del tensor  # before the next one comes
         check()
-        write_all(descriptor, memoryview(encode_header(entries, digests)), 0)
+        check_unchanged(checkpoint)
+        file.write(encode_header(entries, digests), 0)
         bar.set_postfix_str("syncing")
     return n_bytes
 

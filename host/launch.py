@@ -1,8 +1,13 @@
 """Everything about a launch that depends on the device: the one place to tune."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from triton.backends.nvidia import compiler as nvidia_compiler
+from triton.errors import TritonError
+from triton.runtime.errors import InterpreterError
 
 from common import cpu, gfx950, sm90
 from common.gemv_dense import item_bytes, row_scale_bytes
@@ -12,6 +17,7 @@ from common.sm90.tiles import stage_bytes as expert_stage_bytes
 from host.config import MXFP4_GROUP, ModelConfig
 from host.errors import InputError
 
+COMPILERS = ("PassManager", "LLD")  # in what Triton's raise as RuntimeError, of MLIR and of AMD's linker
 LEAST_STAGES = 2  # of a ring: one is read while another is filled
 
 
@@ -313,7 +319,10 @@ MOST_INTERPRETED_PROGRAMS = 1024  # each is a thread
 
 
 def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
-    """The tuning of a device: the architecture's, or for a CPU one that swallows a matrix in few tiles."""
+    """The tuning of a device: the architecture's, or for a CPU one that swallows a matrix in few tiles.
+
+    NVIDIA GPUs of any compute capability that host/devices.py lets through have the one measured at 9.0.
+    """
     if device.type == "cpu":
         return _cpu_tuning(config)
     return GFX950 if torch.version.hip else fit_ring(SM_90, config)
@@ -375,6 +384,31 @@ def check_program_count(num_programs: int, device: torch.device, tuning: Tuning)
     most = MOST_INTERPRETED_PROGRAMS if device.type == "cpu" else program_count(device, tuning)
     if not 1 <= num_programs <= most:
         raise InputError(f"--num-programs {num_programs}: {device} runs 1 to {most} together")
+
+
+@contextlib.contextmanager
+def compile_errors(device: torch.device) -> Iterator[None]:
+    """What a GPU's compilers say becomes an InputError of one line."""
+    try:
+        yield
+    except InterpreterError:
+        raise
+    except (TritonError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in COMPILERS):
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        line = next((line for line in lines if "; error" in line), lines[-1])
+        raise InputError(f"device {device}: Triton cannot compile the kernels: {line.strip()}") from None
+
+
+def quiet_compilers() -> None:
+    """Keep Triton from printing all of a kernel's PTX, 18,000 lines, when NVIDIA's assembler refuses it."""
+
+    def print_unless_reproducer(*values, **options) -> None:
+        if not any("please share the reproducer" in str(value) for value in values):
+            print(*values, **options)
+
+    nvidia_compiler.print = print_unless_reproducer
 
 
 def next_power_of_2(n: int) -> int:

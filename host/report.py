@@ -3,51 +3,60 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from host.checkpoint import Checkpoint
 from host.errors import InputError
-from host.output_file import replacing, write_all
+from host.output_file import check_output, replacing
+from host.plot import png
 
 
-def check_report_files(args: argparse.Namespace) -> None:
-    """InputError if --json or --plot could not be written, or both are the same file."""
-    check_output_file("--json", args.json)
-    check_output_file("--plot", args.plot)
+def check_report_files(args: argparse.Namespace, inputs: Sequence[Path] = ()) -> None:
+    """InputError if --json or --plot could not be written or drawn, are the same file, or one of `inputs`."""
+    check_output_file("--json", args.json, inputs)
+    check_output_file("--plot", args.plot, inputs)
     if args.json and args.plot and os.path.realpath(args.json) == os.path.realpath(args.plot):
         raise InputError(f"--plot {args.plot}: is --json's file")
     check_matplotlib(args.plot)
 
 
-def check_output_file(flag: str, path: Path | None) -> None:
+def check_output_file(flag: str, path: Path | None, inputs: Sequence[Path] = ()) -> None:
     """InputError if the file could not be written: known before the measurement, not after."""
     if path is None:
         return
     if not path.absolute().parent.is_dir():
         raise InputError(f"{flag} {path}: there is no such folder")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{flag} {path}: is there already, and not a regular file")
     if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK | os.X_OK):
         raise InputError(f"{flag} {path}: its folder cannot be written to")
+    check_output(_end_of_links(path), True, inputs, flag)
 
 
 def check_matplotlib(path: Path | None) -> None:
-    """InputError if a plot is wanted and cannot be drawn."""
+    """InputError if a plot is wanted and cannot be drawn: an empty one is."""
     if path is None:
         return
     try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise InputError(f"--plot {path}: matplotlib is not installed") from None
+        from matplotlib.figure import Figure
+
+        png(Figure())
+    except ImportError as error:
+        missing = "matplotlib is not installed" if "matplotlib" in str(error.name) else str(error)
+        raise InputError(f"--plot {path}: {missing}") from None
+    except Exception as error:  # noqa: BLE001 - a library that is only half there
+        raise InputError(f"--plot {path}: matplotlib fails ({error})") from None
 
 
-def write_file(flag: str, path: Path, data: bytes) -> None:
+def write_file(flag: str, path: Path, data: bytes, inputs: Sequence[Path] = ()) -> None:
     """The whole file or none, in the place of an earlier one. InputError names the flag."""
-    try:
-        with replacing(Path(os.path.realpath(path)), len(data), force=True) as descriptor:
-            write_all(descriptor, memoryview(data), 0)
-    except InputError as error:
-        raise InputError(f"{flag} {error}") from None
+    target = _end_of_links(path)
+    with replacing(target, len(data), force=True, inputs=inputs, flag=flag, alone=False) as file:
+        file.write(data, 0)
+
+
+def _end_of_links(path: Path) -> Path:
+    """A report's name may be a link, to the latest one for example, which stays."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def display_name(checkpoint: Checkpoint) -> str:

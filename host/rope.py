@@ -12,7 +12,8 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 
     Dimensions that turn more than beta_fast times over the original context keep their frequency, those that turn
     less than beta_slow times are slowed by `factor`, and a linear ramp lies between. `truncate` floors and ceils
-    the ramp's ends, which GPT-OSS does not.
+    the ramp's ends, which GPT-OSS does not. Where an original context is so short or so long that the ends trade
+    places, the ramp falls instead of rising, as it does in transformers.
     """
     yarn, dim = config.yarn, config.head_dim
     base = yarn.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -24,7 +25,9 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    if low == high:
+        high += 1e-3
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return (1.0 / base) * (1 - ramp) + (1.0 / (yarn.factor * base)) * ramp
 
 

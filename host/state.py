@@ -14,7 +14,7 @@ from host.rope import rope_tables
 class State(NamedTuple):
     """What a step reads and writes on the device besides the weights. float32 unless said."""
 
-    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next
+    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next, or NOT_FINITE
     k_cache: torch.Tensor  # [layers, kv heads, context, head_dim] bfloat16, or what was asked for
     v_cache: torch.Tensor
     cos: torch.Tensor  # [context, head_dim / 2]
@@ -28,13 +28,13 @@ class State(NamedTuple):
     split_acc: torch.Tensor  # [kv heads, splits, group, head_dim]
     split_arrivals: torch.Tensor  # [kv heads] int32
     router_logits: torch.Tensor  # [experts]
-    expert_in: torch.Tensor  # [hidden], float8e4nv with --quant; where matrices are packed float16, see common.sm90.tile_product
-    expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 for fragments
+    expert_in: torch.Tensor  # [hidden] float32; float8e4nv with --quant; float16 for packed matrices, see tile_product
+    expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 without it and for packed matrices
     expert_act: torch.Tensor  # [top k, intermediate] likewise
-    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for fragments
+    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for packed matrices
     expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
     head_value: torch.Tensor  # [programs] each program's largest logit
-    head_index: torch.Tensor  # [programs] int32
+    head_index: torch.Tensor  # [programs] int32, NOT_FINITE if any of a program's logits is not
     logits: torch.Tensor  # [vocab]
     scratch: torch.Tensor  # [0]
     sync: torch.Tensor  # [SYNC_WORDS] int32
@@ -61,6 +61,7 @@ def new_state(
     group = max(tuning.attention.least_group, next_power_of_2(config.n_heads // config.n_kv_heads))
     splits = (config.n_kv_heads, tuning.attention.max_splits, group)
     expert_in, expert_act = _expert_buffers(config, tuning, quant)
+    in_mxfp8 = quant and not tuning.machine.experts.is_packed
     cos, sin = rope_tables(config, max_context, device)
     windows = [config.window(n) for n in range(config.n_layers)]
     return State(
@@ -79,7 +80,7 @@ def new_state(
         split_arrivals=zeros(config.n_kv_heads, dtype=torch.int32),
         router_logits=zeros(config.n_experts),
         expert_in=zeros(*expert_in[0], dtype=expert_in[1]),
-        expert_in_scale=zeros(1) if tuning.machine.experts.is_packed else zeros(hidden // MXFP4_GROUP, dtype=torch.uint8),
+        expert_in_scale=zeros(hidden // MXFP4_GROUP, dtype=torch.uint8) if in_mxfp8 else zeros(1),
         expert_act=zeros(*expert_act[0], dtype=expert_act[1]),
         expert_act_scale=zeros(top_k, inter // MXFP4_GROUP, dtype=torch.uint8),
         expert_out=zeros(top_k, hidden),

@@ -7,14 +7,16 @@ event 2 i + 1, barrier b from event 2 b - 1 to event 2 b.
 import argparse
 import contextlib
 import json
+import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from host.errors import InputError
+from host.output_file import check_output, replacing
 from host.phases import PHASE_NAMES, Phase, phases_of_token
 
 USUAL_TOKEN = 16  # by then the caches are warm
@@ -186,7 +188,7 @@ def token_to_trace(args: argparse.Namespace, n_prompt: int, max_context: int) ->
         if asked is not None:
             raise InputError(f"--trace-token {asked}: without --trace FILE there is no trace")
         return None
-    if args.logits_out is not None and args.logits_out.resolve() == args.trace.resolve():
+    if args.logits_out is not None and os.path.realpath(args.logits_out) == os.path.realpath(args.trace):
         raise InputError(f"--trace {args.trace}: is --logits-out's file")
     room = max_context - n_prompt + 1
     if asked is None:
@@ -199,38 +201,19 @@ def token_to_trace(args: argparse.Namespace, n_prompt: int, max_context: int) ->
 
 
 @contextlib.contextmanager
-def trace_writer(path: Path | None) -> Iterator[Callable[[dict], None] | None]:
+def trace_writer(path: Path | None, inputs: Sequence[Path] = ()) -> Iterator[Callable[[dict], None] | None]:
     """A function that writes a trace as JSON, to be called once; without a path it is None.
 
-    The text goes to a file beside `path`, which takes its place when it is complete: nothing is left behind otherwise.
-    InputError if the file cannot be written, at once, or the disk is full.
+    InputError if the file cannot be written, at once, is one of `inputs`, or the disk is full.
     """
     if path is None:
         yield None
         return
-    part = path.parent / f"{path.name}.part"
-    with _write_errors(path):
-        if path.exists() and not path.is_file():
-            raise InputError(f"--trace {path}: is there already, and not a regular file")
-        file = open(part, "wb")
+    check_output(path, True, inputs, "--trace")
 
     def write(trace: dict) -> None:
-        with _write_errors(path):
-            file.write(json.dumps(trace, separators=(",", ":")).encode() + b"\n")
-            file.close()
-            part.replace(path)
+        data = json.dumps(trace, separators=(",", ":")).encode() + b"\n"
+        with replacing(path, len(data), True, inputs=inputs, flag="--trace", alone=False) as file:
+            file.write(data, 0)
 
-    try:
-        yield write
-    finally:
-        with contextlib.suppress(OSError):  # of a full disk, already reported
-            file.close()
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--trace {path}: {error.strerror}") from None
+    yield write

@@ -6,7 +6,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from common.gemv_dense import item_bytes, scale_stride
-from common.sm90.tiles import block_bytes, pack_blocks, pack_scales, scale_bytes, tile_count
+from common.sm90.tiles import block_bytes, drop_elements_of_nan, pack_blocks, pack_scales, scale_bytes, tile_count
+from host.checkpoint import check_unchanged
 from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, ModelConfig, expected_tensors, scale_name
 from host.fp8 import quantize_into
 from host.launch import Tuning
@@ -166,6 +167,7 @@ def load_weights(
 
     config: that of the checkpoint, but its `dense` says how the dense matrices are held, as `tuning` does for experts;
     those that the checkpoint has in bfloat16 are quantized on the device.
+    InputError if a file of the checkpoint was changed meanwhile.
     """
     fields = weights_in_place(checkpoint, config, device, tuning)
     places = {}
@@ -188,8 +190,13 @@ def load_weights(
                 bar.update(place.nbytes)
     if places:
         raise ValueError(f"the checkpoint gave no {next(iter(places))}")
+    if tuning.machine.experts.is_packed:
+        for name in ("gate_up", "down"):
+            for blocks, scales in zip(fields[name], fields[f"{name}_scales"]):
+                drop_elements_of_nan(blocks, scales, tuning.num_warps)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    check_unchanged(checkpoint)
     return Weights(**fields)
 
 

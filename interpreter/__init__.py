@@ -15,6 +15,7 @@ import triton
 from interpreter.launch import Simulation, simulate
 from interpreter.scheduler import GridDeadlock
 from host.errors import InputError
+from host.turns import LAUNCHING
 
 __all__ = ["GridDeadlock", "Simulation", "install", "simulate"]
 
@@ -24,6 +25,7 @@ _KNOWN_VERSIONS = ("3.6.", "3.9.")
 def install():
     """Mends the interpreter for the life of the process; a second call does nothing.
 
+    Launches of several threads wait for each other from then on. A launch within a launch is refused by ModelInUse.
     Raises InputError when this version of Triton is not known, RuntimeError when TRITON_INTERPRET=1 came too late.
     """
     from triton.runtime import interpreter
@@ -37,10 +39,13 @@ def install():
         raise RuntimeError("set TRITON_INTERPRET=1 before triton or a module with kernels is imported")
     from interpreter import assembly, fast_paths, language, launch, numerics, reductions
 
-    numerics.install()
-    language.install()
-    reductions.install()
-    launch.install()
-    fast_paths.install()
-    assembly.install()
-    interpreter._mended = True
+    with LAUNCHING:
+        if getattr(interpreter, "_mended", False):
+            return
+        numerics.install()
+        language.install()
+        reductions.install()
+        launch.install()
+        fast_paths.install()
+        assembly.install()
+        interpreter._mended = True

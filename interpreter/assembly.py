@@ -149,10 +149,11 @@ def multiply_quad(step: int) -> Callable:
 @triton.jit
 def add_quad(even, odd, operands, scales, x_scale, STEP: tl.constexpr):
     """The sums of even and odd rows and a quad's products; operands: four words of each row, sixteen of the vector."""
-    even_scale = e8m0_to_float32((scales >> (16 * STEP)) & 0xFF) * x_scale
-    odd_scale = e8m0_to_float32((scales >> (16 * STEP + 8)) & 0xFF) * x_scale
+    even_scale = e8m0_to_float32((scales >> (16 * STEP)) & 0xFF)
+    odd_scale = e8m0_to_float32((scales >> (16 * STEP + 8)) & 0xFF)
     x = operands[8:]
-    return even + products(operands[:4], x) * even_scale, odd + products(operands[4:8], x) * odd_scale
+    even += products(operands[:4], x) * x_scale * even_scale
+    return even, odd + products(operands[4:8], x) * x_scale * odd_scale
 
 
 @triton.jit
@@ -253,7 +254,9 @@ def poll(builder, address: Handle, target: Handle) -> Handle:
     """What a counter holds, acquired."""
     pointer = Handle(address.data.astype(np.uint64), tl.pointer_type(tl.int32))
     zero, every = Handle(np.zeros_like(target.data), tl.int32), Handle(np.ones(target.data.shape, bool), tl.int1)
-    return builder.create_atomic_rmw(ir.ATOMIC_OP.ADD, pointer, zero, every, ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SYNC_SCOPE.GPU)
+    return builder.create_atomic_rmw(
+        ir.ATOMIC_OP.ADD, pointer, zero, every, ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SYNC_SCOPE.GPU
+    )
 
 
 def install() -> None:

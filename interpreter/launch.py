@@ -5,10 +5,14 @@ import dataclasses
 import inspect
 import math
 import random
+import threading
+from contextvars import ContextVar
 
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
+from host.errors import ModelInUse
+from host.turns import LAUNCHING
 from interpreter import races
 from interpreter.scheduler import Grid
 
@@ -28,12 +32,12 @@ class Simulation:
     switches: int = 0
 
 
-_simulation = None
+_simulation = ContextVar("_simulation", default=None)  # each thread's own
 
 
 @contextlib.contextmanager
 def simulate(seed=0, detect_races=False, deadlock_limit=_DEADLOCK_LIMIT, watch=None):
-    """Configures the launches inside the `with` block; gives a Simulation.
+    """Configures this thread's launches inside the `with` block; gives a Simulation.
 
     seed: the order in which programs take turns; the same seed gives the same order.
     detect_races: fill `.races` with one line for each pair of code places whose accesses race. Followed is the memory
@@ -42,13 +46,12 @@ def simulate(seed=0, detect_races=False, deadlock_limit=_DEADLOCK_LIMIT, watch=N
         None: never, for kernels that bound their spinning themselves.
     watch: {name: tensor, or a tuple, list or dict of tensors} that kernels reach through a table of addresses.
     """
-    global _simulation
-    previous = _simulation
-    _simulation = Simulation(random.Random(seed), detect_races, deadlock_limit, watch or {})
+    simulation = Simulation(random.Random(seed), detect_races, deadlock_limit, watch or {})
+    token = _simulation.set(simulation)
     try:
-        yield _simulation
+        yield simulation
     finally:
-        _simulation = previous
+        _simulation.reset(token)
 
 
 class _Executor(interpreter.GridExecutor):
@@ -71,7 +74,7 @@ class _Executor(interpreter.GridExecutor):
             name: value if name in self.constexprs else interpreter._implicit_cvt(value)
             for name, value in arguments.items()
         }
-        simulation = _simulation or Simulation(random.Random(0), False, _DEADLOCK_LIMIT, {})
+        simulation = _simulation.get() or Simulation(random.Random(0), False, _DEADLOCK_LIMIT, {})
         grid = Grid(shape, lambda: self.fn(**converted), simulation.random, simulation.deadlock_limit)
         if simulation.detect_races:
             grid.detector = races.RaceDetector(arguments | simulation.watch, math.prod(shape), simulation.races)
@@ -79,6 +82,21 @@ class _Executor(interpreter.GridExecutor):
             grid.run()
         finally:
             simulation.switches += grid.switches
+
+
+def _run(self, *args, grid, warmup, **kwargs):
+    # Stock: several threads' launches meet in what the interpreter keeps for the process, such as the program's index.
+    if warmup:
+        return
+    if (grid_now := Grid.active) is not None and grid_now.runs_in(threading.current_thread()):
+        raise ModelInUse("a kernel launches another one")
+    with LAUNCHING:
+        if Grid.active is not None:
+            raise ModelInUse("a kernel is launched in the middle of a launch, as by a signal handler")
+        _stock_run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+
+_stock_run = interpreter.InterpretedFunction.run
 
 
 # ---------------------------------------------------------------- memory operations
@@ -177,6 +195,7 @@ def _atomic_cas(self, pointers, expected, value, semantics, scope):
 
 
 def install():
+    interpreter.InterpretedFunction.run = _run
     interpreter.GridExecutor = _Executor
     Builder.create_masked_load = _load
     Builder.create_masked_store = _store

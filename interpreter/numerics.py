@@ -1,6 +1,5 @@
 """Mends the arithmetic of Triton's interpreter: what it computes on a CPU becomes what compiled kernels compute."""
 
-
 import numpy as np
 import triton
 import triton.language as tl
@@ -126,6 +125,7 @@ def _dot(self, a, b, accumulator, *precision):
 
 
 def _scaled_operand(handle, element_format, scale, k_axis, pack_axis):
+    """float32, or float64 where a scale may bring an element beyond float32, as matrix cores scale the product."""
     if element_format == ir.ScaleDotElemTypeTY.E2M1:
         values = formats.unpack_e2m1(handle.data.view(np.uint8), handle.data.ndim + pack_axis)
     else:
@@ -135,7 +135,10 @@ def _scaled_operand(handle, element_format, scale, k_axis, pack_axis):
     if scale.dtype.scalar.is_floating():
         factors = decode(scale.data, scale.dtype.scalar)
     else:
-        factors = formats.E8M0_VALUES[scale.data.view(np.uint8)]
+        codes = scale.data.view(np.uint8)
+        factors = formats.E8M0_VALUES[codes]
+        if codes.max() > 246:  # 448 * 2^(246 - 127) is a float32
+            factors = factors.astype(np.float64)
     factors = np.repeat(factors, values.shape[k_axis] // factors.shape[-1], -1)
     return values * (factors if k_axis == -1 else np.swapaxes(factors, -1, -2))
 

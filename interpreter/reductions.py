@@ -13,6 +13,8 @@ _NARROW = {"bf16", "fp8e4nv", "fp8e5"}
 
 _stock_reduce = interpreter.ReduceOps.apply_impl
 _stock_scan = interpreter.ScanOps.apply_impl
+_stock_min_max = interpreter.ReduceOps.min_max
+_SILENT = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
 
 
 def _combine(combine_fn, left, right, dtypes):
@@ -72,6 +74,11 @@ def _reduce(self, input):
     return _stock_reduce(self, input)
 
 
+def _min_max(self, input, val_reduce_op, idx_reduce_op=None):
+    # Stock: warns where all values are NaN.
+    return _stock_min_max(self, input, _SILENT.get(val_reduce_op, val_reduce_op), idx_reduce_op)
+
+
 def _scan(self, input):
     # Stock: sums and multiplies the bit patterns of bf16 and fp8.
     if not any(tensor.dtype.name in _NARROW for tensor in input):
@@ -87,5 +94,6 @@ def _scan(self, input):
 def install():
     interpreter.ReduceOps.generic_reduce = _generic_reduce
     interpreter.ReduceOps.apply_impl = _reduce
+    interpreter.ReduceOps.min_max = _min_max
     interpreter.ScanOps.generic_scan = _generic_scan
     interpreter.ScanOps.apply_impl = _scan

@@ -42,25 +42,30 @@ def describe_sites(sites):
     return ", called from ".join(f"{os.path.basename(name)}:{line}" for name, line in sites) or "no kernel code"
 
 
+_SIGNALS = [int(number) for number in signal.valid_signals()]
+
+
 @contextlib.contextmanager
 def interrupts_to(fail):
-    """What a handler of Ctrl-C raises in the body goes to `fail`: amid locks, it could leave them held for ever."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+    """What a signal's handler raises in the body goes to `fail`: amid locks, it could leave them held for ever."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
 
-    def handle(*call):
+    def handle(number, frame):
         try:
-            handler(*call)
+            handlers[number](number, frame)
         except BaseException as error:  # noqa: BLE001 (who is given it raises it)
             fail(error)
 
-    signal.signal(signal.SIGINT, handle)
     try:
+        for number in handlers:
+            signal.signal(number, handle)
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _Program:
@@ -89,9 +94,8 @@ class Grid:
     active = None
 
     def __init__(self, shape, body, random, deadlock_limit):
-        builder = interpreter.interpreter_builder
-        builder.set_grid_dim(*shape)
-        self.builder = builder
+        self.builder = interpreter.interpreter_builder
+        self.shape = shape
         self.body = body
         self.random = random
         self.deadlock_limit = deadlock_limit
@@ -106,9 +110,10 @@ class Grid:
         self.finished = threading.Lock()
 
     def run(self):
-        """Runs all programs to their end; raises what the first failing one raised."""
-        previous, Grid.active = Grid.active, self
+        """Runs all programs to their end; raises what the first failing one raised. One grid at a time."""
         try:
+            Grid.active = self
+            self.builder.set_grid_dim(*self.shape)
             if len(self.programs) == 1:
                 self.running = self.programs[0]
                 self.builder.grid_idx = self.running.grid_index
@@ -117,7 +122,11 @@ class Grid:
             elif self.programs:
                 self._run_threads()
         finally:
-            Grid.active = previous
+            Grid.active = None
+
+    def runs_in(self, thread):
+        """Whether it is the thread of the running program, if that has one of its own."""
+        return getattr(self.running, "thread", None) is thread
 
     def _run_threads(self):
         with interrupts_to(self._fail):
@@ -148,21 +157,30 @@ class Grid:
                 error.add_note(f"in program {program.grid_index}")
             self._fail(error)
         self.live.remove(program)
-        if self.aborting:
-            self.live = [other for other in self.live if other.thread is not None]
-        if self.live:
-            self._give_turn(self._choose())
-        else:
-            self.finished.release()
+        self._pass_on()
+
+    def _pass_on(self):
+        """The running program has ended: another one's turn."""
+        while True:
+            if self.aborting:
+                self.live = [other for other in self.live if other.thread is not None]
+            if not self.live:
+                self.finished.release()
+                return
+            try:
+                self._give_turn(self._choose())
+                return
+            except Exception as error:  # noqa: BLE001 (no thread could be had for it; the launcher raises it)
+                self._fail(error)
 
     def _give_turn(self, program):
         self.running = program
         self.builder.grid_idx = program.grid_index
         if program.thread is None:
-            program.thread = threading.Thread(target=self._program_main, args=(program,), daemon=True)
             try:
+                program.thread = threading.Thread(target=self._program_main, args=(program,), daemon=True)
                 program.thread.start()
-            except RuntimeError:  # there are too many: nobody must wait for this one
+            except (RuntimeError, MemoryError):  # there are too many: nobody must wait for this one
                 program.thread = None
                 raise
         else:

@@ -24,6 +24,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     """One token per byte, its id being the byte, then the special tokens."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(BYTE_OF_CHARACTER), merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIALS])
     return backend
 

@@ -3,16 +3,22 @@
 import copy
 import json
 import math
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import GptOssConfig
+import torch
+from transformers import GenerationConfig, GptOssConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from host.checkpoint import config_to_dict
 from host.config import (
+    FP8_ROWS,
     GPT_OSS_20B,
     GPT_OSS_120B,
     PRESETS,
+    DenseFormats,
     ModelConfig,
     YarnConfig,
     config_from_dict,
@@ -20,6 +26,7 @@ from host.config import (
     read_config,
 )
 from host.errors import InputError
+from host.rope import inverse_frequencies
 
 PUBLISHED = Path(__file__).parent / "data" / "gpt-oss-120b"
 ITEM_BYTES = {"BF16": 2, "U8": 1}
@@ -120,7 +127,6 @@ def test_old_and_new_rope_spellings_agree():
     new["rope_parameters"] = new.pop("rope_scaling") | {"rope_theta": new.pop("rope_theta")}
     older = copy.deepcopy(old)
     older["rope_scaling"]["type"] = older["rope_scaling"].pop("rope_type")
-    del older["rope_scaling"]["original_max_position_embeddings"]  # initial_context_length says it too
     assert config_from_dict(old, "") == config_from_dict(new, "") == config_from_dict(older, "")
     old["rope_theta"] = new["rope_parameters"]["rope_theta"] = 9999
     assert config_from_dict(old, "").yarn.theta == config_from_dict(new, "").yarn.theta == 9999.0
@@ -141,14 +147,117 @@ def test_layer_types_default_to_alternating_from_sliding():
     assert config_from_dict(raw, "") == config_from_dict(published_dict(), "")
 
 
-def test_stop_ids_are_those_of_both_files(tmp_path):
+@pytest.mark.parametrize("eos", [200002, [200002, 7], None])
+@pytest.mark.parametrize(
+    "generation", [None, {"eos_token_id": [5, 200002]}, {"eos_token_id": 9}, {"eos_token_id": None}, {}]
+)
+def test_stop_ids_are_those_of_transformers(tmp_path, eos, generation):
+    """Which reads generation_config.json, and config.json only where there is none."""
+    folder = write_config(tmp_path, published_dict() | {"eos_token_id": eos}, generation)
+    if generation is None:
+        theirs = GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    else:
+        theirs = GenerationConfig.from_pretrained(folder)
+    ids = theirs.eos_token_id
+    assert read_config(folder).stop_ids == tuple(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def made_up(rng: random.Random) -> dict:
+    """A configuration that says things twice, or differently from the published one."""
+
+    def rope() -> dict | None:
+        keys = {
+            "rope_type": ["yarn", "yarn", "yarn", "default", "llama3"],
+            "type": ["yarn", "linear"],
+            "rope_theta": [150000, 10000.0, 500.0],
+            "factor": [32.0, 16, 1.0, 0.5],
+            "original_max_position_embeddings": [4096, 131072, 64, 4],
+            "beta_fast": [32.0, 8],
+            "beta_slow": [1.0, 2],
+            "truncate": [False, True],
+            "attention_factor": [None, 1.25],
+            "mscale": [None, 1.0],
+            "partial_rotary_factor": [1.0, 0.5],
+            "full_attention": [{"rope_type": "yarn", "factor": 2.0}],
+        }
+        often = ("rope_type", "factor", "original_max_position_embeddings")
+        seldom = ("type", "mscale", "partial_rotary_factor", "full_attention")
+        chance = {key: 0.9 if key in often else 0.05 if key in seldom else 0.5 for key in keys}
+        return {key: rng.choice(values) for key, values in keys.items() if rng.random() < chance[key]}
+
+    raw = {k: v for k, v in published_dict().items() if k not in ("rope_scaling", "rope_theta")}
+    beside = {
+        "rope_scaling": [rope(), rope(), rope(), None, {}],
+        "rope_parameters": [rope(), rope(), rope(), None, {}],
+        "rope_theta": [150000, 1e6],
+        "initial_context_length": [4096, 2048],
+        "original_max_position_embeddings": [2048],
+        "max_position_embeddings": [131072, 8192],
+        "sliding_window": [128, 64],
+        "layer_types": [None, ["full_attention", "sliding_attention"] * 18],
+        "num_experts": [128, 64],
+        "experts_per_token": [4, 2],
+        "torch_dtype": ["float32"],
+        "dtype": ["bfloat16", "float16"],
+        "partial_rotary_factor": [None, 0.5],
+        "num_key_value_heads": [8, 4],
+    }
+    chance = {"original_max_position_embeddings": 0.15, "num_experts": 0.1, "partial_rotary_factor": 0.1}
+    raw |= {key: rng.choice(values) for key, values in beside.items() if rng.random() < chance.get(key, 0.6)}
+    return raw
+
+
+def test_made_up_configurations_are_refused_or_what_transformers_makes_of_them():
+    """Of the model's numbers, and of its RoPE as the model computes it when it is built."""
+    rng, accepted = random.Random(16), 0
+    for number in range(800):
+        raw = made_up(rng)
+        try:
+            ours = config_from_dict(copy.deepcopy(raw), f"number {number}")
+        except InputError:
+            continue
+        accepted += 1
+        theirs = GptOssConfig(**{key: value for key, value in copy.deepcopy(raw).items() if key != "model_type"})
+        assert theirs.rope_parameters["rope_type"] == "yarn", raw
+        frequencies, concentration = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+        torch.testing.assert_close(inverse_frequencies(ours), frequencies, rtol=1e-6, atol=0, msg=str(raw))
+        assert ours.yarn.concentration == pytest.approx(concentration, rel=1e-12), raw
+        assert [ours.window(layer) or None for layer in range(36)] == [
+            theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types
+        ]
+        names = ("num_local_experts", "num_experts_per_tok", "num_key_value_heads", "max_position_embeddings")
+        values = (ours.n_experts, ours.experts_per_token, ours.n_kv_heads, ours.max_position_embeddings)
+        assert values == tuple(getattr(theirs, name) for name in names), raw
+    assert accepted > 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("partial_rotary_factor", 0.5),
+        ("num_experts", 64),
+        ("per_layer_config", {"0": {"sliding_window": 5}}),
+        ("attribute_map", {"head_dim": "hidden_size"}),
+        ("transformers_weights", "other.safetensors"),
+        ("original_max_position_embeddings", None),
+        ("original_max_position_embeddings", 0),
+    ],
+)
+def test_keys_beside_that_would_make_another_model(tmp_path, key, value):
+    assert_rejected(write_config(tmp_path, published_dict() | {key: value}), "config.json", key)
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_rope_for_one_kind_of_layer(tmp_path, kind):
     raw = published_dict()
-    assert read_config(write_config(tmp_path, raw)).stop_ids == (200002,)
-    assert read_config(write_config(tmp_path, raw, {"eos_token_id": [5, 200002]})).stop_ids == (5, 200002)
-    assert read_config(write_config(tmp_path, raw, {"eos_token_id": 9})).stop_ids == (9, 200002)
-    assert read_config(write_config(tmp_path, raw, {})).stop_ids == (200002,)
-    raw["eos_token_id"] = None
-    assert read_config(write_config(tmp_path, raw)).stop_ids == ()
+    raw["rope_scaling"][kind] = {"rope_type": "yarn", "factor": 2.0}
+    assert_rejected(write_config(tmp_path, raw), "config.json", kind)
+
+
+@pytest.mark.parametrize("n_layers", [1.0, "1", None, True, [1]])
+def test_cut_to_what_is_no_integer(n_layers):
+    with pytest.raises(TypeError, match="n_layers must be an integer, not"):
+        SMALL.cut(n_layers)
 
 
 def test_stop_ids_beyond_the_vocabulary_are_none(tmp_path):
@@ -291,3 +400,11 @@ def test_config_that_is_missing_or_a_folder(tmp_path):
 @pytest.mark.parametrize("generation", ["{", "[]", {"eos_token_id": "x"}, {"eos_token_id": [1, -1]}])
 def test_bad_generation_config(tmp_path, generation):
     assert_rejected(write_config(tmp_path, published_dict(), generation), "generation_config.json")
+
+
+def test_models_that_no_kernel_tells_apart_share_what_is_compiled():
+    alike = [GPT_OSS_120B.cut(3), replace(GPT_OSS_120B, stop_ids=()), replace(GPT_OSS_120B, sliding_window=7)]
+    assert all(config.compiled() == GPT_OSS_120B.compiled() for config in alike)
+    fp8 = DenseFormats(qkv=FP8_ROWS)
+    for other in (replace(GPT_OSS_120B, hidden_size=2816), GPT_OSS_20B, replace(GPT_OSS_120B, dense=fp8)):
+        assert other.compiled() != GPT_OSS_120B.compiled()

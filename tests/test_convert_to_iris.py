@@ -1,5 +1,6 @@
 """convert_to_iris.py as its user meets it: what it writes, what it refuses, what is left when it is stopped."""
 
+import contextlib
 import errno
 import filecmp
 import json
@@ -28,10 +29,11 @@ import gpt_oss_megakernel
 import run_reference
 import run_triton_phased
 from gpt_oss_megakernel import MegaModel
-from host import iris_compare, iris_writer, output_file
+from host import iris_compare, iris_writer
 from host.checkpoint import INDEX_NAME, RandomCheckpoint, write_checkpoint
 from host.config import PRESETS, ModelConfig, expected_tensors
 from host.iris_writer import write_archive
+from host.output_file import OutputFile
 from load_hf import open_checkpoint as open_folder
 from load_iris import open_archive
 
@@ -74,9 +76,7 @@ def out(tmp_path) -> Path:
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield lambda *words: run_script(convert_to_iris.main, list(words), monkeypatch, capsys)
-    signal.signal(signal.SIGTERM, handler)
+    return lambda *words: run_script(convert_to_iris.main, list(words), monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -478,12 +478,32 @@ def test_a_target_that_is_a_device(run, folder, device):
 
 
 @pytest.mark.parametrize("make", [as_folder, as_pipe, as_link])
-def test_something_else_in_the_place_of_the_part(run, folder, out, make):
+def test_what_else_is_beside_the_target_is_left_alone(run, folder, out, make):
+    """A link would have been followed, a pipe waited for."""
     part = Path(f"{out}.part")
     make(part)
-    assert_rejected(run("--model", folder, "--out", out), str(out))
-    assert os.listdir(out.parent) == [part.name]
-    assert not (out.parent / "elsewhere").exists()
+    assert run("--model", folder, "--out", out)[0] == 0
+    assert sorted(os.listdir(out.parent)) == [out.name, part.name]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_force_replaces_no_file_of_the_source(run, tmp_path, name):
+    source = write_model(tmp_path / "source")
+    path = source / name
+    path.exists() or path.write_text("{}")
+    before = path.read_bytes()
+    result = run("--model", source, "--out", path, "--force")
+    assert_rejected(result, f"{path}: is the same file as {path}, an input")
+    assert path.read_bytes() == before
+    new = source / "new.iris"
+    assert run("--model", source, "--out", new)[0] == 0, "in the folder, under a new name"
+    before = new.read_bytes()
+    for words in (["--layers", 1], ["--fp8-attn"]):
+        assert_rejected(run("--model", new, "--out", new, "--force", *words), f"{new}, an input")
+    assert new.read_bytes() == before
+    assert run("--model", source, "--out", new, "--force")[0] == 0
 
 
 def test_an_existing_target_needs_force(run, folder, archive, out):
@@ -501,7 +521,7 @@ def test_an_existing_target_needs_force(run, folder, archive, out):
         ("nowhere/m.iris", "No such file or directory"),
         ("file/m.iris", "Not a directory"),
         ("x" * 300, "File name too long"),
-        ("x" * 254, "File name too long"),  # with .part
+        ("x" * 256, "File name too long"),
     ],
 )
 def test_a_target_that_cannot_be(run, folder, out, name, culprit):
@@ -573,7 +593,7 @@ def test_a_disk_that_fails_at_the_end_leaves_nothing(run, folder, out, monkeypat
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(run, folder, archive, out, monkeypatch):
-    part, synced = Path(f"{out}.part"), []
+    synced = []
     fsync, replace = os.fsync, Path.replace
 
     def note_fsync(descriptor: int) -> None:
@@ -581,26 +601,26 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(run, folder, archive,
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
     def note_replace(path: Path, target: Path) -> Path:
-        assert synced == [str(part)]
-        assert filecmp.cmp(part, archive, shallow=False)
+        assert synced == [str(path)]
+        assert filecmp.cmp(path, archive, shallow=False)
         return replace(path, target)
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "replace", note_replace)
     assert run("--model", folder, "--out", out)[0] == 0
-    assert synced == [str(part), str(out.parent)]
+    assert synced[1:] == [str(out.parent)]
 
 
 def test_a_damaged_checkpoint_leaves_nothing(run, own_folder, out, monkeypatch):
     """Its second shard is replaced after the first was converted."""
     (first, second) = sorted(own_folder.glob("*.safetensors"))
-    write_all = output_file.write_all
+    write = OutputFile.write
 
     def replace_and_write(*arguments) -> None:
         shutil.copy(first, second)
-        write_all(*arguments)
+        write(*arguments)
 
-    monkeypatch.setattr(iris_writer, "write_all", replace_and_write)
+    monkeypatch.setattr(OutputFile, "write", replace_and_write)
     code, told, err = run("--model", own_folder, "--out", out)
     assert (code, told) == (2, "")
     assert err.splitlines()[-1].startswith(f"error: {second}: tensor ")
@@ -725,11 +745,21 @@ def wait_for(condition) -> None:
         time.sleep(1e-3)
 
 
+def unfinished(out: Path) -> list[Path]:
+    """What writers of `out` have written so far."""
+    return list(out.parent.glob(f"{out.name}.*.part"))
+
+
+def is_writing(out: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return any(part.stat().st_size for part in unfinished(out))
+    return False
+
+
 def start_and_see_it_write(forks: Forks, large: Path, out: Path, *words) -> int:
     """Its process id. It goes on for a second and more."""
     pid = forks.start("--model", large, "--out", out, *words, delay=0.01)
-    part = Path(f"{out}.part")
-    wait_for(lambda: part.exists() and part.stat().st_size > 0)
+    wait_for(lambda: is_writing(out))
     return pid
 
 
@@ -738,7 +768,7 @@ class Interrupted:
 
     def __init__(self, checkpoint, number: signal.Signals):
         self._checkpoint, self._number = checkpoint, number
-        self.config, self.document = checkpoint.config, checkpoint.document
+        self.name, self.config, self.document = checkpoint.name, checkpoint.config, checkpoint.document
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for index, (name, tensor) in enumerate(self._checkpoint.tensors()):
@@ -751,18 +781,16 @@ class Interrupted:
             yield name, tensor
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_breaks_into_no_other_code(run, folder, out, monkeypatch, capsys, number, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupt_breaks_into_no_other_code(run, folder, out, monkeypatch, number, code):
     """Within torch it has become "could not determine the shape of object type 'torch.storage.UntypedStorage'"."""
     monkeypatch.setattr(convert_to_iris, "open_checkpoint", lambda *_: Interrupted(open_folder(folder), number))
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(SystemExit) as stopped:
-        run("--model", folder, "--out", out)
-    assert stopped.value.code == code
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"interrupted: {out} was not written")
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    exit_code, told, err = run("--model", folder, "--out", out)
+    assert (exit_code, told) == (code, "")
+    assert err.splitlines()[-1].startswith(f"interrupted: {out} was not written")
     assert os.listdir(out.parent) == []
-    signal.signal(signal.SIGTERM, handlers[1])
-    assert signal.getsignal(signal.SIGINT) == handlers[0]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_writing_ends_at_each_check(folder, out):
@@ -781,7 +809,7 @@ def test_writing_ends_at_each_check(folder, out):
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_leaves_the_old_file_and_says_how_to_go_on(forks, large, out, number, code, old):
     if old:
         out.write_bytes(old)
@@ -796,7 +824,7 @@ def test_an_interrupt_leaves_the_old_file_and_says_how_to_go_on(forks, large, ou
 
 def test_a_kill_at_any_moment_leaves_no_bad_file(forks, large, archive, out):
     """Of ten, half the time where there was another archive before."""
-    whole, part = out.parent / "whole.iris", Path(f"{out}.part")
+    whole = out.parent / "whole.iris"
     words = ("--model", large, "--out", out, "--force")
     delay = 0.003  # lets a run take about the same time whatever else the machine does
     seconds = forks.run("--model", large, "--out", whole, delay=delay).seconds
@@ -809,23 +837,23 @@ def test_a_kill_at_any_moment_leaves_no_bad_file(forks, large, archive, out):
         time.sleep(seconds * (moment + rng.random()) / 10)
         os.kill(pid, signal.SIGKILL)
         assert forks.wait().code in (-signal.SIGKILL, 0)
-        killed_writing += part.exists()
+        killed_writing += bool(unfinished(out))
         assert out.exists() or not moment % 2
         if out.exists():
             open_archive(out, verify=True)
             assert any(filecmp.cmp(out, good, shallow=False) for good in (whole, archive))
     assert killed_writing >= 2
-    part.write_bytes(os.urandom(1 << 20))
+    Path(f"{out}.0123456789abcdef.part").write_bytes(os.urandom(1 << 20))
     assert forks.run(*words).code == 0
     assert filecmp.cmp(out, whole, shallow=False)
-    assert not part.exists()
+    assert not unfinished(out)
 
 
-def test_what_a_killed_run_left_is_taken_over(forks, large, folder, archive, out, run):
+def test_what_a_killed_run_left_is_removed(forks, large, folder, archive, out, run):
     os.kill(start_and_see_it_write(forks, large, out), signal.SIGKILL)
     assert forks.wait().code == -signal.SIGKILL
-    assert os.listdir(out.parent) == [f"{out.name}.part"]
-    assert run("--model", folder, "--out", out)[0] == 0  # a shorter one
+    assert [out.parent / name for name in os.listdir(out.parent)] == unfinished(out)
+    assert run("--model", folder, "--out", out)[0] == 0
     assert filecmp.cmp(out, archive, shallow=False)
     assert os.listdir(out.parent) == [out.name]
 
@@ -836,8 +864,8 @@ def test_two_at_a_time_are_refused(forks, large, folder, out, run):
     try:
         for words in ([], ["--force"]):
             result = run("--model", folder, "--out", out, *words)
-            assert_rejected(result, f"{out}.part: another process is writing it")
-            assert os.listdir(out.parent) == [f"{out.name}.part"]
+            assert_rejected(result, f"{out}: another process is writing it")
+            assert len(os.listdir(out.parent)) == len(unfinished(out)) == 1
     finally:
         os.kill(pid, signal.SIGCONT)
     assert forks.wait().code == 0
@@ -871,12 +899,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_as_a_program_that_is_interrupted(large, out, number, code):
     command = [sys.executable, "-c", SLOW_PROGRAM, ROOT / "convert_to_iris.py", "--model", large, "--out", out]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=out.parent)
-    part = Path(f"{out}.part")
-    wait_for(lambda: part.exists() and part.stat().st_size > 0)
+    wait_for(lambda: is_writing(out))
     process.send_signal(number)
     told, err = process.communicate(timeout=60)
     assert (process.returncode, told) == (code, "")
@@ -908,3 +935,16 @@ def test_memory_does_not_grow_with_the_model(forks, out, tmp_path, source):
     assert max(small.peak_anonymous, large.peak_anonymous) < MOST_ANONYMOUS
     assert large.peak - small.peak < MOST_DIFFERENCE
     assert large.peak_anonymous - small.peak_anonymous < MOST_DIFFERENCE
+
+
+def test_a_junk_tokenizer_is_neither_converted_nor_called_the_same(run, tmp_path, out, monkeypatch):
+    folder = write_model(tmp_path / "folder")
+    junk = folder / "tokenizer.json"
+    junk.write_text("junk")
+    assert_rejected(run("--model", folder, "--out", out), "tokenizer.json: not a tokenizer file")
+    assert list(out.parent.iterdir()) == []
+    with monkeypatch.context() as patch:  # as an archive was made before conversions looked
+        patch.setattr(convert_to_iris.Tokenizer, "of", lambda checkpoint: None)
+        assert run("--model", folder, "--out", out)[0] == 0
+    for words in (("--verify", out), ("--verify", out, "--model", folder)):
+        assert_rejected(run(*words), str(out), "tokenizer.json: not a tokenizer file")

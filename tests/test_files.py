@@ -3,13 +3,14 @@
 import os
 import resource
 import stat
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from host.errors import InputError
-from host.files import open_regular, read_small
+from host.files import json_value, open_regular, parse_json, read_small
 
 DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/tty"]
 
@@ -169,3 +170,45 @@ def test_a_descriptor_is_not_for_programs_that_are_started(tmp_path):
     descriptor = open_regular(tmp_path / "x")
     assert not os.get_inheritable(descriptor)
     os.close(descriptor)
+
+
+# JSON
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b'{"a":[]}', b'["ab"]', b"1e9"], ids=bytes.decode)
+def test_json_of_many_values_takes_little_memory(value):
+    """Some hundred bytes for each that is allowed, and next to nothing for more."""
+    tracemalloc.start()
+    try:
+        json_value(b"[" + b",".join([value] * 50_000) + b"]")
+        assert tracemalloc.get_traced_memory()[1] < 50_000 * 500
+        data = b"[" + b",".join([value] * 1_000_000) + b"]"
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        with pytest.raises(InputError, match="x.json: not valid JSON .some .* values, at most 1000000"):
+            parse_json(data, "x.json")
+        assert tracemalloc.get_traced_memory()[1] - before < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, '{"a":' * 10**5, "9" * 5000, '"\\ud800', "", "NaNs", "\ufeff{}"], ids=range(7)
+)
+def test_what_is_no_json_is_one_line(text):
+    with pytest.raises(InputError, match="x.json: not valid JSON") as caught:
+        parse_json(text.encode(), "x.json")
+    assert str(caught.value).isprintable()
+
+
+def test_keys_that_are_there_twice():
+    assert json_value(b'{"a": 1, "a": 2}') == {"a": 2}
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        json_value(b'[{"a": 1, "b": 0, "a": 2}]', unique_keys=True)
+
+
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 27868174\n")
+    with pytest.raises(InputError, match="tokenizer.json: is a Git LFS pointer, not the file itself: `git lfs pull`"):
+        read_small(path, 1000)

@@ -5,6 +5,7 @@ import torch
 
 from host.fragments import (
     block_words,
+    drop_elements_of_nan,
     expert_slot_bytes,
     pack_blocks,
     pack_scales,
@@ -157,3 +158,20 @@ def test_views_are_packed_like_their_copies():
     blocks, scales = random_bytes(4, 40, 16).transpose(0, 1)[::2], random_bytes(4, 40).T[::2]
     assert torch.equal(pack_blocks(blocks), pack_blocks(blocks.contiguous()))
     assert torch.equal(pack_scales(scales, 2), pack_scales(scales.contiguous(), 2))
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("rows, groups", [(18, 19), (32, 8)])
+def test_elements_whose_scale_is_nan(rows, groups, warps):
+    """Zeros, as if they had been packed as such; and nothing else changes."""
+    generator = torch.Generator().manual_seed(rows)
+    blocks = torch.randint(0, 256, (3, rows, groups, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(0, 255, (3, rows, groups), generator=generator, dtype=torch.uint8)
+    packed = pack_blocks(blocks)
+    drop_elements_of_nan(packed, pack_scales(scales, warps), warps)
+    assert torch.equal(packed, pack_blocks(blocks))
+    for at in [(0, 0, 0), (1, 3, groups - 1), (2, rows - 1, 4)]:
+        scales[at] = 255
+        blocks[at] = 0
+    drop_elements_of_nan(packed, pack_scales(scales, warps), warps)
+    assert torch.equal(packed, pack_blocks(blocks))

@@ -83,6 +83,30 @@ def test_an_interrupt_beside_the_first_programs_start(when, monkeypatch):
             count()
 
 
+def test_what_another_signals_handler_raises(monkeypatch):
+    """Like Ctrl-C's: it ends the launch, and the handlers are those of before."""
+    switch, sent = Grid.switch, []
+
+    def handler(*_):
+        raise ZeroDivisionError
+
+    def signalled(grid):
+        if not sent and grid.switches > PROGRAMS * TURNS // 2:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        switch(grid)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Grid, "switch", signalled)
+            with pytest.raises(ZeroDivisionError):
+                count()
+        assert signal.getsignal(signal.SIGUSR1) is handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.fixture
 def interrupted_switch(monkeypatch):
     """An interrupt comes once, in the thread of a program."""
@@ -126,22 +150,34 @@ def test_a_handler_that_raises_nothing_stops_nothing(interrupted_switch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@triton.jit
+def store_kernel(x_ptr):
+    tl.store(x_ptr + tl.program_id(0), 1)
+
+
+def store() -> None:
+    """Programs that end without having given up their turn."""
+    store_kernel[(PROGRAMS,)](torch.zeros(PROGRAMS, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("launch", [count, store])
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
 @pytest.mark.parametrize("started", range(PROGRAMS))
-def test_a_thread_too_many_ends_the_launch(started, monkeypatch):
+def test_a_thread_too_many_ends_the_launch(started, error, launch, monkeypatch):
     """So many programs have a thread, the next one gets none."""
     had = []
 
     class Thread(threading.Thread):
         def start(self):
             if len(had) == started:
-                raise RuntimeError("can't start new thread")
+                raise error("can't start new thread")
             had.append(self)
             super().start()
 
     with monkeypatch.context() as patch:
         patch.setattr(threading, "Thread", Thread)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            count()
+        with pytest.raises(error, match="can't start new thread"):
+            launch()
 
 
 def test_a_launch_outside_the_main_thread():

@@ -13,20 +13,31 @@ import socket
 import struct
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 import load_hf
+from host import slow_network
 from host.checkpoint import RandomCheckpoint, write_checkpoint
 from host.config import GPT_OSS_120B, ModelConfig, expected_tensors
 from host.errors import InputError
+from host.iris_compare import first_difference
+from host.iris_writer import write_archive
+from host.launch import tuning_for
+from host.weights import load_weights
+from load_iris import open_archive
+from reference import Reference
 
 PUBLISHED = Path(__file__).parent / "data" / "gpt-oss-120b"
 INDEX = "model.safetensors.index.json"
@@ -147,6 +158,7 @@ def test_cut_needs_no_shard_of_the_other_layers(single):
     save_file({name: tensors[name].clone() for name in first}, single / "a.safetensors")
     weight_map = {name: "a.safetensors" if name in first else "b.safetensors" for name in tensors}
     (single / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (single / SINGLE).unlink()
     assert load_hf.open_checkpoint(single, n_layers=1).shards.keys() == {"a.safetensors"}
     assert_rejected(single, "b.safetensors", n_layers=2)
     assert_rejected(single, "b.safetensors")
@@ -326,10 +338,195 @@ def test_tensor_in_two_shards(sharded):
     assert_rejected(sharded, other.name, SINKS, here.name)
 
 
-def test_shard_with_a_tensor_that_the_index_does_not_list(sharded):
+def test_what_an_index_does_not_name_is_ignored_with_one_line(sharded, caplog):
+    """As transformers does, be it a tensor or a file."""
     shard = shard_of(sharded, SINKS)
-    change_shard(shard, lambda tensors: tensors.update({"extra": torch.zeros(4)}))
-    assert_rejected(sharded, shard.name, "'extra'")
+    change_shard(shard, lambda tensors: tensors.update({"extra": torch.zeros(4), "x\x1b[2J": torch.zeros(1)}))
+    save_file({SINKS: torch.zeros(4)}, sharded / "other.safetensors")
+    for _ in range(2):
+        checkpoint = load_hf.open_checkpoint(sharded)
+        assert {name for names in checkpoint.shards.values() for name in names} == expected_tensors(SMALL).keys()
+        assert torch.equal(checkpoint.tensor(SINKS), SMALL_RANDOM.tensor(SINKS))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for culprit in (str(sharded), INDEX, "'other.safetensors'", f"'extra' of {shard.name}", r"'x\x1b[2J'"):
+        assert culprit in record.message
+
+
+def test_folders_without_anything_else_say_nothing(written, caplog):
+    for folder in written.values():
+        load_hf.open_checkpoint(folder)
+    assert not caplog.records
+
+
+# model.safetensors beside an index
+
+
+@pytest.fixture
+def both(sharded) -> Path:
+    """The single file holds new sinks; the index and its shards are old."""
+    tensors = {}
+    for path in sharded.glob("*.safetensors"):
+        tensors |= {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors[SINKS] = tensors[SINKS] + 1
+    save_file(tensors, sharded / SINGLE)
+    return sharded
+
+
+@pytest.mark.parametrize("old_shards", ["all", "some", "none"])
+def test_a_single_file_counts_whatever_an_index_says(both, old_shards):
+    """Which is what transformers 5.17 opens: its _get_resolved_checkpoint_files asks for the single file first."""
+    for path in list(both.glob("model-*"))[: {"all": 0, "some": 2, "none": None}[old_shards]]:
+        path.unlink()
+    theirs, _ = _get_resolved_checkpoint_files(str(both), None, None, None, None, False)
+    assert theirs == [str(both / SINGLE)]
+    checkpoint = load_hf.open_checkpoint(both)
+    assert checkpoint.shards.keys() == {SINGLE}
+    assert torch.equal(checkpoint.tensor(SINKS), SMALL_RANDOM.tensor(SINKS) + 1)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "link to nothing", "folder"])
+def test_a_single_file_that_cannot_be_read_is_not_passed_over_for_old_shards(both, damage):
+    if damage == "truncated":
+        os.truncate(both / SINGLE, 1000)
+    else:
+        (both / SINGLE).unlink()
+        (both / SINGLE).mkdir() if damage == "folder" else (both / SINGLE).symlink_to("nothing")
+    assert_rejected(both, str(both / SINGLE))
+
+
+# Dtypes that hold the published values too
+
+NORMS = [name for name in expected_tensors(SMALL) if name.endswith("norm.weight")]
+BIASES = [name for name in expected_tensors(SMALL) if name.endswith("bias")]
+SCALES = [name for name in expected_tensors(SMALL) if name.endswith("_scales")]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_norms_sinks_and_biases_in_float32(written, tmp_path, shards):
+    """Norms and sinks stay what they are; biases are rounded to bfloat16, halves to even, as torch does it."""
+    folder = Path(shutil.copytree(written[shards], tmp_path / "folder"))
+    sinks = [name for name in expected_tensors(SMALL) if name.endswith("sinks")]
+    values = {}
+    for name in (*NORMS, *BIASES, *sinks):
+        shape, _ = expected_tensors(SMALL)[name]
+        values[name] = torch.rand(shape) + 1 / 3
+        values[name].view(-1)[:2] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])  # halves: to 1 and to 1 + 2**-6
+    for path in folder.glob("*.safetensors"):
+        change_shard(path, lambda tensors: tensors.update({k: v for k, v in values.items() if k in tensors}))
+    checkpoint = load_hf.open_checkpoint(folder)
+    write_archive(checkpoint, tmp_path / "m.iris")
+    archive = open_archive(tmp_path / "m.iris", verify=True)
+    for source in (checkpoint, archive):
+        for name, tensor in source.tensors():
+            if name in BIASES:
+                assert torch.equal(tensor, values[name].to(torch.bfloat16)), name
+                assert tensor.view(-1)[:2].tolist() == [1.0, 1 + 2**-6]
+            elif name in values:
+                assert tensor.dtype == torch.float32
+                assert torch.equal(tensor, values[name]), name
+            assert torch.equal(source.tensor(name), tensor)
+    assert first_difference(archive, checkpoint) is None
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_scales_stored_as_e8m0(written, tmp_path, shards):
+    folder = Path(shutil.copytree(written[shards], tmp_path / "folder"))
+
+    def change(tensors):
+        for name in SCALES:
+            if name in tensors:
+                tensors[name] = tensors[name].view(torch.float8_e8m0fnu)
+
+    for path in folder.glob("*.safetensors"):
+        change_shard(path, change)
+    checkpoint = load_hf.open_checkpoint(folder)
+    for name, tensor in checkpoint.tensors():
+        assert tensor.dtype == SMALL_RANDOM.tensor(name).dtype
+        assert torch.equal(tensor, SMALL_RANDOM.tensor(name)), name
+        assert torch.equal(checkpoint.tensor(name), tensor)
+    write_archive(checkpoint, tmp_path / "m.iris")
+    assert first_difference(open_archive(tmp_path / "m.iris", verify=True), SMALL_RANDOM) is None
+
+
+# Files that change while they are in use
+
+
+def overwrite(path: Path, keep_times: bool) -> None:
+    """Other weights in the same place; perhaps with the old time of modification, as some copying programs leave it."""
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(before.st_size - 64)
+        file.write(b"x" * 64)
+    if keep_times:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["written to", "written to, times kept", "replaced"])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_shard_that_changes_while_it_is_loaded(written, tmp_path, shards, how):
+    folder = Path(shutil.copytree(written[shards], tmp_path / "folder"))
+    checkpoint = load_hf.open_checkpoint(folder)
+    tensors = checkpoint.tensors()
+    next(tensors)
+    checkpoint.check_unchanged()
+    path = sorted(folder.glob("*.safetensors"))[-1]
+    if how == "replaced":
+        (folder / "new").write_bytes(path.read_bytes())
+        (folder / "new").replace(path)
+    else:
+        overwrite(path, "kept" in how)
+    for use in (lambda: list(tensors), checkpoint.check_unchanged, lambda: load_all(checkpoint)):
+        with pytest.raises(InputError, match=f"{path}: was changed while it was in use"):
+            use()
+    with pytest.raises(InputError, match="was changed"):
+        write_archive(checkpoint, tmp_path / "m.iris")
+    assert not list(tmp_path.glob("m.iris*"))
+    with pytest.raises(InputError, match="was changed"):
+        Reference(checkpoint).forward([1])
+
+
+def load_all(checkpoint) -> None:
+    device = torch.device("cpu")
+    load_weights(checkpoint, checkpoint.config, device, tuning_for(device, checkpoint.config))
+
+
+# Git LFS, and paths that are none
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4792272488\n"
+
+
+@pytest.mark.parametrize(
+    ("shards", "name"),
+    [(1, SINGLE), (4, INDEX), (4, "model-00002-of-00004.safetensors"), (1, "config.json")]
+    + [(1, "generation_config.json")],
+)
+def test_git_lfs_pointers(written, tmp_path, shards, name):
+    folder = Path(shutil.copytree(written[shards], tmp_path / "folder"))
+    (folder / name).write_bytes(LFS_POINTER)
+    assert_rejected(folder, f"{folder / name}: is a Git LFS pointer", "git lfs pull")
+
+
+def test_an_empty_path_is_not_this_folder(written, monkeypatch):
+    monkeypatch.chdir(written[1])
+    assert_rejected("", "model is ''")
+
+
+@pytest.mark.parametrize("model", [None, b"folder", 3, ["folder"], torch.zeros(1)])
+def test_what_is_no_path(model):
+    with pytest.raises(TypeError, match="model is .*: a str or a Path is expected"):
+        load_hf.open_checkpoint(model)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_folders_that_may_not_be_read(cache, written):
+    snapshot = add_snapshot(cache, written[1], "c1", main=True)
+    for folder in (snapshot, snapshot.parent, cache):
+        folder.chmod(0)
+        try:
+            assert_rejected(REPO, "Permission denied")
+        finally:
+            folder.chmod(0o700)
 
 
 # Bad shards
@@ -409,7 +606,7 @@ def test_transposed_tensor(single):
 def test_tensor_of_another_dtype(single, name, dtype, spelling):
     shape, expected = expected_tensors(SMALL)[name]
     change_shard(single / SINGLE, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    if spelling == expected:
+    if spelling == expected or (name, spelling) == (SINKS, "F32"):
         load_hf.open_checkpoint(single)
     else:
         assert_rejected(single, f"tensor {name} is {spelling} {list(shape)}, expected {expected} {list(shape)}")
@@ -417,7 +614,7 @@ def test_tensor_of_another_dtype(single, name, dtype, spelling):
 
 def test_layers_that_are_cut_off_are_not_checked(single):
     name = "model.layers.2.self_attn.sinks"
-    change_shard(single / SINGLE, lambda tensors: tensors.update({name: tensors[name].float()}))
+    change_shard(single / SINGLE, lambda tensors: tensors.update({name: tensors[name].half()}))
     assert_rejected(single, name)
     load_hf.open_checkpoint(single, n_layers=2)
 
@@ -597,6 +794,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes], failure: tuple[int, str] | None = None):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.failure, self.sent = files, failure, []
+        self.dripping, self.pause = None, 0.0  # what comes a byte at a time; seconds before an answer
 
     @property
     def url(self) -> str:
@@ -640,12 +838,31 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+        dripping = self.server.dripping
+        time.sleep(self.server.pause)
+        if dripping == "headers":
+            self._drip(b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 1000)
+            return
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
-        if with_body:
+        if with_body and dripping == self._part():
+            self._drip(body)
+        elif with_body:
             self.wfile.write(body)
+
+    def _part(self) -> str:
+        path = self.path.split("?")[0]
+        return "info" if path.endswith("/revision/main") else "tree" if "/tree/" in path else path.rpartition("/")[2]
+
+    def _drip(self, data: bytes) -> None:
+        try:
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+        except OSError:
+            pass  # hung up
 
 
 @pytest.fixture
@@ -693,6 +910,17 @@ def test_download_fetches_what_is_needed_and_nothing_else(serve, written):
 def test_download_of_a_single_file(serve, written):
     serve(repository(written[1], **{"original/model.safetensors": b"o"}))
     assert len(list(load_hf.open_checkpoint(REPO).tensors())) == len(expected_tensors(SMALL))
+
+
+@pytest.mark.parametrize("old_shards", [True, False])
+def test_download_of_a_single_file_beside_an_old_index(serve, written, old_shards):
+    files = repository(written[4]) if old_shards else {INDEX: (written[4] / INDEX).read_bytes()}
+    hub = serve(files | repository(written[1]))
+    assert load_hf.open_checkpoint(REPO).shards.keys() == {SINGLE}
+    assert not any(name.startswith("model-") for name in hub.sent)
+    sent = len(hub.sent)
+    assert load_hf.open_checkpoint(REPO).shards.keys() == {SINGLE}
+    assert len(hub.sent) == sent, "the second time went to the network"
 
 
 def test_interrupted_download_is_completed(serve, written):
@@ -750,6 +978,42 @@ def test_hub_that_never_answers(serve, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(load_hf, "HUB_REPLY_SECONDS", 0.2)
         assert_rejected(REPO, REPO, "timed out")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(slow_network, "REPLY_SECONDS", 0.5)
+
+
+@pytest.mark.parametrize("part", ["headers", "info", "tree", "config.json", SINGLE])
+def test_hub_that_sends_a_byte_now_and_then(serve, written, impatient, part):
+    hub = serve(repository(written[1]))
+    hub.dripping = part
+    start = time.monotonic()
+    assert_rejected(REPO, REPO, "too slowly")
+    assert time.monotonic() - start < 5
+
+
+def test_slow_answers_of_a_hub_that_brings_enough(serve, written, impatient):
+    """Each waits for nearly as long as it may; together they take longer."""
+    hub = serve(repository(written[4]))
+    hub.pause = 0.2
+    load_hf.open_checkpoint(REPO)
+
+
+def test_wrong_name_without_a_network_is_one_line(serve, monkeypatch):
+    def fail(*_args, **_options):
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    serve({})
+    monkeypatch.setattr(load_hf.HfApi, "model_info", fail)
+    with pytest.raises(
+        InputError, match="not in the hub's cache, and the Hugging Face hub cannot be reached"
+    ) as caught:
+        load_hf.open_checkpoint(REPO)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert len(traceback.format_exception(caught.value)) < 12
 
 
 def test_id_that_the_hub_does_not_allow(serve):

@@ -14,8 +14,8 @@ from host.errors import InputError
 from host.iris_writer import write_archive
 from load_hf import HFCheckpoint
 from load_hf import open_checkpoint as open_folder
-from load_iris import IrisArchive
-from load_model import is_archive, open_checkpoint
+from load_iris import IrisArchive, open_archive
+from load_model import is_archive, open_checkpoint, open_tokenizer
 
 SCRIPTS = [gpt_oss_megakernel, run_reference, run_triton_phased]
 WORDS = ["--prompt", "Hi", "--max-new-tokens", 2]
@@ -78,6 +78,25 @@ def test_other_names_are_for_the_folder_reader(name, monkeypatch):
 
 def test_a_repository_is_no_archive():
     assert not is_archive("openai/gpt-oss-120b")
+
+
+def test_an_empty_name_is_not_this_folder(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for use in (open_checkpoint, is_archive, open_archive, gpt_oss_megakernel.MegaModel.from_pretrained):
+        with pytest.raises(InputError, match="model is ''"):
+            use("")
+    for script in SCRIPTS:
+        result = run_script(script.main, ["--model", "", "--prompt-ids", "1"], monkeypatch, capsys)
+        assert_rejected(result, "model is ''")
+
+
+@pytest.mark.parametrize("model", [None, b"x.iris", 3, ["x"], object()], ids=lambda model: type(model).__name__)
+def test_what_is_no_path(model):
+    for use in (open_checkpoint, is_archive, open_archive, gpt_oss_megakernel.MegaModel.from_pretrained):
+        with pytest.raises(TypeError, match="model is .*: a str or a Path is expected"):
+            use(model)
+    with pytest.raises(TypeError, match="checkpoint is .*, not what open_checkpoint gives"):
+        open_tokenizer(model)
 
 
 def test_cut_archives(archive):

@@ -170,7 +170,7 @@ def test_a_stop_token_ends_the_run_and_is_an_id_but_not_text(run_json, checkpoin
 def test_a_full_context_is_told_and_ends_cleanly(run, tmp_path, n_prompt):
     ids = ",".join(["65"] * n_prompt)
     code, out, err = run("--prompt-ids", ids, "--max-context", 6, "--json", "--logits-out", tmp_path / "l.npy")
-    assert (code, err) == (0, "context full: stopped after 7 tokens\n")
+    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
     assert len(json.loads(out)["token_ids"]) == 7 - n_prompt
     assert np.load(tmp_path / "l.npy").shape == (6, VOCAB)
 
@@ -178,7 +178,7 @@ def test_a_full_context_is_told_and_ends_cleanly(run, tmp_path, n_prompt):
 def test_the_default_context_is_no_longer_than_the_model_takes(run, own_folder):
     edit_config(own_folder, max_position_embeddings=6)
     code, out, err = run("--prompt-ids", "65,65", "--json", model=own_folder)
-    assert (code, err) == (0, "context full: stopped after 7 tokens\n")
+    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
     assert len(json.loads(out)["token_ids"]) == 5
     assert_rejected(run("--prompt-ids", ",".join(["65"] * 7), model=own_folder), "do not fit in a context of 6")
 
@@ -354,23 +354,17 @@ def test_too_little_memory_is_told_before_loading(run, monkeypatch):
     assert needed > 2 * 131072 * 2 * 2 * 128, "less than the keys and values of two layers"
 
 
-class FullDisk(io.FileIO):
-    """Takes `room` bytes."""
-
-    room = 0
-
-    def write(self, data) -> int:
-        if self.tell() + len(data) > self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
-
-
 @pytest.mark.parametrize("room", [0, 200, 200 + 4 * VOCAB * 3])
 def test_full_disk_leaves_the_old_file_and_no_half_one(run, tmp_path, monkeypatch, room):
-    (tmp_path / "logits.npy").write_bytes(b"old")
-    monkeypatch.setattr(cli, "open", lambda path, mode: io.BufferedWriter(FullDisk(path, mode)), raising=False)
-    monkeypatch.setattr(FullDisk, "room", room)
-    path = tmp_path / "logits.npy"
+    path, pwrite = tmp_path / "logits.npy", os.pwrite
+
+    def limited(descriptor: int, data, offset: int) -> int:
+        if offset + len(data) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data, offset)
+
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "pwrite", limited)
     result = run("--prompt", PROMPT, "--max-new-tokens", 2, "--json", "--logits-out", path)
     assert_rejected(result, f"--logits-out {path}: No space left on device")
     assert [file.name for file in tmp_path.iterdir()] == ["logits.npy"]
@@ -406,16 +400,24 @@ def test_as_a_program_from_another_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("ending", "code"), [("interrupt", 130), ("closed pipe", 141)])
-@pytest.mark.parametrize("num_programs", [1, 3])
+@pytest.mark.parametrize(
+    ("ending", "code", "num_programs"),
+    [
+        (signal.SIGINT, 130, 1),
+        (signal.SIGINT, 130, 3),
+        (signal.SIGTERM, 143, 3),
+        (signal.SIGHUP, 129, 1),
+        (None, 141, 1),
+    ],
+)
 def test_an_early_end_leaves_no_traceback_and_no_file(folder, tmp_path, ending, code, num_programs):
     process = start(
         "--model", folder, "--prompt-ids", 65, "--max-new-tokens", 4000,
         "--num-programs", num_programs, "--logits-out", tmp_path / "logits.npy",
     )  # fmt: skip
     process.stdout.read(1)
-    if ending == "interrupt":
-        process.send_signal(signal.SIGINT)
+    if ending:
+        process.send_signal(ending)
         process.stdout.read()
     process.stdout.close()
     assert (process.wait(timeout=60), process.stderr.read()) == (code, "")
@@ -427,7 +429,7 @@ def test_stdout_on_a_full_disk(folder):
     with open("/dev/full", "w") as full:
         process = start("--model", folder, "--prompt-ids", 65, "--max-new-tokens", 2, stdout=full)
         err = process.communicate(timeout=60)[1]
-    assert (process.returncode, err) == (1, "error: stdout: No space left on device\n")
+    assert (process.returncode, err) == (2, "error: stdout: No space left on device\n")
 
 
 def test_stdout_that_cannot_show_the_text(folder):

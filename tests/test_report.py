@@ -9,7 +9,7 @@ import fake_matplotlib
 import pytest
 
 from host.errors import InputError
-from host.report import check_output_file, check_report_files, write_file
+from host.report import check_matplotlib, check_output_file, check_report_files, write_file
 
 
 def assert_refused(match: str, function, *args) -> None:
@@ -59,3 +59,21 @@ def test_two_reports_in_one_file_are_refused(tmp_path, monkeypatch):
     assert_refused("^--plot .*x: is --json's file$", check_report_files, args)
     for json, plot in ((Path("x"), Path("y")), (Path("x"), None), (None, Path("x")), (None, None)):
         check_report_files(Namespace(json=json, plot=plot))
+
+
+def test_a_report_never_replaces_an_input(tmp_path):
+    model = tmp_path / "config.json"
+    model.write_text("{}")
+    (tmp_path / "link").symlink_to(model)
+    for name in ("config.json", "link"):
+        match = f"^--json .*config.json: is the same file as {model}, an input$"
+        assert_refused(match, check_output_file, "--json", tmp_path / name, [model])
+        assert_refused(match, write_file, "--json", tmp_path / name, b"data", [model])
+    assert model.read_text() == "{}"
+
+
+def test_matplotlib_that_cannot_draw_is_known_at_once(tmp_path, monkeypatch):
+    fake_matplotlib.install(monkeypatch)
+    check_matplotlib(tmp_path / "x.png")
+    monkeypatch.setattr("host.report.png", lambda figure: 1 / 0)
+    assert_refused("^--plot .*x.png: matplotlib fails .division by zero", check_matplotlib, tmp_path / "x.png")

@@ -110,7 +110,7 @@ def test_logits_out_has_a_row_for_each_position_fed(run, checkpoint, tmp_path):
 
 def test_a_full_context_is_told_and_ends_cleanly(run):
     code, out, err = run("--prompt-ids", "65,66", "--max-context", 6, "--json")
-    assert (code, err) == (0, "context full: stopped after 7 tokens\n")
+    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
     assert len(json.loads(out)["token_ids"]) == 5
 
 

@@ -120,7 +120,7 @@ def test_times_as_text(run):
 def test_times_near_the_end_of_the_context(run, max_context, n_timed, first):
     words = ("--prompt", PROMPT, "--max-context", max_context, "--times", "--json")
     code, out, err = run(*words)
-    assert (code, err) == (0, f"context full: stopped after {max_context + 1} tokens\n")
+    assert (code, err) == (0, f"context full: stopped after {max_context} tokens\n")
     times = json.loads(out.splitlines()[1])
     assert (times["n_tokens"], times["first_position"]) == (n_timed, first)
 

@@ -236,6 +236,34 @@ def test_a_damaged_environment_is_made_anew(damage, folder, pip_calls):
     assert setup_env.venv_python(folder).exists() and len(pip_calls) == 4
 
 
+@pytest.mark.parametrize("content", [b"[1]", b"null", b"7", b"\xff\xfe", b""])
+def test_a_record_that_is_none_is_made_anew(content, folder, pip_calls):
+    setup_env.set_up(folder, "run", "")
+    (folder / "setup.json").write_bytes(content)
+    setup_env.set_up(folder, "run", "")
+    assert len(pip_calls) == 4
+
+
+def test_packages_that_the_user_may_not_read_are_named(folder, pip_calls, monkeypatch):
+    setup_env.set_up(folder, "run", "")
+    add_package(setup_env.site_packages(folder), "torch", "2.13.0")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "torch" not in str(path) and access(path, mode))
+    with pytest.raises(setup_env.SetupError, match=r"torch-2\.13\.0\.dist-info: this user may not read it"):
+        setup_env.set_up(folder, "run", "")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(setup_env.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--venv", str(tmp_path / "env"), "run"])
+    assert setup_env.main() == setup_env.EXIT_ERROR
+    assert capsys.readouterr().err == f"error: {tmp_path / 'env'}: Permission denied\n"
+
+
 def test_a_package_that_was_removed_is_installed_again(folder, pip_calls, monkeypatch):
     def pip_install(venv, arguments):
         pip_calls.append(arguments)

@@ -3,10 +3,14 @@
 import importlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 
 import pytest
 import tokenizers
+from small_model import run_script
 
 from host.errors import InputError
 from tokenizer_util import Tokenizer, render_chat
@@ -76,7 +80,8 @@ def test_checkpoint_reads_back_as_the_stored_weights(tmp_path):
     """transformers dequantises what was written to exactly the values that training ran with."""
     torch.manual_seed(0)
     model = train_sonnets.new_model()
-    train_sonnets.write_checkpoint(tmp_path / "model", model, tokenizers.Tokenizer(tokenizers.models.BPE()))
+    with train_sonnets.new_folder(tmp_path / "model") as folder:
+        train_sonnets.write_checkpoint(folder, model, tokenizers.Tokenizer(tokenizers.models.BPE()))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert "rope_theta" not in json.loads((tmp_path / "model" / "config.json").read_text())["rope_scaling"]
     read = dict(train_sonnets.load_checkpoint(tmp_path / "model", torch.float32).named_parameters())
@@ -96,3 +101,33 @@ def test_stored_weights_restores_the_exact_ones_and_keeps_gradients():
     for name, weight in model.named_parameters():
         assert torch.equal(weight, exact[name]), name
         assert weight.grad is not None, name
+
+
+def test_training_that_is_interrupted_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), train_sonnets.new_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_transformers_help_is_there_and_training_is_refused(tmp_path, monkeypatch, capsys):
+    """As the file that a user runs, and before the corpus is read."""
+    write_package(tmp_path / "corpus.tgz", [])
+    words = ["--corpus", tmp_path / "corpus.tgz", "--out", tmp_path / "model"]
+    monkeypatch.setattr(train_sonnets, "transformers", None)
+    assert run_script(train_sonnets.main, words, monkeypatch, capsys) == (
+        2,
+        "",
+        "error: transformers is not installed; `make test` installs it\n",
+    )
+    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('transformers')")
+    done = subprocess.run(
+        [sys.executable, train_sonnets.__file__, "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--corpus" in done.stdout

@@ -4,12 +4,17 @@ TRITON_INTERPRET=0 python -m tools.compile_prefill [--target gfx950|sm_90 ...] [
     [--tokens N ...] [--fp8 fp8-row|fp8-32] [--json]
 """
 
-import argparse
 import json
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 
@@ -19,7 +24,7 @@ from triton.compiler import ASTSource
 
 import prefill
 from common.build import Build
-from host.cli import path_name
+from host.cli import ArgumentParser, path_name, positive_int, run_main
 from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import BLOCKS_GFX950, BLOCKS_SM_90
 from host.state import new_state
@@ -62,7 +67,9 @@ def recorded_launches(target: str, quant: bool, n_tokens: int, config: ModelConf
     try:
         for name, kernel in kernels.items():
             setattr(prefill, name, Recorder(kernel, launches))
-        prefill.Prefill(Build(config, tuning, quant), BLOCKS[target], weights, state).feed(0, n_tokens)
+        prefill.Prefill(config, Build(config.compiled(), tuning, quant), BLOCKS[target], weights, state).feed(
+            0, n_tokens
+        )
     finally:
         for name, kernel in kernels.items():
             setattr(prefill, name, kernel)
@@ -163,10 +170,10 @@ def reports(target: str, quant: bool, token_counts: list[int], dense: DenseForma
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What the compilers make of prefill.py.")
+    parser = ArgumentParser(description="What the compilers make of prefill.py.")
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=[*TARGETS])
     parser.add_argument("--path", nargs="*", choices=PATHS, default=[*PATHS])
-    parser.add_argument("--tokens", nargs="*", type=int, default=[128, 2048])
+    parser.add_argument("--tokens", nargs="*", type=positive_int, default=[128, 2048])
     parser.add_argument("--fp8", choices=(FP8_ROWS, FP8_GROUPS), help="QKV, O and the router in this format")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
     args = parser.parse_args()
@@ -181,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

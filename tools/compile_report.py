@@ -18,6 +18,8 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
 
 import torch
 import triton
@@ -28,9 +30,10 @@ from triton.compiler import ASTSource
 import gpt_oss_megakernel as mega
 from common.build import Build
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
-from host.cli import path_name
+from host.cli import ArgumentParser, path_name, run_main
 from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import GFX950, SM_90, Tuning, fit_ring, next_power_of_2, programs_on
+from host.report import check_output_file, write_file
 from host.state import State, new_state
 from host.weights import Weights, weight_shapes
 
@@ -75,7 +78,7 @@ def compile_megakernel(
     state = new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
     names = mega.megakernel.arg_names
     constants = {
-        "BUILD": Build(config, tuning, quant),
+        "BUILD": Build(config.compiled(), tuning, quant),
         "BLOCK_P": next_power_of_2(n_programs),
     }
     signature = {
@@ -141,7 +144,11 @@ def amd_tile_report(quant: bool) -> dict:
     k = GPT_OSS_120B.hidden_size
     figures = {}
     for name, m, block_k in (
-        ("gate_up", max(GFX950.experts.gate_up_rows, 64) if quant else GFX950.experts.gate_up_rows, GFX950.experts.gate_up_k),
+        (
+            "gate_up",
+            max(GFX950.experts.gate_up_rows, 64) if quant else GFX950.experts.gate_up_rows,
+            GFX950.experts.gate_up_k,
+        ),
         ("down", GFX950.experts.down_rows, GFX950.experts.down_k),
     ):
         one_block = compile_expert_tile(quant, m, block_k, block_k).asm["amdgcn"]
@@ -385,19 +392,21 @@ def report(target: str, quant: bool, dense: DenseFormats, keep: Path | None = No
     if keep:
         name = f"{target}{'-quant' if quant else ''}{f'-{dense.qkv}' if dense.qkv != BF16 else ''}"
         text = kernel.asm["amdgcn"] if target == "gfx950" else cuobjdump(kernel, "--dump-sass")
-        (keep / f"{name}.s").write_text(text)
-        (keep / f"{name}.ttgir").write_text(kernel.asm["ttgir"])
+        write_file("--keep", keep / f"{name}.s", text.encode())
+        write_file("--keep", keep / f"{name}.ttgir", kernel.asm["ttgir"].encode())
     return {"target": target, "path": path_name(quant, dense), **figures}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--path", nargs="*", choices=PATHS, default=list(PATHS))
     parser.add_argument("--fp8", choices=(FP8_ROWS, FP8_GROUPS), help="QKV, O and the LM head in this format")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
     parser.add_argument("--keep", type=Path, help="also write the assembly into this folder")
     args = parser.parse_args()
+    if args.keep:
+        check_output_file("--keep", args.keep / "x.s")
     dense = DenseFormats(qkv=args.fp8, o=args.fp8, head=args.fp8) if args.fp8 else DenseFormats()
     reports = [report(target, PATHS[path], dense, args.keep) for target in args.target for path in args.path]
     if args.json:
@@ -408,4 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

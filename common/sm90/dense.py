@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from common.experts import no_choice
-from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
+from common.gemv_dense import vector_unit
+from common.rmsnorm import add_blocks, normed_blocks, rms_rstd, scale_blocks
 from common.sm90.feed import describe, release, scratch_words, take
 from common.sm90.gemv import elements_each, load_thread_vector, multiply_rows, row_threads
 from common.sm90.spread import spread_vector
@@ -13,10 +14,13 @@ from common.sm90.sums import collect_dense, leave_dense
 
 @triton.jit
 def load_vector(x_ptr, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """x float32 [k] as the threads hold it that multiply a matrix's rows."""
+    """x float32 [k] times vector_unit as the threads hold it that multiply a matrix's rows."""
     THREADS: tl.constexpr = row_threads(MATRIX.k, MATRIX.format, BUILD.tuning.dense)
     COPIES: tl.constexpr = 32 * BUILD.tuning.num_warps // THREADS
-    return load_thread_vector(x_ptr, MATRIX.k, THREADS, COPIES, elements_each(MATRIX.format))
+    x = load_thread_vector(x_ptr, MATRIX.k, THREADS, COPIES, elements_each(MATRIX.format))
+    if MATRIX.format != "bf16":
+        x = scale_blocks(x, vector_unit(MATRIX.format))
+    return x
 
 
 @triton.jit
@@ -27,18 +31,21 @@ def load_once(x_ptr, MATRIX: tl.constexpr, BUILD: tl.constexpr):
 
 @triton.jit
 def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """(the residual, x plus what the experts left, times a norm's weights, as load_vector gives it; its rms_rstd)."""
+    """(the residual's RMSNorm but for a factor, as load_vector gives it; that factor, for a product with it).
+
+    The residual is x plus what the experts left.
+    """
     H: tl.constexpr = BUILD.config.hidden_size
     TOP_K: tl.constexpr = BUILD.config.experts_per_token
     x = load_once(ctx.s.x, MATRIX, BUILD)
     for rank in tl.static_range(TOP_K):
         x = add_blocks(x, load_once(ctx.s.expert_out + rank * H, MATRIX, BUILD))
     rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
-    x = multiply_blocks(x, load_once(norm_ptr, MATRIX, BUILD))
+    x, factor = normed_blocks(x, load_once(norm_ptr, MATRIX, BUILD), rstd, vector_unit(MATRIX.format))
     THREADS: tl.constexpr = row_threads(MATRIX.k, MATRIX.format, BUILD.tuning.dense)
     COPIES: tl.constexpr = 32 * BUILD.tuning.num_warps // THREADS
     WORDS: tl.constexpr = scratch_words(BUILD)
-    return spread_vector(feed.scratch, x, H, THREADS, COPIES, elements_each(MATRIX.format), WORDS), rstd
+    return spread_vector(feed.scratch, x, H, THREADS, COPIES, elements_each(MATRIX.format), WORDS), factor
 
 
 @triton.jit

@@ -7,16 +7,24 @@ from common.quant import round_to_mxfp8
 from common.rmsnorm import largest_magnitude
 from common.sm90.feed import describe, release, take
 from common.sm90.sums import collect_tiles, leave_tile
-from common.sm90.tile_product import as_words, load_vector, multiply_tile, store_vector, vector_parts, vector_unit
+from common.sm90.tile_product import (
+    as_words,
+    load_vector,
+    multiply_tile,
+    split_scale,
+    store_vector,
+    vector_parts,
+    vector_unit,
+)
 from common.sm90.tiles import block_bytes
 
 
 @triton.jit
-def store_input(ctx, block, normed, x, rstd, BUILD: tl.constexpr):
-    """Store a block of the experts' input, rmsnorm(x); the whole x, times its norm's weights, gives its unit."""
+def store_input(ctx, block, normed, x, factor, BUILD: tl.constexpr):
+    """Store a block of the experts' input, normed; x * factor is all of it, whose largest element gives its unit."""
     NORM: tl.constexpr = BUILD.tuning.experts.norm_block
     h = block * NORM + tl.arange(0, NORM)
-    unit, scale = vector_unit(largest_magnitude(x) * rstd)
+    unit, scale = vector_unit(largest_magnitude(x) * factor)
     if BUILD.quant:
         normed = round_to_mxfp8(normed)
     store_vector(ctx.s.expert_in, h, h < BUILD.config.hidden_size, normed, unit)
@@ -26,9 +34,9 @@ def store_input(ctx, block, normed, x, rstd, BUILD: tl.constexpr):
 
 @triton.jit
 def load_input(ctx, BUILD: tl.constexpr):
-    """The experts' input, as the right operand of tensor cores."""
-    scale = tl.load(ctx.s.expert_in_scale)
-    return load_vector(as_words(ctx.s.expert_in), scale, BUILD.config.hidden_size, BUILD.tuning.num_warps)
+    """(the experts' input, as the right operand of tensor cores; what products with it lack)."""
+    scale, missing = split_scale(tl.load(ctx.s.expert_in_scale))
+    return load_vector(as_words(ctx.s.expert_in), scale, BUILD.config.hidden_size, BUILD.tuning.num_warps), missing
 
 
 @triton.jit

@@ -44,9 +44,7 @@ def by_thread(x):
 
 
 @triton.jit
-def load_thread_vector(
-    x_ptr, K: tl.constexpr, THREADS: tl.constexpr, COPIES: tl.constexpr, EACH: tl.constexpr = 8
-):
+def load_thread_vector(x_ptr, K: tl.constexpr, THREADS: tl.constexpr, COPIES: tl.constexpr, EACH: tl.constexpr = 8):
     """x [K] as the products below take it, zeros beyond K: EACH float32 [COPIES, THREADS] for each run of a row.
 
     EACH is how many elements 16 bytes of a row are.

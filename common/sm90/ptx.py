@@ -55,7 +55,9 @@ def load_4_floats(address):
 @triton.jit
 def load_4_words(address):
     """The four int32 words at each of `address`, multiples of 16."""
-    return tl.inline_asm_elementwise(LOAD_4_WORDS, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(
+        LOAD_4_WORDS, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -240,4 +242,11 @@ E4M3_TO_FLOAT32 = tl.constexpr("""{
 @triton.jit
 def e4m3_to_float32(words):
     """The four E4M3 elements of each int32, lowest byte first, as float32."""
-    return tl.inline_asm_elementwise(E4M3_TO_FLOAT32, "=f,=f,=f,=f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        E4M3_TO_FLOAT32,
+        "=f,=f,=f,=f,r",
+        [words],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )

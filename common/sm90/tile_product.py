@@ -21,7 +21,7 @@ REST_PLACE = tl.constexpr(32)
 
 
 def _multiply_quad(first_byte: int) -> str:
-    """PTX that adds a quad's products to sums, times the weights' scales in two bytes and the vector's scale.
+    """PTX that adds a quad's products to sums, times the vector's scale and the weights' scales in two bytes.
 
     $0, $1: the sums of rows 2 r and 2 r + 1; $2, $3: what they were; $4, $8: four words of each row; $12: sixteen of
     the vector; $28: the weights' scales; $29: the vector's. The products are summed in two halves, so that each waits
@@ -46,12 +46,13 @@ def _multiply_quad(first_byte: int) -> str:
         lines += [
             f"shl.b32 w, $28, {shift};" if shift > 0 else f"shr.u32 w, $28, {-shift};",
             "and.b32 w, w, 0x7F800000;",
-            "max.u32 w, w, 0x00400000;",  # byte 0 is 2^-127, a subnormal; byte 255 infinity for now
+            # Byte 0 is 2^-127, a subnormal; byte 255 infinity, which meets elements of 0: see drop_elements_of_nan.
+            "max.u32 w, w, 0x00400000;",
             "mov.b32 scale, w;",
-            "mul.f32 scale, scale, $29;",
             f"add.f32 {value}, {value}, {more_value};",
             f"add.f32 {rest}, {rest}, {more_rest};",
             f"fma.rn.f32 {value}, {rest}, 0f3A000000, {value};",  # 2^-11
+            f"mul.f32 {value}, {value}, $29;",  # not the scale, as the scales' product may be beyond float32
             f"fma.rn.f32 ${row}, {value}, scale, ${2 + row};",
         ]
     return "{\n" + "\n".join(lines) + "\n}"
@@ -77,6 +78,16 @@ def vector_unit(largest):
     """
     unit, undo = half_unit(largest)
     return unit, undo * UNPLACED
+
+
+@triton.jit
+def split_scale(scale):
+    """(scale for load_vector, factor of the result), whose product is `scale`; usually the factor is 1.
+
+    A group's products times the scale of a large vector could leave float32 before the weights' scales bring them back.
+    """
+    large = scale > 2.0**64
+    return tl.where(large, scale * 2.0**-64, scale), tl.where(large, 2.0**64, 1.0)
 
 
 @triton.jit

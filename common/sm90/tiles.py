@@ -130,6 +130,22 @@ def _half_words(device: torch.device) -> tuple[Tensor, Tensor]:
     return tables[0], tables[1]
 
 
+def drop_elements_of_nan(blocks: Tensor, scales: Tensor, warps: int) -> None:
+    """Make elements 0 whose scale is NaN, of packed blocks and scales [..., tiles, words] of the same matrices.
+
+    The kernel takes such a scale for infinity, which times 0 is NaN.
+    """
+    tiles, words = blocks.shape[-2:]
+    quads = words * 4 // QUAD_BYTES.value
+    nan = scales.view(torch.uint8) == 255
+    if nan.any():
+        steps = scales.shape[-1] * 4 // (2 * warps * QUAD.value * TILE_ROWS.value)
+        # -, tile, pair of steps, warp, row / 2, group, step, row: see pack_scales
+        nan = nan.view(-1, tiles, steps, warps, PAIRS.value, QUAD.value, 2, 2)
+        nan = nan.permute(0, 1, 2, 6, 3, 7, 4, 5).flatten(2, 4)[:, :, :quads]  # -, tile, quad, row, row / 2, group
+        blocks.view(-1, tiles, quads, 2, PAIRS.value, QUAD.value, 4).masked_fill_(nan[..., None], 0)
+
+
 def pack_scales(scales: Tensor, warps: int) -> Tensor:
     """uint8 [..., rows, K / 32] -> int32 [..., tiles, words of a tile's scales], for a program of so many warps."""
     *lead, rows, groups = scales.shape

@@ -1,7 +1,6 @@
 """What only a GPU can show: full-size weights, real concurrency, long runs. `make test-gpu` runs it."""
 
 import dataclasses
-import gc
 import shutil
 import subprocess
 import sys
@@ -36,14 +35,6 @@ def endless(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, stop_ids=())
 
 
-@pytest.fixture(autouse=True)
-def free_memory():
-    """A card of 80 GB holds one full model at a time."""
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 @pytest.fixture(scope="module")
 def four_layers():
     return RandomCheckpoint(endless(GPT_OSS_120B.cut(4)), device=CUDA)
@@ -58,6 +49,12 @@ def quant(request):
 def model(four_layers, quant):
     """4 layers of 120b, a float32 cache of 40,000 positions."""
     return MegaModel(four_layers, quant, max_context=40_000, kv_dtype=F32)
+
+
+@pytest.fixture(scope="module")
+def all_layers():
+    """120b, all 36 layers of it."""
+    return MegaModel(RandomCheckpoint(endless(GPT_OSS_120B), device=CUDA))
 
 
 def copy_cache(reference: Reference, model: MegaModel) -> None:
@@ -141,14 +138,15 @@ def test_the_number_of_programs_does_not_change_a_bit(model, four_layers, num_pr
     model.reset()
     tokens = list(model.generate([4, 5, 6], 20))
     logits = model.logits(tokens[-1], 22)
-    other = MegaModel(four_layers, model.quant, max_context=64, num_programs=num_programs, kv_dtype=F32)
+    shared = dict(weights=model.weights, tuning=model.tuning)
+    other = MegaModel(four_layers, model.quant, max_context=64, num_programs=num_programs, kv_dtype=F32, **shared)
     assert list(other.generate([4, 5, 6], 20)) == tokens
     assert torch.equal(other.logits(tokens[-1], 22), logits)
 
 
-def test_all_layers_decode_1000_tokens(quant):
-    checkpoint = RandomCheckpoint(endless(GPT_OSS_120B), device=CUDA)
-    model = MegaModel(checkpoint, quant)
+def test_all_layers_decode_1000_tokens(all_layers, quant):
+    model = all_layers
+    model.switch_path(quant)
     tokens = list(model.generate([1], 1000))
     assert len(tokens) == 1000
     assert torch.isfinite(model.logits(tokens[-1], 1000)).all()

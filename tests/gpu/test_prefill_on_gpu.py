@@ -24,7 +24,8 @@ def checkpoint():
 
 @pytest.fixture(scope="module", params=[False, True], ids=["default", "quant"])
 def model(checkpoint, request):
-    return MegaModel(checkpoint, request.param, max_context=LENGTHS[-1] + 1)
+    """A context of a multiple of 16 positions, for which Triton compiles the kernel that other tests use."""
+    return MegaModel(checkpoint, request.param, max_context=LENGTHS[-1] + 8)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,13 @@ def token_ids(checkpoint):
 def one_by_one(model, token_ids):
     """(logits of the last position of each prompt, the cached keys) of the longest prompt."""
     model.reset()
-    found = {}
-    for position, token_id in enumerate(token_ids):
-        if position + 1 in LENGTHS:
-            found[position + 1] = model.logits(token_id, position)
-        else:
-            model.step(token_id, position)
+    found, start = {}, 0
+    for n in LENGTHS:
+        model._write_tokens(token_ids[start : n - 1], start)
+        for position in range(start, n - 1):
+            model._feed(position)
+        found[n] = model.logits(token_ids[n - 1], n - 1)
+        start = n
     return found, model.state.k_cache.clone()
 
 
