@@ -39,7 +39,7 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from common import barrier as barriers
-from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
+from common.argmax import NOT_FINITE, expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.barrier import ABORT, leave_grid
 from common.build import Build
 from common.context import Context

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from common.gfx950 import GFX950
+from common.sm90 import SM_90
 from host.config import MXFP4_GROUP, ModelConfig, YarnConfig, expected_tensors
-from host.launch import Tuning, tuning_for, with_small_tiles
+from host.launch import RingTuning, Tuning, tuning_for, with_small_tiles
 from reference import combine_experts, rms_norm
 
 E2M1_RMS = 2.93  # of the sixteen E2M1 values
@@ -83,29 +85,36 @@ ODD_SIZES = {
 }
 
 
+def changed(tuning: Tuning, **subjects) -> Tuning:
+    """A tuning with other values: changed(tuning, num_warps=2, attention=dict(split_t=16))."""
+    values = {
+        name: dataclasses.replace(getattr(tuning, name), **value) if isinstance(value, dict) else value
+        for name, value in subjects.items()
+    }
+    return dataclasses.replace(tuning, **values)
+
+
 def small_tiles(config: ModelConfig, **changes) -> Tuning:
-    """Of the CPU, but every phase of a small model has several tiles."""
-    return dataclasses.replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), **changes)
+    """Of the CPU, but every phase of a small model has several tiles. Changes: see `changed`."""
+    return changed(with_small_tiles(tuning_for(torch.device("cpu"), config)), **changes)
+
+
+def ahead_tiles(config: ModelConfig, **changes) -> Tuning:
+    """Small tiles of dense matrices loaded one ahead, as on gfx950."""
+    return small_tiles(config, **({"machine": GFX950} | changes))
 
 
 def ring_tiles(config: ModelConfig, **changes) -> Tuning:
-    """The same, streamed through a ring, experts as fragments of tensor core operands for two warps: as on sm_90."""
-    streamed = dict(
-        fragments=True,
-        gate_up_m=16,
-        down_m=16,
+    """Small tiles through a ring, experts packed for the tensor cores of two warps: as on sm_90."""
+    streamed = small_tiles(
+        config,
+        machine=SM_90,
         num_warps=2,
-        qkv_m=16,
-        o_m=4,
-        head_m=16,
-        dense_lanes=32,
-        dense_batch=4,
-        expert_batch=4,
-        ring_slots=3,
-        slot_bytes=1 << 15,
-        window=2,
+        dense=dict(qkv_rows=16, o_rows=4, head_rows=16, threads_per_row=32, step_tiles=4),
+        experts=dict(gate_up_rows=16, down_rows=16, step_tiles=4, dot_scaled=False),
+        ring=RingTuning(stages=3, stage_bytes=1 << 15, prefetch_distance=2, prefetch_qkv=0),
     )
-    return small_tiles(config, **(streamed | changes))
+    return changed(streamed, **changes)
 
 
 def random_token_ids(n: int, config: ModelConfig, seed: int = 5) -> list[int]:
