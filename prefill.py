@@ -539,22 +539,10 @@ def down_tile(
 class Prefill:
     """Blocks of tokens through a model's layers."""
 
-<<<<<<< HEAD
     def __init__(self, config: ModelConfig, build: Build, blocks: BlockTuning, weights: Weights, state: State):
-        """build, weights, state: those of the decoding kernel.
-
-        holds_experts: whether the experts' elements are in the range in which products with many vectors are right.
-        """
+        """build, weights, state: those of the decoding kernel."""
         self.config, self.build, self.blocks = config, build, blocks
         self.compiled_config = build.config
-=======
-    def __init__(
-        self, config: ModelConfig, tuning: Tuning, blocks: BlockTuning, quant: bool, weights: Weights, state: State
-    ):
-        """weights, state: those of the decoding kernel, `tuning` its tuning, which says how experts are packed."""
-        self.config, self.tuning, self.blocks, self.quant = config, tuning, blocks, quant
-        self.compiled_config = config.compiled()
->>>>>>> main
         self.weights, self.state = weights, state
         device = state.x.device
         max_context = state.k_cache.shape[2]
@@ -565,16 +553,14 @@ class Prefill:
         self.buffers = Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
         self.gate_up_bases = largest_scales(weights.gate_up_scales)
         self.down_bases = largest_scales(weights.down_scales)
-<<<<<<< HEAD
-        largest = max(int(bases.max()) for bases in (self.gate_up_bases, self.down_bases))
-        self.holds_experts = build.is_scaled or largest <= MOST_SCALE
-=======
 
     @functools.cached_property
     def holds_experts(self) -> bool:
         """Whether the experts' scales are small enough for their products with many vectors."""
-        return self.scaled or max(int(bases.max()) for bases in (self.gate_up_bases, self.down_bases)) <= MOST_SCALE
->>>>>>> main
+        return (
+            self.build.is_scaled
+            or max(int(bases.max()) for bases in (self.gate_up_bases, self.down_bases)) <= MOST_SCALE
+        )
 
     def feed(self, position: int, n_tokens: int) -> None:
         """Fill the cache from `position` on with the state's next n_tokens tokens, whose predecessors are in it."""
