@@ -1,4 +1,4 @@
-"""common.fp4_fragments, interpreted, against products in float64. NaN stands in all that must not be read.
+"""common.sm90.tile_product, interpreted, against products in float64. NaN stands in all that must not be read.
 
 Where elements and activations are small multiples of a power of two, all sums are exact in float32 in any order (which
 `exact` asserts), so that the result must be float64's to the last bit.
@@ -11,18 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from common.fp4_fragments import (
+from common.sm90.ring import DESCRIPTION_BYTES, behind_stages, describe_tile, fill_stage, open_ring, wait_for_stage
+from common.sm90.sums import collect_tiles, leave_tile
+from common.sm90.tile_product import (
     REST_PLACE,
-    block_bytes,
-    fragment_parts,
-    fragment_places,
-    fragment_unit,
-    gemv_fp4_fragments,
-    load_fragment_vector,
-    scale_bytes,
+    as_words,
+    load_vector,
+    multiply_tile,
+    split_vector,
+    vector_parts,
+    vector_places,
+    vector_unit,
 )
-from common.sums import collect_fragments, leave_fragments
-from host.fragments import block_words, pack_blocks, pack_scales, scale_words, tile_count, vector_parts
+from common.sm90.tiles import block_bytes, pack_blocks, pack_scales, scale_bytes, stage_bytes, tile_count
 from reference import dequantize_mxfp4, quantize_mxfp8
 
 NAN_SCALE = 255
@@ -38,9 +39,9 @@ def split_kernel(parts_ptr, scale_ptr, x_ptr, K: tl.constexpr, STRIDE: tl.conste
     vector = tl.program_id(0)
     k = tl.arange(0, triton.next_power_of_2(K))
     x = tl.load(x_ptr + vector * STRIDE + k, mask=k < K, other=0.0)
-    unit, scale = fragment_unit(tl.max(tl.abs(x), axis=0))
-    value, rest = fragment_parts(x, unit)
-    at = parts_ptr + vector * N_PARTS + fragment_places(k)
+    unit, scale = vector_unit(tl.max(tl.abs(x), axis=0))
+    value, rest = split_vector(x, unit)
+    at = parts_ptr + vector * N_PARTS + vector_places(k)
     tl.store(at, value, mask=k < K)
     tl.store(at + REST_PLACE, rest, mask=k < K)
     tl.store(scale_ptr + vector, scale)
@@ -53,23 +54,32 @@ def gemv_kernel(
     scales_ptr,
     x_ptr,
     scale_ptr,
-    sums_ptr,
     n_tiles,
     K: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
     STRIDE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """out [vectors, tiles, 16]: a program takes a vector through all tiles."""
+    """out [vectors, tiles, 16]: a program takes a vector through all tiles, one after the other in the same stage.
+
+    The sums stand in shared memory a step and more behind the stage.
+    """
+    BLOCKS: tl.constexpr = block_bytes(K)
+    SCALES: tl.constexpr = scale_bytes(K, WARPS)
+    STAGE: tl.constexpr = (stage_bytes(K, WARPS) + 127) // 128 * 128
+    PAST: tl.constexpr = 2048 * WARPS
+    SUMS: tl.constexpr = 4 * 16 * WARPS
     vector = tl.program_id(0)
-    x = load_fragment_vector(x_ptr + vector * STRIDE, tl.load(scale_ptr + vector), K, WARPS)
+    ring = open_ring(1, STAGE, PAST + SUMS + DESCRIPTION_BYTES)
+    sums = behind_stages(ring, 1, STAGE) + PAST
+    x = load_vector(as_words(x_ptr) + vector * STRIDE, tl.load(scale_ptr + vector), K, WARPS)
     for tile in range(n_tiles):
-        blocks, scales = blocks_ptr + tile * BLOCK_WORDS, scales_ptr + tile * SCALE_WORDS
-        even, odd = gemv_fp4_fragments((blocks.to(tl.int64), scales.to(tl.int64)), x, K, WARPS, "cpu")
-        sums = (sums_ptr + vector * (16 * WARPS)).to(tl.int64)
-        leave_fragments(sums, 0, even, odd, 1, WARPS, "cpu")
-        even, odd = collect_fragments(sums, 1, WARPS, "cpu")
+        blocks, scales = blocks_ptr.to(tl.int64) + tile * BLOCKS, scales_ptr.to(tl.int64) + tile * SCALES
+        describe_tile(sums + SUMS, blocks, blocks * 0 + BLOCKS, scales, scales * 0 + SCALES, tile < n_tiles)
+        fill_stage(ring, tile, sums + SUMS, 1, STAGE)
+        at = wait_for_stage(ring, tile, 1, STAGE)
+        even, odd = multiply_tile(at, at + BLOCKS, x, WARPS)
+        leave_tile(sums, 0, even, odd, 1, WARPS)
+        even, odd = collect_tiles(sums, 1, WARPS)
         pair = out_ptr + (vector * n_tiles + tile) * 16 + 2 * tl.arange(0, 8)
         tl.store(pair, even)
         tl.store(pair + 1, odd)
@@ -78,8 +88,8 @@ def gemv_kernel(
 @triton.jit
 def places_kernel(out_ptr, N: tl.constexpr):
     k = tl.arange(0, triton.next_power_of_2(N))
-    tl.store(out_ptr + k, fragment_places(k), mask=k < N)
-    tl.store(out_ptr + N + k, fragment_places(k) + REST_PLACE, mask=k < N)
+    tl.store(out_ptr + k, vector_places(k), mask=k < N)
+    tl.store(out_ptr + N + k, vector_places(k) + REST_PLACE, mask=k < N)
 
 
 class Matrix(NamedTuple):
@@ -117,14 +127,13 @@ def normal_vector(k: int, seed: int = 0) -> torch.Tensor:
 
 
 def packed(matrix: Matrix, warps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(blocks, scales), one tile after the other and then a step and more of elements of -6 and scales of NaN.
+    """(blocks, scales), one tile after the other, with elements of -6 in the groups that the last quad has beyond K.
 
-    So are the elements in the groups that the last quad has beyond K.
+    Elements of -6 and scales of NaN also follow a tile in shared memory: all that nobody wrote is bytes of 255 there.
     """
     blocks = pack_blocks(matrix.blocks).unflatten(1, (-1, 2, 8, 4, 4))  # tile, quad, row % 2, row / 2, group, word
     blocks[:, -1, :, :, (matrix.k - 1) // 32 % 4 + 1 :] = -1
-    past = torch.full((512 * warps,), -1, dtype=torch.int32)
-    return torch.cat((blocks.flatten(), past)), torch.cat((pack_scales(matrix.scales, warps).flatten(), past))
+    return blocks.flatten(), pack_scales(matrix.scales, warps).flatten()
 
 
 def prepared(x: torch.Tensor, warps: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -134,7 +143,7 @@ def prepared(x: torch.Tensor, warps: int) -> tuple[torch.Tensor, torch.Tensor, i
     parts = torch.full((n_vectors, n_parts), torch.nan, dtype=torch.float16)
     scale = torch.full((n_vectors,), torch.nan)
     split_kernel[(n_vectors,)](parts, scale, x.float().contiguous(), K=k, STRIDE=k, N_PARTS=n_parts)
-    return parts.view(torch.int32), scale, n_parts // 2
+    return parts, scale, n_parts // 2
 
 
 def gemv_all(matrix: Matrix, x: torch.Tensor, warps: int) -> torch.Tensor:
@@ -148,11 +157,8 @@ def gemv_all(matrix: Matrix, x: torch.Tensor, warps: int) -> torch.Tensor:
         *packed(matrix, warps),
         parts,
         scale,
-        torch.full((n_vectors, 16 * warps), torch.nan),
         n_tiles,
         K=k,
-        BLOCK_WORDS=block_words(k),
-        SCALE_WORDS=scale_words(k, warps),
         STRIDE=stride,
         WARPS=warps,
     )
@@ -294,9 +300,10 @@ def test_zeros(warps):
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("k", [32, 96, 416, 2048, 2080, 2880])
 def test_bytes_of_a_tile(k, warps):
-    """As who packs them counts."""
-    assert block_bytes(k) == 4 * block_words(k)
-    assert scale_bytes(k, warps) == 4 * scale_words(k, warps)
+    """As many as those who pack them leave."""
+    matrix = random_matrix(16, k)
+    assert block_bytes(k) == pack_blocks(matrix.blocks).nbytes
+    assert scale_bytes(k, warps) == pack_scales(matrix.scales, warps).nbytes
 
 
 @pytest.mark.parametrize("k", [128, 416, 2880])
@@ -313,7 +320,7 @@ def test_places(k):
 def additions(k: int, warps: int) -> int:
     """Float32 roundings on an element's way into a result, whatever the order inside a group of 32."""
     steps = triton.cdiv(k, 128 * warps)
-    # A group's products and their sum, that of values and rests, and what is summed over steps, lanes and warps.
+    # A group's products and their sum, that of values and rests, and what is summed over steps, threads and warps.
     return 32 + 1 + steps + 2 + warps.bit_length() - 1
 
 

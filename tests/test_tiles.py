@@ -1,17 +1,17 @@
-"""host.fragments against a slow unpacking, one element at a time, written from the description of the layout."""
+"""common.sm90.tiles against a slow unpacking, one element at a time, written from the description of the layout."""
 
 import pytest
 import torch
 
-from host.fragments import (
-    block_words,
+from common.sm90.tile_product import vector_parts
+from common.sm90.tiles import (
+    block_bytes,
     drop_elements_of_nan,
-    expert_slot_bytes,
     pack_blocks,
     pack_scales,
-    scale_words,
+    scale_bytes,
+    stage_bytes,
     tile_count,
-    vector_parts,
 )
 
 # Rows and scale groups: whole tiles, one short of it and one beyond, a quad's groups and one more or less of them, and
@@ -37,8 +37,8 @@ def unpack_blocks(words: torch.Tensor) -> list[list[int]]:
     codes = [[-1] * (128 * n_quads) for _ in range(16 * len(words))]
     for tile, tile_words in enumerate(words.tolist()):
         for at, word in enumerate(tile_words):
-            quad, odd, lane = at // 256, at // 128 % 2, at // 4 % 32
-            r, t = lane // 4, lane % 4
+            quad, odd, thread = at // 256, at // 128 % 2, at // 4 % 32
+            r, t = thread // 4, thread % 4
             row, column = 16 * tile + 2 * r + odd, 128 * quad + 32 * t + 8 * (at % 4)
             for j, (sign, magnitude) in enumerate(PLACES):
                 for half in (0, 1):
@@ -51,15 +51,15 @@ def unpack_blocks(words: torch.Tensor) -> list[list[int]]:
 def unpack_scales(words: torch.Tensor, warps: int) -> list[list[int]]:
     """int32 [tiles, words] -> scales by row and group, of all that the tiles hold.
 
-    In a step, warp w has quad number step * warps + w. A word is a lane's: of its group t, the scales of rows 2 r and
+    In a step, warp w has quad number step * warps + w. A word is a thread's: of its group t, the scales of rows 2 r and
     2 r + 1, for two steps.
     """
     n_pairs = words.shape[1] // (32 * warps)
     scales = [[-1] * (8 * warps * n_pairs) for _ in range(16 * len(words))]
     for tile, tile_words in enumerate(words.tolist()):
         for at, word in enumerate(tile_words):
-            pair, warp, lane = at // (32 * warps), at // 32 % warps, at % 32
-            r, t = lane // 4, lane % 4
+            pair, warp, thread = at // (32 * warps), at // 32 % warps, at % 32
+            r, t = thread // 4, thread % 4
             for byte in range(4):
                 step, odd = 2 * pair + byte // 2, byte % 2
                 row, group = 16 * tile + 2 * r + odd, 4 * (step * warps + warp) + t
@@ -78,17 +78,17 @@ def test_tiles(rows, tiles):
 
 
 @pytest.mark.parametrize("k, quads", [(32, 1), (96, 1), (128, 1), (160, 2), (2880, 23)])
-def test_words_of_the_blocks(k, quads):
+def test_bytes_of_the_blocks(k, quads):
     """1,024 bytes for each quad of 128 columns, whole or not."""
-    assert 4 * block_words(k) == 1024 * quads
+    assert block_bytes(k) == 1024 * quads
 
 
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("k", [32, 64, 256, 288, 2048, 2080, 2880])
-def test_words_of_the_scales(k, warps):
+def test_bytes_of_the_scales(k, warps):
     """A byte for each row and group, over as many pairs of steps, of 128 columns a warp, as it takes to cover K."""
     pairs = next(n for n in range(1, 100) if n * 2 * warps * 128 >= k)
-    assert 4 * scale_words(k, warps) == pairs * 2 * warps * 4 * 16
+    assert scale_bytes(k, warps) == pairs * 2 * warps * 4 * 16
 
 
 @pytest.mark.parametrize("k, quads", [(32, 1), (96, 1), (128, 1), (160, 2), (2880, 23)])
@@ -99,15 +99,15 @@ def test_parts_of_a_vector(k, quads):
 
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("k", [32, 128, 160, 256, 416, 1024, 1056, 2048, 2080, 2880, 4096])
-def test_a_slot_for_an_expert_tile(k, warps):
+def test_a_stage_for_an_expert_tile(k, warps):
     """As many bytes as arrive or are read, whichever is more: all warps read a quad and a word of scales each step."""
-    arrive = 4 * block_words(k) + 4 * scale_words(k, warps)
+    arrive = block_bytes(k) + scale_bytes(k, warps)
     reads = []
     for step in range(-(-k // (128 * warps))):
         for warp in range(warps):
             reads.append(1024 * (step * warps + warp) + 1024)
-            reads.append(4 * block_words(k) + step // 2 * 128 * warps + 128 * warp + 128)
-    assert expert_slot_bytes(k, warps) == max(arrive, *reads)
+            reads.append(block_bytes(k) + step // 2 * 128 * warps + 128 * warp + 128)
+    assert stage_bytes(k, warps) == max(arrive, *reads)
 
 
 @pytest.mark.parametrize("rows, groups", SIZES)
@@ -116,7 +116,7 @@ def test_blocks(rows, groups):
     blocks = random_bytes(rows, groups, 16)
     words = pack_blocks(blocks)
     assert words.dtype == torch.int32
-    assert words.shape == (tile_count(rows), block_words(32 * groups))
+    assert words.shape == (tile_count(rows), block_bytes(32 * groups) // 4)
     found = unpack_blocks(words)
     assert found == padded(codes_of(blocks), len(found), len(found[0]))
 
@@ -127,7 +127,7 @@ def test_scales(rows, groups, warps):
     scales = random_bytes(rows, groups)
     words = pack_scales(scales, warps)
     assert words.dtype == torch.int32
-    assert words.shape == (tile_count(rows), scale_words(32 * groups, warps))
+    assert words.shape == (tile_count(rows), scale_bytes(32 * groups, warps) // 4)
     found = unpack_scales(words, warps)
     assert found == padded(scales.tolist(), len(found), len(found[0]))
 
@@ -145,8 +145,8 @@ def test_leading_dimensions(lead):
     rows, groups, warps = 19, 3, 2
     blocks, scales = random_bytes(*lead, rows, groups, 16), random_bytes(*lead, rows, groups)
     words, scale = pack_blocks(blocks), pack_scales(scales, warps)
-    assert words.shape == (*lead, 2, block_words(32 * groups))
-    assert scale.shape == (*lead, 2, scale_words(32 * groups, warps))
+    assert words.shape == (*lead, 2, block_bytes(32 * groups) // 4)
+    assert scale.shape == (*lead, 2, scale_bytes(32 * groups, warps) // 4)
     n = blocks.numel() // (rows * groups * 16)
     for i in range(n):
         assert torch.equal(words.view(n, 2, -1)[i], pack_blocks(blocks.view(n, rows, groups, 16)[i]))
