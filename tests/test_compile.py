@@ -51,10 +51,12 @@ def test_quant_runs_on_the_scaled_matrix_cores_of_gfx950(reports):
     assert reports["gfx950", "default"]["scaled_mfma"] == 0
 
 
-@pytest.mark.parametrize("matrix, rows, waves_across", [("gate_up", max(GFX950.gate_up_m, 64), 2), ("down", 16, 1)])
+@pytest.mark.parametrize(
+    "matrix, rows, waves_across", [("gate_up", max(GFX950.experts.gate_up_rows, 64), 2), ("down", 16, 1)]
+)
 def test_scaled_mfmas_of_a_tile(matrix, rows, waves_across, reports):
     """Each takes 16 rows and 128 columns; `waves_across` waves share the rows, the others repeat what these do."""
-    block_k = getattr(GFX950, f"{matrix}_k")
+    block_k = getattr(GFX950.experts, f"{matrix}_k")
     expected = rows // 16 // waves_across * (block_k // 128)
     assert reports["gfx950", "quant"][f"{matrix}_mfma_per_block"] == expected
 
@@ -73,8 +75,13 @@ def test_expert_loops_are_pipelined(matrix, case, reports):
 @pytest.mark.parametrize("case", AMD_CASES)
 def test_dense_tiles_are_loaded_one_ahead(case, reports):
     """In the loops of QKV, O and the LM head all of a thread's loads of the next tile precede this one's products."""
-    config, block = GPT_OSS_120B, GFX950.dense_k
-    matrices = [(GFX950.qkv_m, config.hidden_size), (GFX950.o_m, config.q_size), (GFX950.head_m, config.hidden_size)]
+    config, dense = GPT_OSS_120B, GFX950.dense
+    block = dense.k_block
+    matrices = [
+        (dense.qkv_rows, config.hidden_size),
+        (dense.o_rows, config.q_size),
+        (dense.head_rows, config.hidden_size),
+    ]
     tiles = sum(rows * -(-k // block) * block for rows, k in matrices)
     assert reports[case]["dense_loads_ahead"] == tiles * weight_bytes(case[1]) // 16 // (64 * GFX950.num_warps)
 
@@ -128,9 +135,10 @@ def test_what_a_barrier_executes_on_gfx950(case, reports):
 
 
 def test_the_parameters_known_to_suit_gfx950():
-    assert (GFX950.qkv_m, GFX950.o_m) == (8, 8)
-    assert (GFX950.gate_up_m, GFX950.down_m) == (32, 16)
-    assert {GFX950.dense_k, GFX950.gate_up_k, GFX950.down_k} == {1024}
+    dense, experts = GFX950.dense, GFX950.experts
+    assert (dense.qkv_rows, dense.o_rows) == (8, 8)
+    assert (experts.gate_up_rows, experts.down_rows) == (32, 16)
+    assert {dense.k_block, experts.gate_up_k, experts.down_k} == {1024}
 
 
 @pytest.mark.parametrize("case", AMD_CASES)
@@ -140,18 +148,18 @@ def test_weights_load_16_bytes_at_a_time_on_gfx950(case, reports):
 
 @pytest.mark.parametrize("case", NVIDIA_CASES)
 def test_weights_stream_through_shared_memory_on_sm_90(case, reports):
-    """The copy engine brings them, threads read 16 bytes of a slot at a time; only the router's rows are loaded."""
+    """The copy engine brings them, threads read 16 bytes of a stage at a time; only the router's rows are loaded."""
     figures, threads = reports[case], 32 * SM_90.num_warps
     dense_format = FP8_PATHS.get(case[1], BF16)
     config = replace(GPT_OSS_120B, dense=DenseFormats(qkv=dense_format, o=dense_format, head=dense_format))
-    tuning = fit_ring(SM_90, config)
+    tiles = fit_ring(SM_90, config).dense
     assert figures["bulk_copies"] > 0
-    dense = [(tuning.qkv_m, config.hidden_size), (tuning.o_m, config.q_size), (tuning.head_m, config.hidden_size)]
+    dense = [(tiles.qkv_rows, config.hidden_size), (tiles.o_rows, config.q_size), (tiles.head_rows, config.hidden_size)]
     experts = [(16, config.hidden_size), (16, config.intermediate_size)]
     a_tile_each = sum(-(-rows * k * weight_bytes(case[1]) // (16 * threads)) for rows, k in dense)
     a_tile_each += sum(-(-rows * k // (32 * threads)) for rows, k in experts)
     assert figures["shared_loads_16_bytes"] >= a_tile_each
-    router = -(-config.hidden_size // SM_90.dense_k) * SM_90.dense_k // (8 * threads)
+    router = -(-config.hidden_size // tiles.k_block) * tiles.k_block // (8 * threads)
     assert figures["weight_loads"] == {"128": 2 * router}  # a program's first row and, with few programs, later ones
 
 
@@ -180,21 +188,22 @@ def test_the_programs_fit(case, reports):
 
 
 def test_a_ring_stands_beside_a_float32_cache_on_sm_90():
-    """Attention takes more shared memory then; MegaModel shortens the ring, here by two of its eight slots."""
+    """Attention takes more shared memory then; MegaModel shortens the ring, here by two of its seven stages."""
     script = (
         "from dataclasses import replace\n"
         "import torch\n"
         "from tools.compile_report import SM_90, compile_megakernel\n"
-        "tuning = replace(SM_90, ring_slots=SM_90.ring_slots - 2)\n"
+        "ring = replace(SM_90.ring, stages=SM_90.ring.stages - 2)\n"
+        "tuning = replace(SM_90, ring=ring)\n"
         "kernel = compile_megakernel('sm_90', False, tuning=tuning, kv_dtype=torch.float32)\n"
-        "print(kernel.metadata.shared, tuning.window, tuning.ring_slots)\n"
+        "print(kernel.metadata.shared, ring.prefetch_distance, ring.stages)\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=600)
-    shared, window, slots = map(int, done.stdout.split())
+    shared, distance, stages = map(int, done.stdout.split())
     assert shared <= 227 << 10
-    assert window <= slots
+    assert distance <= stages
 
 
 def test_other_sizes_compile():

@@ -1,15 +1,14 @@
 """Finite weights as large as their formats allow, or as small: where reference.py is finite the kernel is, and agrees.
 
 Each case changes one kind of a random checkpoint's weights. Its tokens are fed one by one, by 1 and 3 programs, and in
-blocks, on the tunings whose arithmetic differs: products of float32, fragments as on sm_90, MXFP8.
+blocks, on the tunings whose arithmetic differs: products of float32, tiles of tensor cores as on sm_90, MXFP8.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-from mutations import MemoryCheckpoint, loud_checkpoint, random_token_ids, ring_tiles, small_config
+from mutations import MemoryCheckpoint, changed, loud_checkpoint, random_token_ids, ring_tiles, small_config
 from test_prefill import SMALL_BLOCKS
 from torch import Tensor
 
@@ -35,18 +34,23 @@ TOKENS = random_token_ids(4, CONFIG)
 # From the third cached position on a KV head's are cut into splits of two.
 SPLITS = dict(head_keys=2, head_block_t=2, head_slots=2, block_t=2, split_t=2, max_splits=4)
 TUNINGS: dict[str, Callable[[ModelConfig], Tuning]] = {
-    "rows": lambda config: replace(tuning_for(torch.device("cpu"), config), **SPLITS),
-    "no scaled products": lambda config: replace(tuning_for(torch.device("cpu"), config), dot_scaled=False, **SPLITS),
-    "fragments": lambda config: ring_tiles(
-        config, bf16_parts=True, attention_parts=2, qkv_m=64, o_m=32, head_m=64, expert_batch=16, **SPLITS
+    "rows": lambda config: changed(tuning_for(torch.device("cpu"), config), attention=SPLITS),
+    "no scaled products": lambda config: changed(
+        tuning_for(torch.device("cpu"), config), experts=dict(dot_scaled=False), attention=SPLITS
+    ),
+    "packed": lambda config: ring_tiles(
+        config,
+        dense=dict(qkv_rows=64, o_rows=32, head_rows=64),
+        experts=dict(step_tiles=16),
+        attention=SPLITS | dict(bf16_parts=True, parts=2),
     ),
 }
 # Beside float32 caches: the order of additions one by one, float16 vectors of the experts in blocks. Beside bfloat16
-# ones, as fragments have them here, and with MXFP8: numbers that are rounded to their other neighbour.
+# ones, as packed tiles have them here, and with MXFP8: numbers that are rounded to their other neighbour.
 ONE_BY_ONE, IN_BLOCKS, ROUNDED = 1e-4, 3e-3, 0.1
 
 
-def changed(*changes: tuple[str, Callable[[Tensor], Tensor]]) -> MemoryCheckpoint:
+def checkpoint_with(*changes: tuple[str, Callable[[Tensor], Tensor]]) -> MemoryCheckpoint:
     """The checkpoint with the tensors whose names contain the first of a pair as the second makes them."""
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -118,10 +122,10 @@ CASES = [(kind, "rows", False, BF16) for kind in list(KINDS)[:-2]] + [
     ("scale 253 beyond float32", "rows", True, BF16),
     ("values", "rows", False, FP8_ROWS),
     ("values", "rows", False, FP8_GROUPS),
-    ("scores far below zero", "fragments", False, BF16),
-    ("scales 254 of zeros, experts' norm", "fragments", False, BF16),
-    ("scale 253 beyond float32", "fragments", False, BF16),
-    ("values", "fragments", True, FP8_ROWS),
+    ("scores far below zero", "packed", False, BF16),
+    ("scales 254 of zeros, experts' norm", "packed", False, BF16),
+    ("scale 253 beyond float32", "packed", False, BF16),
+    ("values", "packed", True, FP8_ROWS),
 ]
 
 
@@ -144,8 +148,8 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("kind, tuning, quant, dense_format", CASES)
 def test_extremes(kind, tuning, quant, dense_format):
-    checkpoint, n = changed(*KINDS[kind]), len(TOKENS)
-    kv_dtype = torch.bfloat16 if tuning == "fragments" else F32
+    checkpoint, n = checkpoint_with(*KINDS[kind]), len(TOKENS)
+    kv_dtype = torch.bfloat16 if tuning == "packed" else F32
     rounded = quant or kv_dtype != F32
     dense = DenseFormats(qkv=dense_format, o=dense_format, router=dense_format, head=dense_format)
     expected = Reference(checkpoint, quant, kv_dtype, max_context=n, dense=dense).forward(TOKENS)

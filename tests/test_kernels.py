@@ -13,18 +13,18 @@ from small_model import small_checkpoint, write_model
 import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host import limits
-from interpreter import simulate
 from host.errors import InputError
 from host.launch import tuning_for
 from host.phases import PHASES, phases_of_token
 from host.random_cache import fill_cache
 from host.state import State
+from interpreter import simulate
 from kernels import PhasedModel
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 CONTEXT = 40  # beyond the window of 20; the full layer has three splits of 16 positions at its end
-SPLITS = dict(split_t=16, max_splits=3)
+SPLITS = dict(attention=dict(split_t=16, max_splits=3))
 SMALL_TILES = {"small": small_tiles, "ring": ring_tiles}
 
 
@@ -199,6 +199,7 @@ import torch, triton
 from triton.compiler import ASTSource
 from tools.compile_report import TARGETS, TRITON_TYPES
 import kernels
+from common.build import Build
 from host.config import GPT_OSS_120B as config
 from host.state import new_state
 from host.weights import Weights, weight_shapes
@@ -209,7 +210,7 @@ for gpu, tuning in TARGETS.values():
     weights = Weights(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes))
     for quant in (False, True):
         state = new_state(config, tuning, quant, 4096, 240, "meta")
-        constants = {"CONFIG": config, "TUNING": tuning, "QUANT": quant, "BLOCK_P": 256}
+        constants = {"BUILD": Build(config.compiled(), tuning, quant), "BLOCK_P": 256}
         pointers = [type(group)(*(TRITON_TYPES[t.dtype] for t in group)) for group in (weights, state)]
         aligned = [["tt.divisibility", 16]]
         for name, kernel in vars(kernels).items():

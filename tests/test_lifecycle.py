@@ -3,7 +3,6 @@
 Expected tokens are those of the reference, which knows nothing of launches.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -19,9 +18,9 @@ from mutations import loud_checkpoint, small_config, small_tiles
 
 from common.barrier import ARRIVALS, EXITS
 from gpt_oss_megakernel import MegaModel
-from host.cpu_interpreter import GridDeadlock, simulate
-from host.cpu_interpreter.scheduler import Grid
 from host.errors import GenerationOvertaken, InputError, LogitsNotFinite, ModelInUse, PositionsLost
+from interpreter import GridDeadlock, simulate
+from interpreter.scheduler import Grid
 from kernels import PhasedModel
 from reference import Reference
 
@@ -198,7 +197,7 @@ def test_what_is_fed_behind_a_lost_position(call, model, expected, end_at, monke
 
 def test_phases_that_are_ended_amid(checkpoint, expected, end_at, monkeypatch):
     """Between two launches of a token, where arrivals of attention's splits may be counted."""
-    tuning = dataclasses.replace(small_tiles(checkpoint.config), split_t=2, block_t=2)
+    tuning = small_tiles(checkpoint.config, attention=dict(split_t=2, block_t=2))
     model = PhasedModel(checkpoint, max_context=CONTEXT, num_programs=PROGRAMS, kv_dtype=F32, tuning=tuning)
     for n_phases in (2, 3, 8):
         done = []

@@ -9,6 +9,7 @@ from mutations import (
     ODD_SIZES,
     REFERENCE_MUTATIONS,
     MemoryCheckpoint,
+    ahead_tiles,
     loud_checkpoint,
     random_token_ids,
     ring_tiles,
@@ -21,10 +22,10 @@ import reference
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import RandomCheckpoint
 from host.config import ModelConfig, expected_tensors
-from interpreter import simulate
 from host.errors import InputError
-from host.launch import LEAST_SLOTS, tuning_for
+from host.launch import LEAST_STAGES, tuning_for
 from host.random_cache import fill_cache
+from interpreter import simulate
 from reference import Reference
 
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant, tiles):
     truth.forward(token_ids[: position + 1], trace=trace)
     tuning = {
         "rows": small_tiles(config),
-        "loaded ahead": small_tiles(config, prefetch=True),  # as on gfx950
+        "loaded ahead": ahead_tiles(config),
         "ring": ring_tiles(config),
     }[tiles]
     model = MegaModel(checkpoint, quant, max_context=TOKENS, tuning=tuning, num_programs=3, kv_dtype=F32)
@@ -156,7 +157,7 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant, tiles):
         if quant:
             expected["expert_act"] = reference.quantize_mxfp8(expected["expert_act"])
         act = model.state.expert_act
-        if tuning.fragments:
+        if tuning.machine.experts.is_packed:
             value, rest = act.float().view(config.experts_per_token, -1, 4, 2, 4, 8).unbind(3)
             act = (value + rest / 2048) / 2.0**9  # no activation is larger than 7 * 8, so 2^9 brings it below 2^15
             act = act.transpose(2, 3).flatten(1)[:, : config.intermediate_size]
@@ -175,61 +176,65 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant, tiles):
             assert error < (1e-2 if quant else 2e-5), f"layer {layer}, {name}"
 
 
-@pytest.mark.parametrize("num_warps, dense_lanes", [(1, 32), (2, 32), (4, 64)])
-def test_ring(checkpoint, token_ids, quant, num_warps, dense_lanes):
+@pytest.mark.parametrize("num_warps, threads_per_row", [(1, 32), (2, 32), (4, 64)])
+def test_ring(checkpoint, token_ids, quant, num_warps, threads_per_row):
     """From within the window of 20 to beyond it. A warp has all of a row of a dense tile, or two share it."""
     reference = Reference(checkpoint, quant, F32, max_context=24)
     expected = reference.forward(token_ids[:24])[16:]
-    tuning = ring_tiles(checkpoint.config, num_warps=num_warps, dense_lanes=dense_lanes)
+    dense = dict(threads_per_row=threads_per_row)
+    tuning = ring_tiles(checkpoint.config, num_warps=num_warps, dense=dense)
     model = MegaModel(checkpoint, quant, max_context=24, num_programs=3, tuning=tuning, kv_dtype=F32)
     assert_same_logits(kernel_logits(model, token_ids[16:24], 16, cache=reference), expected, quant)
 
 
 @pytest.fixture
 def make_model(checkpoint, monkeypatch):
-    """A function that makes a model with no room, by one byte, for a ring of more than so many slots.
+    """A function that makes a model with no room, by one byte, for a ring of more than so many stages.
 
-    It also returns the slots of each launch.
+    It also returns the stages of each launch. `ring`: changes of the ring, or None for a device without one.
     """
 
-    def make(most_slots: int, **changes):
+    def make(most_stages: int, ring: dict | None):
         launch, attempts = MegaModel._launch, []
 
         def launch_if_it_fits(model, *args, **options):
-            slots, slot_bytes = model.tuning.ring_slots, model.tuning.slot_bytes
-            attempts.append(slots)
+            ring = model.tuning.ring
+            stages, stage_bytes = (ring.stages, ring.stage_bytes) if ring else (0, 0)
+            attempts.append(stages)
             assert len(attempts) < 9, "as if it tried for ever"
-            if slots > most_slots:
+            if stages > most_stages:
                 beside = 16384
-                raise OutOfResources(beside + slots * slot_bytes, beside + (most_slots + 1) * slot_bytes - 1, "shared")
+                limit = beside + (most_stages + 1) * stage_bytes - 1
+                raise OutOfResources(beside + stages * stage_bytes, limit, "shared")
             launch(model, *args, **options)
 
         monkeypatch.setattr(MegaModel, "_launch", launch_if_it_fits)
-        tuning = ring_tiles(checkpoint.config, **changes)
+        tuning = ring_tiles(checkpoint.config, ring=ring) if ring else small_tiles(checkpoint.config)
         return MegaModel(checkpoint, max_context=8, tuning=tuning, kv_dtype=F32), attempts
 
     return make
 
 
-@pytest.mark.parametrize("most_slots", [LEAST_SLOTS, 3])
-def test_a_ring_that_does_not_fit_gets_shorter(most_slots, make_model, checkpoint, token_ids):
+@pytest.mark.parametrize("most_stages", [LEAST_STAGES, 3])
+def test_a_ring_that_does_not_fit_gets_shorter(most_stages, make_model, checkpoint, token_ids):
     """What stands beside it in shared memory is known only when the kernel is compiled."""
-    model, attempts = make_model(most_slots, ring_slots=6, window=4)
-    assert attempts == [6, most_slots]
-    assert (model.tuning.ring_slots, model.tuning.window) == (most_slots, most_slots)
+    model, attempts = make_model(most_stages, dict(stages=6, prefetch_distance=4))
+    assert attempts == [6, most_stages]
+    assert (model.tuning.ring.stages, model.tuning.ring.prefetch_distance) == (most_stages, most_stages)
     expected = Reference(checkpoint, kv_dtype=F32, max_context=8).forward(token_ids[:2])
     assert_same_logits(kernel_logits(model, token_ids[:2]), expected, quant=False)
 
 
-def test_a_window_shorter_than_the_ring_stays(make_model):
-    model, _ = make_model(most_slots=3, ring_slots=5, window=2)
-    assert (model.tuning.ring_slots, model.tuning.window) == (3, 2)
+def test_a_prefetch_distance_shorter_than_the_ring_stays(make_model):
+    model, _ = make_model(3, dict(stages=5, prefetch_distance=2))
+    assert (model.tuning.ring.stages, model.tuning.ring.prefetch_distance) == (3, 2)
 
 
-@pytest.mark.parametrize("ring_slots, most_slots", [(0, -1), (LEAST_SLOTS, LEAST_SLOTS - 1), (5, LEAST_SLOTS - 1)])
-def test_too_little_shared_memory_for_any_ring(make_model, ring_slots, most_slots):
+@pytest.mark.parametrize("stages, most_stages", [(0, -1), (LEAST_STAGES, LEAST_STAGES - 1), (5, LEAST_STAGES - 1)])
+def test_too_little_shared_memory_for_any_ring(make_model, stages, most_stages):
+    """0 stages: a device without a ring."""
     with pytest.raises(InputError, match="cpu has too little shared memory for this model"):
-        make_model(most_slots, ring_slots=ring_slots)
+        make_model(most_stages, dict(stages=stages) if stages else None)
 
 
 @pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
@@ -245,7 +250,7 @@ def test_ring_at_odd_sizes(changes, quant):
 
 @pytest.mark.parametrize("dot_scaled", [True, False], ids=["dot_scaled", "float32 products"])
 def test_quantized_experts_compute_the_same_numbers_both_ways(checkpoint, token_ids, dot_scaled):
-    tuning = small_tiles(checkpoint.config, dot_scaled=dot_scaled)
+    tuning = small_tiles(checkpoint.config, experts=dict(dot_scaled=dot_scaled))
     model = MegaModel(checkpoint, True, max_context=24, tuning=tuning, kv_dtype=F32)
     reference = Reference(checkpoint, True, F32, max_context=24)
     expected = reference.forward(token_ids[:24])
@@ -256,10 +261,11 @@ def test_quantized_experts_compute_the_same_numbers_both_ways(checkpoint, token_
 def test_the_number_of_programs_does_not_change_a_bit(checkpoint, token_ids, quant, tiles):
     """Window 20, steps of 16 positions, splits of 32 or more, at most 4 of them: 45 tokens cross all of these."""
     config = checkpoint.config
+    splits = dict(split_t=16, max_splits=3)
     tuning = {
         "device": tuning_for(CPU, config),
-        "small": small_tiles(config, split_t=16, max_splits=3),
-        "ring": ring_tiles(config, split_t=16, max_splits=3),
+        "small": small_tiles(config, attention=splits),
+        "ring": ring_tiles(config, attention=splits),
     }[tiles]
     first = 41 if tiles == "ring" else 0  # which is slow
     runs = []
@@ -278,9 +284,8 @@ def test_the_number_of_programs_does_not_change_a_bit(checkpoint, token_ids, qua
 
 
 def test_the_order_of_programs_does_not_change_a_bit(checkpoint, token_ids, quant):
-    model = MegaModel(
-        checkpoint, quant, max_context=40, num_programs=5, tuning=small_tiles(checkpoint.config, split_t=16)
-    )
+    tuning = small_tiles(checkpoint.config, attention=dict(split_t=16))
+    model = MegaModel(checkpoint, quant, max_context=40, num_programs=5, tuning=tuning)
     for position, token in enumerate(token_ids[:39]):
         model.hidden(token, position, checkpoint.config.n_layers)
     runs = []
@@ -310,7 +315,7 @@ def test_odd_sizes(changes, quant):
     token_ids = random_token_ids(9, config)
     reference = Reference(checkpoint, quant, F32, max_context=9)
     expected = reference.forward(token_ids)
-    for tuning, num_programs in ((tuning_for(CPU, config), 1), (small_tiles(config, prefetch=True), 2)):
+    for tuning, num_programs in ((tuning_for(CPU, config), 1), (ahead_tiles(config), 2)):
         model = MegaModel(checkpoint, quant, 9, num_programs=num_programs, tuning=tuning, kv_dtype=F32)
         assert_same_logits(kernel_logits(model, token_ids, cache=reference), expected, quant)
 

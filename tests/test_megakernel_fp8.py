@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from mutations import ODD_SIZES, loud_checkpoint, random_token_ids, ring_tiles, small_config, small_tiles
+from mutations import ODD_SIZES, ahead_tiles, loud_checkpoint, random_token_ids, ring_tiles, small_config, small_tiles
 from small_model import assert_rejected, byte_tokenizer, run_script, write_model
 from test_megakernel import CLEAR_MARGIN, F32, assert_same_logits, kernel_logits
 
@@ -19,10 +19,10 @@ import run_triton_phased
 from gpt_oss_megakernel import MegaModel
 from host.checkpoint import write_checkpoint
 from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats
-from interpreter import simulate
 from host.errors import InputError
 from host.launch import tuning_for
 from host.random_cache import fill_cache
+from interpreter import simulate
 from kernels import PhasedModel
 from reference import Reference
 
@@ -33,7 +33,7 @@ FORMATS = [FP8_ROWS, FP8_GROUPS]
 SCRIPTS = [gpt_oss_megakernel, run_triton_phased, run_reference]
 TILES = {
     "rows": small_tiles,
-    "loaded ahead": lambda config: small_tiles(config, prefetch=True),  # as on gfx950
+    "loaded ahead": ahead_tiles,
     "ring": ring_tiles,
 }
 
@@ -110,7 +110,7 @@ def test_tiles(checkpoint, token_ids, right, tiles, dense, quant):
 )
 def test_any_programs_in_any_order_and_phases_alone_give_the_same_bits(checkpoint, token_ids, tiles, dense, quant):
     """Beyond the window of 20, where the full layer is split."""
-    tuning, position = tiles(checkpoint.config, split_t=16, max_splits=3), 39
+    tuning, position = tiles(checkpoint.config, attention=dict(split_t=16, max_splits=3)), 39
     runs = []
     for kind, num_programs, seed in ((MegaModel, 1, 0), (MegaModel, 9, 1), (PhasedModel, 2, 2)):
         model = kind(checkpoint, quant, 40, num_programs=num_programs, tuning=tuning, dense=dense)

@@ -21,6 +21,7 @@ from test_gemm_fp4 import column_in_fragments
 from test_shipped_model import FOLDER, SONNET_18_START
 
 import reference
+from common.sm90.prompt_tiles import vector_stride
 from gpt_oss_megakernel import MegaModel
 from host.buffers import Buffers, buffer_bytes, buffer_shapes, most_tokens
 from host.checkpoint import RandomCheckpoint
@@ -54,8 +55,8 @@ SMALL_BLOCKS = BlockTuning(
 TUNINGS: dict[str, tuple[Callable[[ModelConfig], Tuning], BlockTuning]] = {
     "device": (lambda config: tuning_for(torch.device("cpu"), config), BLOCKS_CPU),
     "small": (small_tiles, SMALL_BLOCKS),
-    "small, float16 products": (lambda config: small_tiles(config, dot_scaled=False), SMALL_BLOCKS),
-    "fragments": (ring_tiles, SMALL_BLOCKS),
+    "small, float16 products": (lambda config: small_tiles(config, experts=dict(dot_scaled=False)), SMALL_BLOCKS),
+    "packed": (ring_tiles, SMALL_BLOCKS),
 }
 # Beside float32 caches, as they are here unless said, of a token's keys and values in a layer, relative. Those of the
 # first layer have met but a dense product, whose vectors are two bfloat16, 2^-17 of each element.
@@ -96,7 +97,7 @@ def poison(model: MegaModel) -> None:
 def vector_columns(model: MegaModel, name: str) -> list[int]:
     """Where the elements of an expert's vector stand; the others are zeros for ever."""
     k = model.config.hidden_size if name == "expert_in" else model.config.intermediate_size
-    return [column_in_fragments(i) if model.tuning.fragments else i for i in range(k)]
+    return [column_in_fragments(i) if model.tuning.machine.experts.is_packed else i for i in range(k)]
 
 
 def logits_after(model: MegaModel, token_ids: list[int]) -> torch.Tensor:
@@ -270,12 +271,12 @@ def test_each_launch(tuning, checkpoint, token_ids, quant):
 def expert_vectors(model: MegaModel, n: int) -> torch.Tensor:
     """float32 [n, intermediate] of what gate-up left."""
     act = model.prefill.buffers.act[:n, vector_columns(model, "act")].float()
-    if model.prefill.scaled:
+    if model.build.is_scaled:
         return act * torch.exp2(model.prefill.buffers.act_scale[:n].float() - 127).repeat_interleave(32, 1)
     return act / 2.0**9  # no activation is larger than 7 * 8, so 2^9 brings it below 2^15
 
 
-@pytest.mark.parametrize("tuning", ["device", "fragments"])
+@pytest.mark.parametrize("tuning", ["device", "packed"])
 def test_the_cache_in_bfloat16(tuning, checkpoint, token_ids, quant):
     """As it ships. A key that rounds the other way differs by 2^-8, and so does a little what attends to it."""
     right = Reference(checkpoint, quant, max_context=TOKENS)
@@ -301,8 +302,8 @@ def test_dense_matrices_in_fp8(dense_format, checkpoint, token_ids, quant):
 
 
 def both_kinds(quant: bool) -> str:
-    """Rows, with scaled products, or fragments: for tests that would be slow with each of them on both paths."""
-    return "small" if quant else "fragments"
+    """Rows, with scaled products, or packed tiles: for tests that would be slow with each of them on both paths."""
+    return "small" if quant else "packed"
 
 
 @pytest.mark.parametrize("field", ["qkv", "o", "router"])
@@ -336,7 +337,7 @@ def test_the_published_width(quant):
     token_ids = random_token_ids(5, config)
     right = Reference(checkpoint, quant, F32, max_context=5)
     right.forward(token_ids)
-    model = make_model(checkpoint, quant, "device" if quant else "fragments", max_context=5, blocks=BLOCKS_CPU)
+    model = make_model(checkpoint, quant, "device" if quant else "packed", max_context=5, blocks=BLOCKS_CPU)
     feed(model, token_ids)
     errors = cache_errors(model, right, 0, 5)
     assert errors[0].max() < FIRST_LAYER
@@ -436,7 +437,7 @@ def test_any_limit_of_swiglu(limit, checkpoint, token_ids):
     trace = {}
     right.forward(token_ids[:26], trace=trace)
     assert trace["layers.0.expert_act"].abs().max() > 0.9 * limit
-    model = make_model(louder, False, "fragments")
+    model = make_model(louder, False, "packed")
     feed(model, token_ids[:26])
     # A gate that was multiplied by eight has eight times the error where the sigmoid is steep.
     assert cache_errors(model, right, 0, 26).median(-1).values.max() < 4 * MEDIAN
@@ -458,7 +459,7 @@ def test_any_scale_of_the_experts(gain, checkpoint, token_ids):
     )
     right = Reference(biased, False, F32, max_context=TOKENS)
     right.forward(token_ids[:30])
-    for tuning in ("device", "fragments"):
+    for tuning in ("device", "packed"):
         model = make_model(biased, False, tuning)
         feed(model, token_ids[:30])
         assert_same_cache(model, right, 30)
@@ -494,7 +495,7 @@ def test_vectors_end_in_zeros(m, quant):
     """Tiles of gate-up that end with the matrix, or go beyond it."""
     config = small_config(**ODD_SIZES["hidden 416, intermediate 224"])
     blocks = dataclasses.replace(SMALL_BLOCKS, gate_up=(Tile(m, 16, 128),))
-    model = make_model(loud_checkpoint(config), quant, "fragments", blocks=blocks)
+    model = make_model(loud_checkpoint(config), quant, "packed", blocks=blocks)
     feed(model, random_token_ids(20, config))
     for name in ("expert_in", "act"):
         buffer = getattr(model.prefill.buffers, name).clone()
@@ -509,7 +510,7 @@ def test_elements_of_a_block_are_counted_in_32_bits(top_k, size):
             hidden_size=hidden, intermediate_size=intermediate, n_experts=top_k, experts_per_token=top_k
         )
         tokens = most_tokens(config)
-        shapes = buffer_shapes(config, tokens, scaled=False, fragments=True)
+        shapes = buffer_shapes(config, tokens, scaled=False, stride=vector_stride)
         assert max(torch.Size(shape).numel() for shape, _ in (shapes.act, shapes.expert_in)) < 2**31
         assert tokens == 4096 or top_k * (tokens + 1) * size >= 2**31
 
