@@ -135,7 +135,7 @@ def test_other_sizes_compile():
         "for target in ('gfx950', 'sm_90'):\n"
         "    for quant in (False, True):\n"
         "        for kernel, values, options in recorded_launches(target, quant, 40, config):\n"
-        "            if not quant or 'SCALED' in options:\n"
+        "            if not quant or 'BUILD' in options:\n"
         "                assert compile_launch(target, kernel, values, options).asm\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -295,7 +295,7 @@ class Program:
         for line in asm.splitlines():
             code = line.split(";")[0].strip()
             if file := re.match(r'\.file\s+(\d+) "(.*?)" "(.*?)"', code):
-                files[file.group(1)] = source_lines(Path(file.group(2)).name, file.group(3))
+                files[file.group(1)] = source_lines(file.group(2), file.group(3))
             elif place := re.match(r"\.loc\s+(\d+) (\d+)", code):
                 if place.group(2) != "0":
                     lines = files[place.group(1)]
@@ -367,13 +367,14 @@ class Program:
 
 @functools.cache
 def source_lines(folder: str, name: str) -> list[str]:
-    """Of a file of this checkout; none of Triton's.
+    """The lines of a file of this checkout; none of Triton's.
 
     Triton keeps compiled kernels for all checkouts, so that the paths in one may be another checkout's, long gone: it
-    was made from the same lines.
+    was made from the same lines. `folder` is looked for here by its last two names, then its last, then none.
     """
     root = Path(__file__).resolve().parent.parent
-    found = [path for path in (root / folder / name, root / name) if path.is_file()]
+    *_, outer, inner = ("", *folder.strip("/").split("/"))
+    found = [path for at in (Path(outer, inner), Path(inner), Path()) if (path := root / at / name).is_file()]
     return found[0].read_text().splitlines() if found else []
 
 
