@@ -25,7 +25,7 @@ from reference import Reference
 
 EVERYTHING = {f"all {name}": DenseFormats(name, name, name, name) for name in (FP8_ROWS, FP8_GROUPS)}
 MIXED = {"mixed": DenseFormats(qkv=FP8_ROWS, o=FP8_GROUPS, head=FP8_ROWS)}
-# Rows that fill the lanes which share them in other ways, last tiles that are short in others: 2880 as published.
+# Rows that fill the threads which share them in other ways, last tiles that are short in others: 2880 as published.
 WIDTHS = {
     "hidden 1536": dict(hidden_size=1536, vocab_size=1003),
     "hidden 3584": dict(hidden_size=3584, vocab_size=517, n_heads=20),
