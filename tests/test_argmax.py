@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import keep_larger, reduce_argmax
+from common.argmax import keep_larger, reduce_argmax
 
 N = 16
 

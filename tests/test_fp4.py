@@ -5,8 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import e2m1_to_float32
-from common.fp4 import HALF_BIAS
+from common.fp4 import HALF_BIAS, e2m1_to_float32
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 

@@ -11,18 +11,22 @@ import torch
 import triton
 import triton.language as tl
 
-from common.gemm_fp4 import column_of, gemm_fp4, gemm_fp4_fp8, in_columns, in_rows, split_rows, vector_stride
-from host.fragments import pack_blocks, pack_scales
+from common.cpu import CPU
+from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, split_rows
+from common.sm90 import SM_90
+from common.sm90.tiles import pack_blocks, pack_scales
+from host.launch import Tile
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 NAN_SCALE = 255
-# How a matrix stands in memory, and the vectors: rows and float16, rows and MXFP8 for scaled matrix cores, fragments
-# and float16: packed for so many warps, and multiplied by so many, or as many as a block has tiles.
-ROWS, SCALED, FRAGMENTS = "rows", "scaled", [(1, 1), (2, 4), (4, 2), (8, 8)]
-WAYS = [ROWS, SCALED, *FRAGMENTS]
+# How a matrix stands in memory, and the vectors: rows and float16, rows and MXFP8 for scaled matrix cores, or sm_90's
+# tiles and float16: packed for so many warps, and multiplied by so many, or as many as a block has tiles.
+ROWS, SCALED, TILES = "rows", "scaled", [(1, 1), (2, 4), (4, 2), (8, 8)]
+WAYS = [ROWS, SCALED, *TILES]
 # K is a whole number of groups of 32, but no whole quad of them; rows are no whole tiles of 16.
 SHAPES = [(1, 32), (7, 96), (16, 128), (33, 160), (40, 416), (19, 2880)]
 BLOCKS = [(16, 128), (64, 512), (128, 128)]
+with_machine = pytest.mark.parametrize("machine", [CPU, SM_90], ids=["rows", "tiles"])
 with_way = pytest.mark.parametrize("way", WAYS, ids=str)
 with_blocks = pytest.mark.parametrize("block_m, block_k", BLOCKS)
 
@@ -40,16 +44,14 @@ def gemm_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     MORE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
+    TILE: tl.constexpr,
     PACKED_WARPS: tl.constexpr,
-    FRAGMENTS: tl.constexpr,
+    MACHINE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """out [places, N + MORE_N], a program a tile of places; with MORE_N vectors in two parts."""
-    m0 = tl.program_id(0) * BLOCK_M
-    at = (m0 + tl.arange(0, BLOCK_M))[:, None] * (N + MORE_N)
+    m0 = tl.program_id(0) * TILE.m
+    at = (m0 + tl.arange(0, TILE.m))[:, None] * (N + MORE_N)
     n = tl.arange(0, N)
     if MORE_N:
         more = N + tl.arange(0, MORE_N)
@@ -57,55 +59,39 @@ def gemm_kernel(
     else:
         x_rows = (tl.load(x_row_ptr + n),)
     if SCALED:
-        accs = gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_rows, ROWS, K, BLOCK_M, BLOCK_K, 1)
+        accs = gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_rows, ROWS, K, TILE)
     else:
-        accs = gemm_fp4(
-            blocks_ptr,
-            scales_ptr,
-            base,
-            x_ptr,
-            m0,
-            x_rows,
-            ROWS,
-            K,
-            BLOCK_M,
-            BLOCK_K,
-            1,
-            NUM_WARPS,
-            PACKED_WARPS,
-            FRAGMENTS,
-            "cpu",
-        )
+        accs = gemm_fp4(blocks_ptr, scales_ptr, base, x_ptr, m0, x_rows, ROWS, K, TILE, PACKED_WARPS, MACHINE)
     tl.store(out_ptr + at + n[None, :], accs[0])
     if MORE_N:
         tl.store(out_ptr + at + more[None, :], accs[1])
 
 
 @triton.jit
-def column_kernel(columns_ptr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
+def column_kernel(columns_ptr, N: tl.constexpr, MACHINE: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(columns_ptr + i, column_of(i, FRAGMENTS))
+    tl.store(columns_ptr + i, MACHINE.prompts.column_of(i))
 
 
 @triton.jit
-def in_columns_kernel(out_ptr, columns_ptr, x_ptr, i0, N: tl.constexpr, M: tl.constexpr, FRAGMENTS: tl.constexpr):
+def in_columns_kernel(out_ptr, columns_ptr, x_ptr, i0, N: tl.constexpr, M: tl.constexpr, MACHINE: tl.constexpr):
     """What in_columns makes of elements i0 .. of x [N, .. M]."""
     m, n = tl.arange(0, M), tl.arange(0, N)[:, None]
-    x, columns = in_columns(tl.load(x_ptr + n * M + m[None, :]), i0, FRAGMENTS)
+    x, columns = MACHINE.prompts.in_columns(tl.load(x_ptr + n * M + m[None, :]), i0)
     tl.store(out_ptr + n * M + m[None, :], x)
     tl.store(columns_ptr + m, columns)
 
 
 @triton.jit
-def in_rows_kernel(out_ptr, x_ptr, M: tl.constexpr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
+def in_rows_kernel(out_ptr, x_ptr, M: tl.constexpr, N: tl.constexpr, MACHINE: tl.constexpr):
     at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(out_ptr + at, in_rows(tl.load(x_ptr + at), FRAGMENTS))
+    tl.store(out_ptr + at, MACHINE.prompts.in_rows(tl.load(x_ptr + at)))
 
 
 @triton.jit
-def split_kernel(even_ptr, odd_ptr, x_ptr, M: tl.constexpr, N: tl.constexpr, FRAGMENTS: tl.constexpr):
+def split_kernel(even_ptr, odd_ptr, x_ptr, M: tl.constexpr, N: tl.constexpr, MACHINE: tl.constexpr):
     n = tl.arange(0, N)[None, :]
-    even, odd = split_rows(tl.load(x_ptr + tl.arange(0, M)[:, None] * N + n), FRAGMENTS)
+    even, odd = split_rows(tl.load(x_ptr + tl.arange(0, M)[:, None] * N + n), MACHINE)
     at = tl.arange(0, M // 2)[:, None] * N + n
     tl.store(even_ptr + at, even)
     tl.store(odd_ptr + at, odd)
@@ -177,25 +163,25 @@ def gemm(
     What places beyond the last row hold must be finite if all numbers are, and is cut off.
     """
     rows, k = matrix.codes.shape
-    fragments = way in FRAGMENTS
+    packed = way in TILES
     x_rows = x_rows or list(range(len(vectors.elements)))
     n = max(16, triton.next_power_of_2(len(x_rows) - more))
-    blocks = pack_blocks(matrix.published()) if fragments else matrix.published().flatten(1).view(torch.int32)
-    packed_warps, num_warps = (way[0], min(way[1], block_m // 16)) if fragments else (0, 0)
-    scales = pack_scales(matrix.scales, packed_warps) if fragments else matrix.scales
+    blocks = pack_blocks(matrix.published()) if packed else matrix.published().flatten(1).view(torch.int32)
+    packed_warps, num_warps = (way[0], min(way[1], block_m // 16)) if packed else (0, 0)
+    scales = pack_scales(matrix.scales, packed_warps) if packed else matrix.scales
     if way == SCALED:
         x, x_scales = exactly(vectors.elements, torch.float8_e4m3fn), vectors.scales
     else:
         x, x_scales = exactly(vectors.values(), torch.float16), torch.zeros(0, dtype=torch.uint8)
-    if fragments:
-        x = in_the_order_of_fragments(x)
+    if packed:
+        x = in_the_order_of_tiles(x)
     n_tiles = triton.cdiv(rows, block_m)
     places = n_tiles * block_m
     out = torch.full((places, n + more), torch.nan)
     gemm_kernel[(n_tiles,)](
         out,
         before(0x77777777, places * block_k, blocks),
-        before(-1 if fragments else NAN_SCALE, places * block_k, scales),
+        before(-1 if packed else NAN_SCALE, places * block_k, scales),
         matrix.base(),
         before(torch.nan, block_k, x),
         before(NAN_SCALE, block_k, x_scales),
@@ -204,14 +190,12 @@ def gemm(
         K=k,
         N=n,
         MORE_N=more,
-        BLOCK_M=block_m,
-        BLOCK_K=block_k,
-        NUM_WARPS=num_warps,
+        TILE=Tile(block_m, n, block_k, num_warps, stages=1),
         PACKED_WARPS=packed_warps,
-        FRAGMENTS=fragments,
+        MACHINE=SM_90 if packed else CPU,
         SCALED=way == SCALED,
     )
-    place = [place_in_fragments(row) if fragments else row for row in range(rows)]
+    place = [place_in_tiles(row) if packed else row for row in range(rows)]
     beyond = [m for m in range(places) if m not in place]
     finite = not (matrix.scales == NAN_SCALE).any() and vectors.elements[x_rows].isfinite().all()
     assert out[beyond].isfinite().all() or not finite
@@ -219,23 +203,23 @@ def gemm(
     return out[place, : len(x_rows)].double() * factor
 
 
-def place_in_fragments(row: int) -> int:
+def place_in_tiles(row: int) -> int:
     """Of a tile of 16 rows the even ones come first."""
     return row // 16 * 16 + [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15][row % 16]
 
 
-def column_in_fragments(k: int) -> int:
+def column_in_tiles(k: int) -> int:
     """Of 128 columns thread t of four holds group t: of each 16 elements the four that mma.m16n8k16 gives it."""
     thread, element = k // 32 % 4, k % 32
     step, place = element // 4, [2 * thread, 2 * thread + 1, 2 * thread + 8, 2 * thread + 9][element % 4]
     return k // 128 * 128 + 16 * step + place
 
 
-def in_the_order_of_fragments(x: torch.Tensor) -> torch.Tensor:
+def in_the_order_of_tiles(x: torch.Tensor) -> torch.Tensor:
     """[vectors, K] -> [vectors, K in whole 128], zeros beyond K."""
     k = x.shape[1]
     padded = x.new_zeros(len(x), -(-k // 128) * 128)
-    padded[:, [column_in_fragments(column) for column in range(k)]] = x
+    padded[:, [column_in_tiles(column) for column in range(k)]] = x
     return padded
 
 
@@ -244,47 +228,47 @@ def expected(matrix: Matrix, vectors: Vectors) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("n", [16, 128, 512])
-@pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
-def test_the_columns_of_elements(fragments, n):
+@with_machine
+def test_the_columns_of_elements(machine, n):
     columns = torch.full((n,), -1, dtype=torch.int32)
-    column_kernel[(1,)](columns, N=n, FRAGMENTS=fragments)
-    assert columns.tolist() == [column_in_fragments(k) if fragments else k for k in range(n)]
+    column_kernel[(1,)](columns, N=n, MACHINE=machine)
+    assert columns.tolist() == [column_in_tiles(k) if machine is SM_90 else k for k in range(n)]
     assert n < 128 or sorted(columns.tolist()) == list(range(n))
 
 
 @pytest.mark.parametrize(
     "i0, m", [(0, 32), (32, 32), (96, 32), (224, 32), (0, 64), (64, 64), (192, 64), (256, 128), (256, 256)]
 )
-@pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
-def test_elements_in_the_order_of_their_columns(fragments, i0, m):
+@with_machine
+def test_elements_in_the_order_of_their_columns(machine, i0, m):
     """In runs that are stored together: of each 128 elements' 8 columns as many as there are quarters."""
     x = torch.arange(2 * m, dtype=torch.float32).view(2, m)
     out, columns = torch.zeros(2, m), torch.full((m,), -1, dtype=torch.int32)
-    in_columns_kernel[(1,)](out, columns, x, i0, N=2, M=m, FRAGMENTS=fragments)
+    in_columns_kernel[(1,)](out, columns, x, i0, N=2, M=m, MACHINE=machine)
     assert columns.tolist() == sorted(columns.tolist())
-    stands = {column_in_fragments(i0 + i) if fragments else i0 + i: i for i in range(m)}
+    stands = {column_in_tiles(i0 + i) if machine is SM_90 else i0 + i: i for i in range(m)}
     assert columns.tolist() == sorted(stands)
     assert torch.equal(out, x[:, [stands[column] for column in columns.tolist()]])
 
 
 @pytest.mark.parametrize("k, padded", [(32, 128), (128, 128), (160, 256), (2880, 2944)])
-def test_vectors_for_fragments_have_whole_quads(k, padded):
-    assert (vector_stride(k, True), vector_stride(k, False)) == (padded, k)
+def test_vectors_for_tiles_have_whole_quads(k, padded):
+    assert (SM_90.prompts.vector_stride(k), CPU.prompts.vector_stride(k)) == (padded, k)
 
 
 @pytest.mark.parametrize("m, n", [(16, 16), (64, 2), (128, 32)])
-@pytest.mark.parametrize("fragments", [False, True], ids=["rows", "fragments"])
-def test_rows_of_a_result(fragments, m, n):
+@with_machine
+def test_rows_of_a_result(machine, m, n):
     """All in their order, and gate and up, even and odd ones, apart."""
     x = torch.arange(m * n, dtype=torch.float32).view(m, n)
-    place = [place_in_fragments(row) if fragments else row for row in range(m)]
+    place = [place_in_tiles(row) if machine is SM_90 else row for row in range(m)]
     stored = torch.empty(m, n)
     stored[place] = x
     rows = torch.zeros(m, n)
-    in_rows_kernel[(1,)](rows, stored, M=m, N=n, FRAGMENTS=fragments)
+    in_rows_kernel[(1,)](rows, stored, M=m, N=n, MACHINE=machine)
     assert torch.equal(rows, x)
     even, odd = torch.zeros(m // 2, n), torch.zeros(m // 2, n)
-    split_kernel[(1,)](even, odd, stored, M=m, N=n, FRAGMENTS=fragments)
+    split_kernel[(1,)](even, odd, stored, M=m, N=n, MACHINE=machine)
     assert torch.equal(even, x[0::2])
     assert torch.equal(odd, x[1::2])
 
@@ -356,7 +340,7 @@ def test_every_code_at_every_place_of_a_word(way):
 
 
 @pytest.mark.parametrize("base", [0, 1, 26, 127, 200, 253, 254])
-@pytest.mark.parametrize("way", [ROWS, FRAGMENTS[1]], ids=str)
+@pytest.mark.parametrize("way", [ROWS, TILES[1]], ids=str)
 def test_scales_from_end_to_end(way, base):
     """Relative to the largest one they are exact down to 2^-23, in subnormal float16 too."""
     least = max(0, base - 23)
@@ -371,7 +355,7 @@ def test_scales_from_end_to_end(way, base):
     assert torch.equal(gemm(matrix, vectors, way), expected(matrix, vectors))
 
 
-@pytest.mark.parametrize("way", [ROWS, *FRAGMENTS], ids=str)
+@pytest.mark.parametrize("way", [ROWS, *TILES], ids=str)
 def test_small_scales_keep_the_absolute_precision_of_large_ones(way):
     """Scales of all E8M0 beside the largest: what float16 cannot hold is off by half of its least step, 2^-24."""
     generator = torch.Generator().manual_seed(0)
@@ -387,7 +371,7 @@ def test_small_scales_keep_the_absolute_precision_of_large_ones(way):
 
 
 @pytest.mark.parametrize("below", [22, 23, 24, 25, 28, 29, 60, 254])
-@pytest.mark.parametrize("way", [ROWS, FRAGMENTS[0]], ids=str)
+@pytest.mark.parametrize("way", [ROWS, TILES[0]], ids=str)
 def test_one_small_scale_beside_the_largest(way, below):
     """Row 0 has the largest scale, row 1 one so far `below`: rounded to multiples of 2^-24 of the largest, no more."""
     matrix = Matrix(torch.arange(32).repeat(2, 1) % 16, torch.tensor([[254], [254 - below]]))

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import gemv_fp4, gemv_fp4_fp8
+from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 NAN_SCALE = 255

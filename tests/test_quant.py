@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import GROUP, e8m0_to_float32, load_mxfp8, quantize_mxfp8
+from common.quant import GROUP, e8m0_to_float32, load_mxfp8, quantize_mxfp8
 
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149

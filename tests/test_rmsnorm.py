@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from common import add_blocks, load_vector, multiply_blocks, rms_rstd
+from common.gemv_bf16 import load_vector
+from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 
 EPS = 1e-5
 BLOCK = 4096

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import load_rotated
+from common.rope import load_rotated
 
 HEAD_DIMS = [16, 32, 64, 128]
 

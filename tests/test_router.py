@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from common import pick, top_k_softmax
+from common.experts import pick
+from common.router import top_k_softmax
 
 CASES = [(n, k) for n in (5, 31, 128, 200) for k in (1, 3, 4, 8) if k <= n]
 

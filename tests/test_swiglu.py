@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import swiglu
+from common.swiglu import swiglu
 
 LIMIT, ALPHA = 7.0, 1.702
 LARGEST = torch.finfo(torch.float32).max

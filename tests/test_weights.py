@@ -111,7 +111,7 @@ def test_an_archive_gives_the_weights_of_its_checkpoint(config, tmp_path):
 def test_an_archive_packs_like_its_checkpoint(tmp_path):
     checkpoint = loud_checkpoint(small_config())
     tuning = ring_tiles(checkpoint.config)
-    assert tuning.fragments
+    assert tuning.machine.experts.is_packed
     archive = archive_of(checkpoint, tmp_path / "m.iris")
     assert_same(
         load_weights(archive, archive.config, CPU, tuning), load_weights(checkpoint, checkpoint.config, CPU, tuning)
