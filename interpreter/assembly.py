@@ -15,8 +15,8 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from common import cpu
-from common.gemv_fp8 import e4m3_to_float32
 from common.gemm_fp4 import as_half
+from common.gemv_fp8 import e4m3_to_float32
 from common.gfx950 import asm
 from common.quant import e8m0_to_float32
 from common.sm90 import prompt_tiles, ptx, tile_product
@@ -198,6 +198,13 @@ def nothing(*arrays: np.ndarray) -> list[np.ndarray]:
     return [np.zeros(arrays[0].shape if arrays else 1, np.int32)]
 
 
+def write_back() -> list[np.ndarray]:
+    """0, behind which the running program's next atomic publishes what it stored."""
+    if (detector := Grid.active.detector) is not None:
+        detector.write_back(Grid.active.running.number)
+    return nothing()
+
+
 def clock_ns() -> list[np.ndarray]:
     return [np.array([time.perf_counter_ns()], np.int64)]
 
@@ -225,7 +232,7 @@ MEANINGS = {
     tile_product.SECOND_STEP: multiply_quad(1),
     prompt_tiles.DECODE: by_language(decode_word),
     asm.DRAIN: nothing,
-    asm.WRITE_BACK: nothing,
+    asm.WRITE_BACK: write_back,
     asm.ZERO: nothing,
     asm.CLOCK: clock_100_mhz,
     asm.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),

@@ -1,7 +1,8 @@
 """Happens-before race detection: vector clocks on the atomics, shadow memory on loads and stores.
 
 Programs are the threads of the model. An atomic with release semantics publishes its program's clock at its address;
-one with acquire semantics takes over what is published there. All atomics are read-modify-writes, so each continues the
+one with acquire semantics takes over what is published there. The first atomic after a write-back (gfx950) publishes
+its program's clock of that moment, whatever its semantics. All atomics are read-modify-writes, so each continues the
 release sequence of the earlier ones, whatever its own semantics; a plain store to the address ends it. Scopes are
 ignored.
 """
@@ -88,6 +89,7 @@ class RaceDetector:
         self.reported = set()
         self.clock = np.eye(programs, dtype=np.int32)
         self.published = {}
+        self.written_back = {}
         self.site_numbers = {}
         self.site_list = []
         storages = {}
@@ -102,8 +104,8 @@ class RaceDetector:
         self.shadows = [_Shadow(base, size, owners, programs) for (base, size), owners in sorted(storages.items())]
         self.bases = np.array([shadow.base for shadow in self.shadows], np.int64)
 
-    def access(self, kind, program, pointers, mask, width):
-        """An access of `width` bytes at each pointer that the mask (None: all) leaves."""
+    def access(self, kind, program, pointers, mask, width, time=None):
+        """An access of `width` bytes at each pointer that the mask (None: all) leaves; `time`: if not now."""
         if not self.shadows:
             return
         pointers = pointers.reshape(-1)
@@ -126,16 +128,16 @@ class RaceDetector:
             if not inside.all():
                 offsets = offsets[inside]
             if offsets.size:
-                self._access_storage(shadow, kind, program, shadow.cells(offsets, width), site)
+                self._access_storage(shadow, kind, program, shadow.cells(offsets, width), site, time)
 
-    def _access_storage(self, shadow, kind, program, cells, site):
+    def _access_storage(self, shadow, kind, program, cells, site, time):
         clock = self.clock[program]
         for earlier in _CONFLICTS[kind]:
             if earlier in shadow.clocks:
                 unordered = shadow.clocks[earlier][cells] > clock
                 if unordered.any():
                     self._report(shadow, kind, earlier, program, cells, unordered, site)
-        shadow.record(kind, cells, program, clock[program], site)
+        shadow.record(kind, cells, program, clock[program] if time is None else time, site)
 
     def _report(self, shadow, kind, earlier, program, cells, unordered, site):
         for other in np.flatnonzero(unordered.any(axis=0)):
@@ -166,9 +168,19 @@ class RaceDetector:
         if semantics in _ACQUIRES:
             for address in addresses & self.published.keys():
                 np.maximum(clock, self.published[address], out=clock)
-        self.access(ATOMIC if stored else VOLATILE_LOAD, program, pointers, mask, width)
-        if semantics in _RELEASES and stored:
+        written_back = self.written_back.pop(program, None) if stored else None
+        released = clock if semantics in _RELEASES else written_back
+        # Who acquires it comes after this atomic too, as it has one address.
+        time = None if released is None else released[program]
+        self.access(ATOMIC if stored else VOLATILE_LOAD, program, pointers, mask, width, time)
+        if released is not None and stored:
             for address in addresses:
                 earlier = self.published.get(address)
-                self.published[address] = clock.copy() if earlier is None else np.maximum(clock, earlier)
+                self.published[address] = released.copy() if earlier is None else np.maximum(released, earlier)
+        if semantics in _RELEASES and stored:
             clock[program] += 1
+
+    def write_back(self, program):
+        """All that a program has stored so far comes before its next atomic."""
+        self.written_back[program] = self.clock[program].copy()
+        self.clock[program][program] += 1

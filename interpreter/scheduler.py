@@ -69,7 +69,7 @@ def interrupts_to(fail):
 
 
 class _Program:
-    __slots__ = ("grid_index", "idle_turns", "number", "seen_version", "thread", "turn", "shared")
+    __slots__ = ("grid_index", "idle_turns", "number", "seen_version", "shared", "thread", "turn")
 
     def __init__(self, number, grid_index):
         self.number = number

@@ -1,15 +1,15 @@
-"""host.launch.fit_ring: tiles and slots of the ring for the sizes of a model."""
+"""host.launch.fit_ring: tiles and stages of the ring for the sizes of a model."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from mutations import ODD_SIZES, small_config
+from mutations import ODD_SIZES, changed, small_config
 
-from common.ring import BARRIER_BYTES
+from common.sm90.ring import BARRIER_BYTES
 from host.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
 from host.errors import InputError
-from host.launch import LEAST_SLOTS, SM_90, Tuning, fit_ring, tuning_for
+from host.launch import LEAST_STAGES, SM_90, Tuning, fit_ring, tuning_for
 
 RING_BYTES = 8 * 25600
 
@@ -30,7 +30,7 @@ each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def bytes_of_tiles(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
-    """What a slot holds of each kind of tile, and how far its threads read, whichever is more."""
+    """What a stage holds of each kind of tile, and how far its threads read, whichever is more."""
 
     def expert(k: int) -> int:
         quads, steps = -(-k // 128), -(-k // (128 * tuning.num_warps))
@@ -40,11 +40,11 @@ def bytes_of_tiles(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
         return max(16 * 128 // 2 * quads + scales, 16 * 128 // 2 * steps * tuning.num_warps)
 
     return {
-        "QKV": tuning.qkv_m * config.hidden_size * 2,
-        "O": tuning.o_m * config.q_size * 2,
+        "QKV": tuning.dense.qkv_rows * config.hidden_size * 2,
+        "O": tuning.dense.o_rows * config.q_size * 2,
         "gate-up": expert(config.hidden_size),
         "down": expert(config.intermediate_size),
-        "LM head": tuning.head_m * config.hidden_size * 2,
+        "LM head": tuning.dense.head_rows * config.hidden_size * 2,
     }
 
 
@@ -52,36 +52,39 @@ def bytes_of_tiles(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
 def test_the_published_models_have_the_tuned_ring(config):
     tuning = fit_ring(SM_90, config)
     assert tuning == SM_90
-    assert (tuning.qkv_m, tuning.o_m, tuning.head_m) == (4, 2, 4)
-    assert (tuning.ring_slots, tuning.slot_bytes, tuning.window) == (7, 25600, 5)
+    assert (tuning.dense.qkv_rows, tuning.dense.o_rows, tuning.dense.head_rows) == (4, 2, 4)
+    assert (tuning.ring.stages, tuning.ring.stage_bytes, tuning.ring.prefetch_distance) == (7, 25600, 5)
 
 
 @each_config
-def test_a_slot_holds_every_tile(config):
-    """No byte more than the largest needs, in as many slots as there is room for."""
+def test_a_stage_holds_every_tile(config):
+    """No byte more than the largest needs, in as many stages as there is room for."""
     tuning = fit_ring(SM_90, config)
     most = max(bytes_of_tiles(config, tuning).values())
-    assert most <= tuning.slot_bytes < most + 128
-    assert tuning.slot_bytes % 128 == 0
-    assert LEAST_SLOTS <= tuning.ring_slots == min(7, RING_BYTES // tuning.slot_bytes)
-    assert tuning.window == min(5, tuning.ring_slots)
-    assert tuning.ring_slots * 8 <= BARRIER_BYTES.value
+    assert most <= tuning.ring.stage_bytes < most + 128
+    assert tuning.ring.stage_bytes % 128 == 0
+    assert LEAST_STAGES <= tuning.ring.stages == min(7, RING_BYTES // tuning.ring.stage_bytes)
+    assert tuning.ring.prefetch_distance == min(5, tuning.ring.stages)
+    assert tuning.ring.stages * 8 <= BARRIER_BYTES.value
 
 
 @each_config
 def test_all_threads_have_rows_of_a_dense_tile(config):
-    """Two sets of lanes share a tile's rows evenly; nothing but the ring and these rows depends on the model."""
+    """Two sets of threads share a tile's rows evenly; nothing but the ring and these rows depends on the model."""
     tuning = fit_ring(SM_90, config)
-    assert {tuning.qkv_m, tuning.o_m, tuning.head_m} <= {2, 4}
-    wide = tuning.slot_bytes > SM_90.slot_bytes  # then attention's steps are half as long
-    assert (tuning.block_t, tuning.attention_parts) == ((64, 4) if wide else (128, 8))
-    attention = dict(block_t=128, attention_parts=8)
-    ring = dict(ring_slots=7, slot_bytes=25600, window=5)
-    assert replace(tuning, qkv_m=4, o_m=2, head_m=4, **ring, **attention) == SM_90
+    assert {tuning.dense.qkv_rows, tuning.dense.o_rows, tuning.dense.head_rows} <= {2, 4}
+    wide = tuning.ring.stage_bytes > SM_90.ring.stage_bytes  # then attention's steps are half as long
+    assert (tuning.attention.block_t, tuning.attention.parts) == ((64, 4) if wide else (128, 8))
+    usual = dict(
+        dense=dict(qkv_rows=4, o_rows=2, head_rows=4),
+        ring=dict(stages=7, stage_bytes=25600, prefetch_distance=5),
+        attention=dict(block_t=128, parts=8),
+    )
+    assert changed(tuning, **usual) == SM_90
 
 
 @pytest.mark.parametrize(
-    "changes, rows, slots",
+    "changes, rows, stages",
     [
         (dict(hidden_size=3200, intermediate_size=2880), (4, 2, 4), 6),  # experts of 25 quads, 32 of which are read
         (dict(hidden_size=3232, intermediate_size=32), (2, 2, 2), 6),
@@ -92,10 +95,10 @@ def test_all_threads_have_rows_of_a_dense_tile(config):
         (dict(hidden_size=12032), (2, 2, 2), 2),
     ],
 )
-def test_wide_models_get_fewer_rows_and_fewer_slots(changes, rows, slots):
+def test_wide_models_get_fewer_rows_and_fewer_stages(changes, rows, stages):
     tuning = fit_ring(SM_90, sized(**changes))
-    assert (tuning.qkv_m, tuning.o_m, tuning.head_m) == rows
-    assert tuning.ring_slots == slots
+    assert (tuning.dense.qkv_rows, tuning.dense.o_rows, tuning.dense.head_rows) == rows
+    assert tuning.ring.stages == stages
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_wide_models_get_fewer_rows_and_fewer_slots(changes, rows, slots):
         (dict(hidden_size=1 << 20), (1 << 20) // 2 * 16 + (1 << 20) // 32 * 16),
     ],
 )
-def test_two_slots_that_do_not_fit_are_one_clear_line(changes, needed):
+def test_two_stages_that_do_not_fit_are_one_clear_line(changes, needed):
     with pytest.raises(InputError) as error:
         fit_ring(SM_90, sized(**changes))
     message = str(error.value)
@@ -115,6 +118,5 @@ def test_two_slots_that_do_not_fit_are_one_clear_line(changes, needed):
     assert "\n" not in message
 
 
-def test_nothing_is_streamed_on_a_cpu():
-    tuning = tuning_for(torch.device("cpu"), GPT_OSS_120B)
-    assert (tuning.ring_slots, tuning.slot_bytes, tuning.window) == (0, 0, 0)
+def test_a_cpu_has_no_ring():
+    assert tuning_for(torch.device("cpu"), GPT_OSS_120B).ring is None

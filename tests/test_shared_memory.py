@@ -3,7 +3,7 @@
 import pytest
 from triton import knobs
 
-from common.ring import OPEN
+from common.sm90.ring import OPEN
 from host import shared_memory
 
 REQUEST = "// shared memory behind Triton's own: {} bytes"
@@ -42,11 +42,11 @@ def test_a_request_follows_what_triton_has(own, rounded, hooks):
     assert compiled(hooks, f"first\n{REQUEST.format(1000)}\nlast", own) == rounded + 1000
 
 
-@pytest.mark.parametrize("slots, slot_bytes", [(2, 8192), (8, 25600)])
-def test_what_a_ring_asks_for(slots, slot_bytes, hooks):
+@pytest.mark.parametrize("stages, stage_bytes", [(2, 8192), (8, 25600)])
+def test_what_a_ring_asks_for(stages, stage_bytes, hooks):
     shared_memory.install()
-    ring = 128 + slots * slot_bytes
-    assert compiled(hooks, f"mov.u32 %r1, 0;\n{OPEN(slots, slot_bytes)}\nret;", 100) == 128 + ring
+    ring = 128 + stages * stage_bytes
+    assert compiled(hooks, f"mov.u32 %r1, 0;\n{OPEN(stages, stage_bytes)}\nret;", 100) == 128 + ring
 
 
 def test_the_largest_of_several_requests(hooks):
