@@ -6,36 +6,36 @@ is left are the roundings of exponentials and sums of positive terms, about 1e-6
 
 import itertools
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-from mutations import loud_checkpoint, small_config
+from mutations import changed, loud_checkpoint, small_config, small_tiles
 
-from gpt_oss_megakernel import MegaModel, barrier_name  # before Triton: it sets TRITON_INTERPRET
+from gpt_oss_megakernel import MegaModel  # before Triton: it sets TRITON_INTERPRET
 
 # isort: split
 import triton
 import triton.language as tl
 
-from common import (
-    ABORT,
-    ARRIVALS,
+from common import decode_attention
+from common.attention import (
     attend_cache,
     attend_cache_by_head,
-    attention_phase,
     keep_state_if,
     load_cache_block,
     merge_splits,
     start_state,
 )
-from common.attention_phase import parts_of_a_step
-from interpreter import simulate
+from common.barrier import ABORT, ARRIVALS
+from common.build import Build
+from common.decode_attention import parts_of_a_step
 from host.errors import MegakernelAborted
-from host.launch import GFX950, SM_90, tuning_for, with_small_tiles
+from host.launch import GFX950, SM_90
+from host.phases import barrier_name
 from host.random_cache import fill_cache
 from host.state import new_state
+from interpreter import simulate
 from kernels import attention_kernel
 
 G, BLOCK_T = 8, 32
@@ -287,7 +287,7 @@ def test_other_blocks_and_head_dims(head_dim, block_t, parts):
     assert_same_state(case.attend(20, 151, block_t, parts), case.expected(20, 151))
 
 
-HALF_STEPS = replace(SM_90, block_t=SM_90.block_t // 2, attention_parts=SM_90.attention_parts // 2)
+HALF_STEPS = changed(SM_90, attention=dict(block_t=SM_90.attention.block_t // 2, parts=SM_90.attention.parts // 2))
 
 
 @pytest.mark.parametrize(
@@ -295,8 +295,8 @@ HALF_STEPS = replace(SM_90, block_t=SM_90.block_t // 2, attention_parts=SM_90.at
 )
 def test_wide_rows_get_fewer_parts(tuning, wide):
     """So that steps over a float32 cache or wide heads take no more memory; short steps stay as they are."""
-    assert [parts_of_a_step(tuning, n) for n in (32, 128)] == [tuning.attention_parts] * 2
-    assert [parts_of_a_step(tuning, n) for n in (256, 512)] == [wide] * 2
+    assert [parts_of_a_step(tuning.attention, n) for n in (32, 128)] == [tuning.attention.parts] * 2
+    assert [parts_of_a_step(tuning.attention, n) for n in (256, 512)] == [wide] * 2
 
 
 def real_case(length: int, dtype: torch.dtype) -> Case:
@@ -481,7 +481,7 @@ class Sinks(NamedTuple):
 def test_the_phase(n_heads, n_kv_heads, head_dim, num_programs, head_keys):
     """Both ways, with fewer units than programs and more, against float64; each appends the key and value once."""
     config = small_config(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_layers=2)
-    tuning = replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), head_keys=head_keys)
+    tuning = small_tiles(config, attention=dict(head_keys=head_keys))
     generator = torch.Generator().manual_seed(4)
     w = Sinks(torch.randn(2, n_heads, generator=generator))
     context, group = 41, n_heads // n_kv_heads
@@ -494,9 +494,7 @@ def test_the_phase(n_heads, n_kv_heads, head_dim, num_programs, head_keys):
             cache[:] = torch.nan
             cache[1, :, first:position] = torch.randn(n_kv_heads, position - first, head_dim, generator=generator)
         past = [cache[1, :, first:position].double() for cache in (s.k_cache, s.v_cache)]
-        attention_kernel[(num_programs,)](
-            w, s, 1, position, context, num_programs, CONFIG=config, TUNING=tuning, QUANT=False
-        )
+        attention_kernel[(num_programs,)](w, s, 1, position, context, num_programs, BUILD=Build(config, tuning))
 
         turn = torch.complex(s.cos[position].double(), s.sin[position].double())
         heads = s.qkv.double().view(-1, head_dim)
@@ -526,11 +524,13 @@ SPLIT_KINDS = {
 class SplitCase:
     """The attention phase of one layer at the last position, of which none is attended by head."""
 
-    def __init__(self, n_layers: int = 1, n_heads: int = 6, n_kv_heads: int = 2, **tuning):
+    def __init__(
+        self, n_layers: int = 1, n_heads: int = 6, n_kv_heads: int = 2, spin_limit: int = 1 << 14, **attention: int
+    ):
         sizes = dict(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=16, n_layers=n_layers)
         self.config = small_config(**sizes, layer_is_sliding=(False,) * n_layers)
-        small = with_small_tiles(tuning_for(torch.device("cpu"), self.config))
-        self.tuning = replace(small, **{"head_keys": 0} | tuning)
+        attention = {"head_keys": 0} | attention
+        self.tuning = small_tiles(self.config, attention=attention, spin_limit=spin_limit)
         generator = torch.Generator().manual_seed(6)
         self.w = Sinks(torch.randn(n_layers, n_heads, generator=generator))
         self.qkv = torch.randn(self.config.qkv_size, generator=generator)
@@ -547,9 +547,8 @@ class SplitCase:
         return s
 
     def run(self, s, num_programs: int, layer: int = 0, position: int = CONTEXT - 1) -> None:
-        attention_kernel[(num_programs,)](
-            self.w, s, layer, position, CONTEXT, num_programs, CONFIG=self.config, TUNING=self.tuning, QUANT=False
-        )
+        build = Build(self.config, self.tuning)
+        attention_kernel[(num_programs,)](self.w, s, layer, position, CONTEXT, num_programs, BUILD=build)
 
 
 @pytest.mark.parametrize("changes", SPLIT_KINDS.values(), ids=SPLIT_KINDS.keys())
@@ -586,7 +585,7 @@ def test_one_split_counts_nothing_and_waits_for_none():
 @pytest.mark.parametrize("name", ["count_arrival", "wait_for"])
 def test_merging_needs_its_order(name, monkeypatch):
     case = SplitCase(split_t=16, max_splits=5, spin_limit=100)
-    monkeypatch.setattr(attention_phase, name, lambda *args: None)
+    monkeypatch.setattr(decode_attention, name, lambda *args: None)
     races = []
     for seed in range(3):
         with simulate(seed=seed, detect_races=True, deadlock_limit=None) as simulation:
@@ -618,8 +617,7 @@ def test_a_missing_split_makes_the_wait_give_up(kv_head, layer, num_programs):
 def split_model():
     """Both layers see all of the past, in three splits; five programs."""
     config = small_config(n_layers=2, layer_is_sliding=(False, False))
-    tuning = replace(with_small_tiles(tuning_for(torch.device("cpu"), config)), head_keys=0, split_t=16, max_splits=3)
-    tuning = replace(tuning, spin_limit=1000)
+    tuning = small_tiles(config, attention=dict(head_keys=0, split_t=16, max_splits=3), spin_limit=1000)
     return MegaModel(loud_checkpoint(config), max_context=41, num_programs=5, tuning=tuning)
 
 
@@ -655,16 +653,16 @@ def test_a_program_that_leaves_its_splits_out_is_reported(split_model, deserter,
     fill(model)
     expected = model.step(5, 40)
     fill(model)
-    arrive = attention_phase.count_arrival
+    arrive = decode_attention.count_arrival
     counted = []
 
     def arrive_unless_it_deserts(*args):
-        pid = int(tl.program_id(0).handle.data.item())
-        counted.append(pid)
-        if pid != deserter or counted.count(pid) <= layer * UNITS_OF[deserter]:
+        program = int(tl.program_id(0).handle.data.item())
+        counted.append(program)
+        if program != deserter or counted.count(program) <= layer * UNITS_OF[deserter]:
             arrive(*args)
 
-    monkeypatch.setattr(attention_phase, "count_arrival", arrive_unless_it_deserts)
+    monkeypatch.setattr(decode_attention, "count_arrival", arrive_unless_it_deserts)
     with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted, match=f"the attention phase of layer {layer}"):
         model.step(5, 40)
     monkeypatch.undo()

@@ -5,8 +5,11 @@ import torch
 import triton
 import triton.language as tl
 
-from common import gemv_bf16, load_bf16_rows, load_vector, multiply_blocks
-from common.gemv_bf16 import gemv_bf16_slot, load_lane_vector
+from common.build import Matrix
+from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
+from common.rmsnorm import multiply_blocks
+from common.sm90.gemv import load_thread_vector, multiply_rows
+from common.sm90.ring import DESCRIPTION_BYTES, behind_stages, describe_tile, fill_stage, open_ring, wait_for_stage
 
 SHAPES = [(1, 2), (5, 38), (8, 32), (13, 130), (7, 2880)]
 BLOCKS = [(1, 32), (4, 16), (8, 128), (16, 4096), (2, 2)]
@@ -152,7 +155,7 @@ def test_real_numbers(block_m, block_k, with_norm):
     norm = torch.randn(k, generator=generator) if with_norm else None
     effective = x.double() * torch.tensor(rstd).double() * (norm.double() if with_norm else 1)
     actual = gemv(w, x, block_m, block_k, norm, rstd).double()
-    # A lane sums K / BLOCK_K pairs one after another, the lanes are summed in pairs; products and norm round thrice.
+    # A thread sums K / BLOCK_K pairs one by one, the threads are summed in pairs; products and norm round thrice.
     roundings = triton.cdiv(k, block_k) + block_k.bit_length() + 3
     bound = roundings * 2.0**-24 * (w.double().abs() @ effective.abs())
     assert ((actual - w.double() @ effective).abs() <= bound).all()
@@ -179,86 +182,95 @@ def test_huge_and_nan_values_stay():
 
 
 @triton.jit
-def lane_vector_kernel(out_ptr, x_ptr, K: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
-    """out [blocks, COPIES, LANES]."""
-    blocks = load_lane_vector(x_ptr, K, LANES, COPIES)
-    at = tl.arange(0, COPIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+def thread_vector_kernel(out_ptr, x_ptr, K: tl.constexpr, THREADS: tl.constexpr, COPIES: tl.constexpr):
+    """out [blocks, COPIES, THREADS]."""
+    blocks = load_thread_vector(x_ptr, K, THREADS, COPIES)
+    at = tl.arange(0, COPIES)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
     for i in tl.static_range(len(blocks)):
-        tl.store(out_ptr + i * (COPIES * LANES) + at, blocks[i])
+        tl.store(out_ptr + i * (COPIES * THREADS) + at, blocks[i])
 
 
 @triton.jit
-def slot_kernel(out_ptr, w_ptr, x_ptr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, COPIES: tl.constexpr):
-    """out [ROWS / COPIES, COPIES, LANES], a program for each tile."""
+def stage_kernel(out_ptr, w_ptr, x_ptr, MATRIX: tl.constexpr, THREADS: tl.constexpr, COPIES: tl.constexpr):
+    """out [tile_rows / COPIES, COPIES, THREADS], a program for each tile, which it copies into a stage."""
+    ROWS: tl.constexpr = MATRIX.tile_rows
+    TILE_BYTES: tl.constexpr = ROWS * MATRIX.k * 2
+    STAGE: tl.constexpr = (TILE_BYTES + 127) // 128 * 128
     tile = tl.program_id(0)
-    x = load_lane_vector(x_ptr, K, LANES, COPIES)
-    sums = gemv_bf16_slot((w_ptr + tile * (ROWS * (K // 2))).to(tl.int64), x, ROWS, K, ROWS, "cpu")
+    x = load_thread_vector(x_ptr, MATRIX.k, THREADS, COPIES)
+    ring = open_ring(1, STAGE, 16 * THREADS + DESCRIPTION_BYTES)
+    description = behind_stages(ring, 1, STAGE) + 16 * THREADS
+    at = w_ptr.to(tl.int64) + tile * TILE_BYTES
+    describe_tile(description, at, at * 0 + TILE_BYTES, at, at * 0, tile >= 0)
+    fill_stage(ring, 0, description, 1, STAGE)
+    sums = multiply_rows(wait_for_stage(ring, 0, 1, STAGE), x, ROWS, MATRIX)
     part = tl.arange(0, ROWS // COPIES)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
-    at = (tile * ROWS + part) * LANES + tl.arange(0, LANES)[None, None, :]
+    at = (tile * ROWS + part) * THREADS + tl.arange(0, THREADS)[None, None, :]
     tl.store(out_ptr + at, sums)
 
 
-def gemv_slot(w: torch.Tensor, x: torch.Tensor, rows: int, lanes: int, copies: int) -> torch.Tensor:
-    """What each lane has of w's rows, [rows of w, lanes]; NaN stands behind the last tile and behind the vector."""
+def gemv_in_stages(w: torch.Tensor, x: torch.Tensor, rows: int, threads: int, copies: int) -> torch.Tensor:
+    """What each thread has of w's rows, [rows of w, threads]; NaN stands behind each tile and behind the vector."""
     n_tiles, k = len(w) // rows, w.shape[1]
-    out = torch.full((len(w), lanes), torch.nan)
-    slot_kernel[(n_tiles,)](
-        out, words(w, rows, 8 * lanes), before_nan(x, 8 * lanes), K=k, ROWS=rows, LANES=lanes, COPIES=copies
+    out = torch.full((len(w), threads), torch.nan)
+    matrix = Matrix("w", len(w), k, "bf16", rows, k_block=0)
+    stage_kernel[(n_tiles,)](
+        out, words(w, rows, 8 * threads), before_nan(x, 8 * threads), MATRIX=matrix, THREADS=threads, COPIES=copies
     )
     return out
 
 
-SLOT_SIZES = [32, 80, 416, 1504, 2880]  # 16 bytes of a row at a time, so multiples of 8, of whole runs or not
-with_slots = pytest.mark.parametrize("rows, copies", [(2, 1), (2, 2), (4, 1), (4, 2)])
-with_lanes = pytest.mark.parametrize("lanes", [32, 128])
+STAGE_SIZES = [32, 80, 416, 1504, 2880]  # 16 bytes of a row at a time, so multiples of 8, of whole runs or not
+with_tiles = pytest.mark.parametrize("rows, copies", [(2, 1), (2, 2), (4, 1), (4, 2)])
+with_threads = pytest.mark.parametrize("threads", [32, 128])
 
 
-@with_lanes
+@with_threads
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k", [*SLOT_SIZES, 31, 256, 257, 1500])
-def test_a_lane_has_eight_elements_of_each_run(k, dtype, copies, lanes):
-    """Lane i those from 8 i on, in all copies, and zeros beyond K, where nothing is read."""
+@pytest.mark.parametrize("k", [*STAGE_SIZES, 31, 256, 257, 1500])
+def test_a_thread_has_eight_elements_of_each_run(k, dtype, copies, threads):
+    """Thread i those from 8 i on, in all copies, and zeros beyond K, where nothing is read."""
     x = (torch.arange(k) % 251 + 1).to(dtype)
-    n_runs = triton.cdiv(k, 8 * lanes)
-    out = torch.full((8 * n_runs, copies, lanes), torch.nan)
-    lane_vector_kernel[(1,)](out, before_nan(x, 8 * lanes), K=k, LANES=lanes, COPIES=copies)
-    expected = torch.zeros(n_runs * lanes * 8)
+    n_runs = triton.cdiv(k, 8 * threads)
+    out = torch.full((8 * n_runs, copies, threads), torch.nan)
+    thread_vector_kernel[(1,)](out, before_nan(x, 8 * threads), K=k, THREADS=threads, COPIES=copies)
+    expected = torch.zeros(n_runs * threads * 8)
     expected[:k] = x
-    expected = expected.view(n_runs, lanes, 8).transpose(1, 2).reshape(8 * n_runs, 1, lanes)
+    expected = expected.view(n_runs, threads, 8).transpose(1, 2).reshape(8 * n_runs, 1, threads)
     assert torch.equal(out, expected.expand(-1, copies, -1))
 
 
-@with_lanes
-@with_slots
-@pytest.mark.parametrize("k", SLOT_SIZES)
-def test_each_lane_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, lanes):
+@with_threads
+@with_tiles
+@pytest.mark.parametrize("k", STAGE_SIZES)
+def test_each_thread_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, threads):
     """Exactly, as integers: what it has of a row is what its eight elements of each run give, and no more."""
     w, x = small_integers(3 * rows, k, seed=0), small_integers(k, seed=1)
-    products = torch.zeros(len(w), triton.cdiv(k, 8 * lanes) * 8 * lanes)
+    products = torch.zeros(len(w), triton.cdiv(k, 8 * threads) * 8 * threads)
     products[:, :k] = w * x
-    expected = products.view(len(w), -1, lanes, 8).sum((1, 3))
-    assert torch.equal(gemv_slot(w.bfloat16(), x, rows, lanes, copies), expected)
+    expected = products.view(len(w), -1, threads, 8).sum((1, 3))
+    assert torch.equal(gemv_in_stages(w.bfloat16(), x, rows, threads, copies), expected)
 
 
-@with_lanes
-@with_slots
-@pytest.mark.parametrize("k", SLOT_SIZES)
-def test_rows_in_a_slot(k, rows, copies, lanes):
+@with_threads
+@with_tiles
+@pytest.mark.parametrize("k", STAGE_SIZES)
+def test_rows_in_a_stage(k, rows, copies, threads):
     """Real numbers against float64; what other rows hold, or follows the tile, is no part of a row."""
     generator = torch.Generator().manual_seed(k)
     w = torch.randn(2 * rows, k, generator=generator).bfloat16()
     x = torch.randn(k, generator=generator)
-    found = gemv_slot(w, x, rows, lanes, copies).double().sum(1)
+    found = gemv_in_stages(w, x, rows, threads, copies).double().sum(1)
     expected = w.double() @ x.double()
-    # A lane adds pairs one after another, four each run; a pair's products are rounded and summed.
-    roundings = 4 * triton.cdiv(k, 8 * lanes) + 2
+    # A thread adds pairs one after another, four each run; a pair's products are rounded and summed.
+    roundings = 4 * triton.cdiv(k, 8 * threads) + 2
     bound = roundings * 2.0**-24 * (w.double().abs() @ x.double().abs())
     assert ((found - expected).abs() <= bound).all()
     for row in (0, rows - 1):
         poisoned = w.clone()
         poisoned[row] = torch.nan
-        found_others = gemv_slot(poisoned, x, rows, lanes, copies).double().sum(1)
+        found_others = gemv_in_stages(poisoned, x, rows, threads, copies).double().sum(1)
         others = torch.arange(len(w)) != row
         assert found_others[row].isnan()
         assert torch.equal(found_others[others], found[others])

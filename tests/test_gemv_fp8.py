@@ -11,16 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from common import multiply_blocks
-from common.gemv_bf16 import load_lane_vector
-from common.gemv_fp8 import (
-    e4m3_to_float32,
-    gemv_fp8,
-    gemv_fp8_slot,
-    load_fp8_rows,
-    load_whole_vector,
-    scale_stride,
-)
+from common import build
+from common.cpu import CPU
+from common.gemv_dense import row_scale_bytes
+from common.gemv_fp8 import gemv_fp8, load_fp8_rows, load_whole_vector
+from common.gfx950 import GFX950
+from common.rmsnorm import multiply_blocks
+from common.sm90 import SM_90
+from common.sm90.gemv import load_thread_vector, multiply_rows
+from common.sm90.ring import DESCRIPTION_BYTES, behind_stages, describe_tile, fill_stage, open_ring, wait_for_stage
 
 NAN, NAN_SCALE = 0x7F, 255
 SHAPES = {"fp8-row": [(1, 4), (5, 36), (13, 132), (7, 2880)], "fp8-32": [(1, 32), (5, 96), (13, 160), (7, 2880)]}
@@ -31,10 +30,10 @@ with_blocks = pytest.mark.parametrize("block_m, block_k", BLOCKS)
 
 
 @triton.jit
-def decode_kernel(out_ptr, words_ptr, N: tl.constexpr):
+def decode_kernel(out_ptr, words_ptr, N: tl.constexpr, MACHINE: tl.constexpr):
     """out [N, 4]."""
     i = tl.arange(0, N)
-    values = e4m3_to_float32(tl.load(words_ptr + i), "cpu")
+    values = MACHINE.dense.e4m3_to_float32(tl.load(words_ptr + i))
     for j in tl.static_range(4):
         tl.store(out_ptr + 4 * i + j, values[j])
 
@@ -59,38 +58,43 @@ def gemv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FORMAT: tl.constexpr,
+    MACHINE: tl.constexpr,
 ):
     tile = tl.program_id(0)
     x = multiply_blocks(load_whole_vector(x_ptr, K, BLOCK_K), load_whole_vector(norm_ptr, K, BLOCK_K))
     row0 = first_row + tile * BLOCK_M
     weights = load_fp8_rows(w_ptr, scales_ptr, row0, end_row, K, BLOCK_M, BLOCK_K, FORMAT)
-    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_fp8(weights, x, FORMAT, "cpu"))
+    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_fp8(weights, x, FORMAT, MACHINE))
 
 
 @triton.jit
-def slot_kernel(
+def stage_kernel(
     out_ptr,
     w_ptr,
     scales_ptr,
     x_ptr,
-    n_rows,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    MATRIX: tl.constexpr,
+    THREADS: tl.constexpr,
     COPIES: tl.constexpr,
-    FORMAT: tl.constexpr,
 ):
-    """out [ROWS / COPIES, COPIES, LANES] of each tile, a program for each; there are n_rows in all."""
+    """out [tile_rows / COPIES, COPIES, THREADS], a program for each tile, whose rows it copies into a stage."""
+    K: tl.constexpr = MATRIX.k
+    ROWS: tl.constexpr = MATRIX.tile_rows
+    SCALES: tl.constexpr = row_scale_bytes(K, MATRIX.format)
+    STAGE: tl.constexpr = (ROWS * (K + SCALES) + 127) // 128 * 128
+    PAST: tl.constexpr = 16 * THREADS
     tile = tl.program_id(0)
-    x = load_lane_vector(x_ptr, K, LANES, COPIES, 16)
-    STRIDE: tl.constexpr = scale_stride(K, FORMAT)
-    pieces = (
-        (w_ptr + tile * (ROWS * (K // 4))).to(tl.int64),
-        (scales_ptr + tile * (ROWS * STRIDE)).to(tl.int64),
-    )
-    sums = gemv_fp8_slot(pieces, x, n_rows - tile * ROWS, K, ROWS, FORMAT, "cpu")
+    x = load_thread_vector(x_ptr, K, THREADS, COPIES, 16)
+    ring = open_ring(1, STAGE, PAST + DESCRIPTION_BYTES)
+    description = behind_stages(ring, 1, STAGE) + PAST
+    at, scales = w_ptr.to(tl.int64) + tile * (ROWS * K), scales_ptr.to(tl.int64) + tile * (ROWS * SCALES)
+    n_rows = MATRIX.rows - tile * ROWS
+    rows = at * 0 + tl.minimum(n_rows, ROWS)
+    describe_tile(description, at, rows * K, scales, rows * SCALES, tile >= 0)
+    fill_stage(ring, 0, description, 1, STAGE)
+    sums = multiply_rows(wait_for_stage(ring, 0, 1, STAGE), x, n_rows, MATRIX)
     row = tl.arange(0, ROWS // COPIES)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
-    tl.store(out_ptr + (tile * ROWS + row) * LANES + tl.arange(0, LANES)[None, None, :], sums)
+    tl.store(out_ptr + (tile * ROWS + row) * THREADS + tl.arange(0, THREADS)[None, None, :], sums)
 
 
 class Matrix(NamedTuple):
@@ -179,16 +183,18 @@ def gemv(matrix: Matrix, x, block_m, block_k, norm=None, first_row=0, end_row=No
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         FORMAT=format_of(matrix),
+        MACHINE=CPU,
     )
     assert (out[count:] == 0).all()
     return out[:count]
 
 
-def test_every_code_is_what_torch_makes_of_it():
+@pytest.mark.parametrize("machine", [CPU, GFX950, SM_90], ids=lambda machine: machine.name)
+def test_every_code_is_what_torch_makes_of_it(machine):
     """All 256, NaN and -0 among them, each in each place of a word."""
     codes = (torch.arange(256)[:, None] + torch.tensor([0, 64, 128, 192])).flatten().to(torch.uint8)
     out = torch.zeros(1024)
-    decode_kernel[(1,)](out, codes.view(torch.int32), N=256)
+    decode_kernel[(1,)](out, codes.view(torch.int32), N=256, MACHINE=machine)
     expected = codes.view(torch.float8_e4m3fn).float()
     assert torch.equal(out.isnan(), expected.isnan())
     assert out.isnan().sum() == 8
@@ -293,65 +299,65 @@ def test_scales_of_groups_from_end_to_end(scale):
     assert torch.equal(gemv(matrix, x, 4, 64).double(), expected)
 
 
-def gemv_slot(matrix: Matrix, x: torch.Tensor, rows: int, lanes: int, copies: int) -> torch.Tensor:
-    """What each lane has of each row, [rows, lanes], without scales of rows; beyond the last row it must be 0."""
+def gemv_in_stages(matrix: Matrix, x: torch.Tensor, rows: int, threads: int, copies: int) -> torch.Tensor:
+    """What each thread has of each row, [rows, threads], without scales of rows.
+
+    Rows beyond the last are what their stage holds: nobody wrote there, so that they are NaN.
+    """
     n_rows, k = matrix.codes.shape
     n_tiles = triton.cdiv(n_rows, rows)
-    out = torch.full((n_tiles * rows, lanes), torch.nan)
-    slot_kernel[(n_tiles,)](
+    out = torch.full((n_tiles * rows, threads), torch.nan)
+    stage_kernel[(n_tiles,)](
         out,
-        matrix.words((rows + 1) * k + 16 * lanes),
-        matrix.padded_scales(rows + 1 + lanes),
-        before(torch.nan, 16 * lanes, x),
-        n_rows,
-        K=k,
-        ROWS=rows,
-        LANES=lanes,
+        matrix.words(0),
+        matrix.padded_scales(0),
+        before(torch.nan, 16 * threads, x),
+        MATRIX=build.Matrix("w", n_rows, k, format_of(matrix), rows, k_block=0),
+        THREADS=threads,
         COPIES=copies,
-        FORMAT=format_of(matrix),
     )
-    assert (out[n_rows:] == 0).all()
+    assert out[n_rows:].isnan().any(1).all()
     return out[:n_rows]
 
 
-SLOT_SIZES = {"fp8-row": [32, 80, 416, 1504, 2880], "fp8-32": [32, 416, 1504, 2880]}  # of whole runs or not
-SLOT_CASES = [(dense_format, k) for dense_format, sizes in SLOT_SIZES.items() for k in sizes]
-with_slots = pytest.mark.parametrize("rows, copies", [(2, 1), (4, 2), (8, 4)])
-with_lanes = pytest.mark.parametrize("lanes", [32, 64, 128])
+STAGE_SIZES = {"fp8-row": [32, 80, 416, 1504, 2880], "fp8-32": [32, 416, 1504, 2880]}  # of whole runs or not
+STAGE_CASES = [(dense_format, k) for dense_format, sizes in STAGE_SIZES.items() for k in sizes]
+with_tiles = pytest.mark.parametrize("rows, copies", [(2, 1), (4, 2), (8, 4)])
+with_threads = pytest.mark.parametrize("threads", [32, 64, 128])
 
 
-def lane_values(matrix: Matrix) -> torch.Tensor:
+def thread_values(matrix: Matrix) -> torch.Tensor:
     return matrix.elements() if format_of(matrix) == "fp8-row" else matrix.values()
 
 
-@with_lanes
-@with_slots
-@pytest.mark.parametrize("dense_format, k", SLOT_CASES)
-def test_each_lane_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, lanes, dense_format):
+@with_threads
+@with_tiles
+@pytest.mark.parametrize("dense_format, k", STAGE_CASES)
+def test_each_thread_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, threads, dense_format):
     """Exactly: what it has of a row is what its sixteen elements of each run give. The last tile is short."""
     matrix, x = integer_matrix(2 * rows + 1, k, dense_format), small_integers(k, seed=1)
-    products = torch.zeros(2 * rows + 1, triton.cdiv(k, 16 * lanes) * 16 * lanes, dtype=torch.float64)
-    products[:, :k] = lane_values(matrix) * x
-    expected = products.view(len(products), -1, lanes, 16).sum((1, 3))
-    assert torch.equal(gemv_slot(matrix, x, rows, lanes, copies).double(), expected)
+    products = torch.zeros(2 * rows + 1, triton.cdiv(k, 16 * threads) * 16 * threads, dtype=torch.float64)
+    products[:, :k] = thread_values(matrix) * x
+    expected = products.view(len(products), -1, threads, 16).sum((1, 3))
+    assert torch.equal(gemv_in_stages(matrix, x, rows, threads, copies).double(), expected)
 
 
-@with_lanes
-@pytest.mark.parametrize("dense_format, k", SLOT_CASES)
-def test_rows_in_a_slot(k, lanes, dense_format):
+@with_threads
+@pytest.mark.parametrize("dense_format, k", STAGE_CASES)
+def test_rows_in_a_stage(k, threads, dense_format):
     """Real numbers, and a row of NaN or a scale of NaN, which is no part of any other row."""
     matrix = random_matrix(7, k, dense_format)
     x = torch.randn(k, generator=torch.Generator().manual_seed(k))
-    found = gemv_slot(matrix, x, 4, lanes, 2).double().sum(1)
-    values = lane_values(matrix)
-    # A lane adds sixteen products of a run one after another, each rounded, and the runs.
-    roundings = 17 + triton.cdiv(k, 16 * lanes)
+    found = gemv_in_stages(matrix, x, 4, threads, 2).double().sum(1)
+    values = thread_values(matrix)
+    # A thread adds sixteen products of a run one after another, each rounded, and the runs.
+    roundings = 17 + triton.cdiv(k, 16 * threads)
     bound = roundings * 2.0**-24 * (values.abs() @ x.double().abs())
     assert ((found - values @ x.double()).abs() <= bound).all()
     matrix.codes[3] = NAN
     if dense_format == "fp8-32":
         matrix.scales[5, -1] = NAN_SCALE
-    found_others = gemv_slot(matrix, x, 4, lanes, 2).double().sum(1)
+    found_others = gemv_in_stages(matrix, x, 4, threads, 2).double().sum(1)
     mine = torch.tensor([3, 5] if dense_format == "fp8-32" else [3])
     others = [row for row in range(7) if row not in mine]
     assert found_others[mine].isnan().all()
