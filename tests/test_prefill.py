@@ -17,7 +17,7 @@ from mutations import (
     small_config,
     small_tiles,
 )
-from test_gemm_fp4 import column_in_fragments
+from test_gemm_fp4 import column_in_tiles
 from test_shipped_model import FOLDER, SONNET_18_START
 
 import reference
@@ -97,7 +97,7 @@ def poison(model: MegaModel) -> None:
 def vector_columns(model: MegaModel, name: str) -> list[int]:
     """Where the elements of an expert's vector stand; the others are zeros for ever."""
     k = model.config.hidden_size if name == "expert_in" else model.config.intermediate_size
-    return [column_in_fragments(i) if model.tuning.machine.experts.is_packed else i for i in range(k)]
+    return [column_in_tiles(i) if model.tuning.machine.experts.is_packed else i for i in range(k)]
 
 
 def logits_after(model: MegaModel, token_ids: list[int]) -> torch.Tensor:
