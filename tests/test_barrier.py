@@ -419,7 +419,11 @@ def model_with_cache(request):
     quant, tiles, changes = request.param
     config = small_config(n_layers=2, layer_is_sliding=(True, False))
     model = MegaModel(
-        loud_checkpoint(config), quant, max_context=POSITION + 1, num_programs=5, tuning=tiles(config, **changes)
+        loud_checkpoint(config),
+        quant,
+        max_context=POSITION + 1,
+        num_programs=5,
+        tuning=tiles(config, spin_limit=1 << 12, **changes),
     )
     fill_cache(model.state.k_cache, model.state.v_cache, POSITION, seed=1)
     return model

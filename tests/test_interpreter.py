@@ -12,9 +12,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.runtime import interpreter as triton_interpreter
 
 import interpreter
+from common.gfx950 import GFX950
+from common.sm90 import ptx
+from common.sm90.ring import BARRIER_BYTES, describe_tile, fill_stage, open_ring, wait_for_stage
 
 FP8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
 
@@ -244,7 +247,7 @@ OTHER_OPERATORS = ("and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne")
 
 
 def make_tensor(generator, dtype, shape):
-    kind = interpreter._get_np_dtype(dtype)
+    kind = triton_interpreter._get_np_dtype(dtype)
     values = generator.integers(1, 8, shape or (1,))  # small: also divisors and shifts
     if dtype == tl.int1:
         data = values % 2 == 0
@@ -254,7 +257,9 @@ def make_tensor(generator, dtype, shape):
         data = (values * 0x0811 + 0x3F00).astype(kind)
     else:
         data = values.astype(kind)
-    return tl.tensor(interpreter.TensorHandle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
+    return tl.tensor(
+        triton_interpreter.TensorHandle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype
+    )
 
 
 def outcome(function, *args, **kwargs):
@@ -618,9 +623,80 @@ def asm_kernel(out_ptr):
     tl.store(out_ptr, zero)
 
 
-def test_inline_assembly_is_refused_clearly():
-    with pytest.raises(NotImplementedError, match="keep it behind a constexpr"):
+def test_unknown_inline_assembly_is_refused_clearly():
+    with pytest.raises(NotImplementedError, match=r"no meaning on a CPU: .* or a constexpr .* keep it out"):
         asm_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+@triton.jit
+def shared_kernel(out_ptr, turn_ptr, WORDS: tl.constexpr):
+    """out [programs, 2, WORDS] of shared memory: as opened, and when all programs have stored their numbers in half."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    memory = open_ring(0, 0, 4 * WORDS) + BARRIER_BYTES
+    word = tl.arange(0, WORDS)
+    tl.store(out_ptr + 2 * program * WORDS + word, ptx.load_float(memory + 4 * word))
+    half = tl.arange(0, WORDS // 2)
+    ptx.store_float(memory + 4 * half, 0.0 * half + program)
+    tl.atomic_add(turn_ptr, 1)
+    while tl.atomic_add(turn_ptr, 0) < programs:
+        pass
+    tl.store(out_ptr + (2 * program + 1) * WORDS + word, ptx.load_float(memory + 4 * word))
+
+
+def test_shared_memory_is_each_program_s_own_and_nan_until_it_is_written():
+    out, words = torch.zeros(3, 2, 16), 16
+    shared_kernel[(3,)](out, torch.zeros(1, dtype=torch.int32), WORDS=words)
+    assert out[:, 0].isnan().all()
+    assert torch.equal(out[:, 1, : words // 2], torch.arange(3.0)[:, None].expand(-1, words // 2))
+    assert out[:, 1, words // 2 :].isnan().all()
+
+
+@triton.jit
+def beyond_kernel(out_ptr, WORDS: tl.constexpr, N: tl.constexpr):
+    memory = open_ring(0, 0, 4 * WORDS) + BARRIER_BYTES
+    tl.store(out_ptr, tl.sum(ptx.load_word(memory + 4 * tl.arange(0, N)), axis=0))
+
+
+def test_a_read_beyond_shared_memory_raises():
+    out = torch.zeros(1, dtype=torch.int32)
+    beyond_kernel[(1,)](out, WORDS=8, N=8)
+    with pytest.raises(Exception, match="out of bounds"):
+        beyond_kernel[(1,)](out, WORDS=8, N=16)
+
+
+@triton.jit
+def tile_kernel(out_ptr, tile_ptr, more_ptr, n_bytes, more_bytes, STAGE_BYTES: tl.constexpr):
+    """out [STAGE_BYTES] uint8: a ring's only stage with a tile of two pieces."""
+    ring = open_ring(1, STAGE_BYTES, 32)
+    description = ring + BARRIER_BYTES + STAGE_BYTES + tl.arange(0, 1)
+    piece = tl.zeros([1], tl.int64)
+    describe_tile(
+        description,
+        piece + tile_ptr.to(tl.int64),
+        piece + n_bytes,
+        piece + more_ptr.to(tl.int64),
+        piece + more_bytes,
+        piece == 0,
+    )
+    fill_stage(ring, 0, ring + BARRIER_BYTES + STAGE_BYTES, 1, STAGE_BYTES)
+    byte = tl.arange(0, STAGE_BYTES)
+    tl.store(out_ptr + byte, ptx.load_byte(wait_for_stage(ring, 0, 1, STAGE_BYTES) + byte).to(tl.uint8))
+
+
+@pytest.mark.parametrize("more_bytes", [0, 16, 32])
+def test_a_tile_s_pieces_lie_one_behind_the_other(more_bytes):
+    tile, more = torch.arange(48, dtype=torch.uint8), torch.arange(100, 132, dtype=torch.uint8)
+    out = torch.zeros(128, dtype=torch.uint8)
+    tile_kernel[(1,)](out, tile, more, 48, more_bytes, STAGE_BYTES=128)
+    poison = torch.full((128 - 48 - more_bytes,), 255, dtype=torch.uint8)
+    assert torch.equal(out, torch.cat((tile, more[:more_bytes], poison)))
+
+
+@pytest.mark.parametrize(("n_bytes", "more_bytes"), [(4096, 0), (16, 4096)])
+def test_a_tile_that_does_not_fit_raises(n_bytes, more_bytes):
+    tile, more = torch.zeros(2, 4096, dtype=torch.uint8)
+    with pytest.raises(Exception, match="4096 bytes does not fit"):
+        tile_kernel[(1,)](torch.zeros(128, dtype=torch.uint8), tile, more, n_bytes, more_bytes, STAGE_BYTES=128)
 
 
 # ---------------------------------------------------------------- concurrent programs
@@ -700,7 +776,7 @@ def test_a_wrong_barrier_races(fault, release, acquire, seed):
     assert simulation.races
     race = simulation.races[0]
     assert "buffers[" in race
-    assert "test_cpu_interpreter.py:" in race
+    assert "test_interpreter.py:" in race
     assert "races with" in race
 
 
@@ -736,6 +812,39 @@ def test_last_arriver_merge(seed, semantics, clean):
     assert out.item() == 21
     assert (simulation.races == []) == clean
     assert all("parts_ptr" in race for race in simulation.races)
+
+
+@triton.jit
+def written_back_kernel(data_ptr, flags_ptr, out_ptr, KIND: tl.constexpr, MACHINE: tl.constexpr):
+    """Program 1 acquires a relaxed atomic of program 0, and reads what that stored before it."""
+    if tl.program_id(0) == 0:
+        if KIND != "stored after":
+            tl.store(data_ptr, 5.0)
+        if KIND != "none":
+            MACHINE.sync.publish()
+        if KIND == "stored after":
+            tl.store(data_ptr, 5.0)
+        if KIND == "not the next":
+            tl.atomic_add(flags_ptr + 32, 1, sem="relaxed")
+        tl.atomic_add(flags_ptr, 1, sem="relaxed")
+    else:
+        while tl.atomic_add(flags_ptr, 0, sem="acquire") < 1:
+            pass
+        tl.store(out_ptr, tl.load(data_ptr))
+        tl.store(flags_ptr, 0)  # the atomic too came before
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("kind", "clean"), [("written back", True), ("none", False), ("stored after", False), ("not the next", False)]
+)
+def test_a_write_back_orders_what_was_stored_before_the_next_atomic(kind, clean, seed):
+    out = torch.zeros(1)
+    with interpreter.simulate(seed=seed, detect_races=True) as simulation:
+        written_back_kernel[(2,)](torch.zeros(1), torch.zeros(64, dtype=torch.int32), out, kind, GFX950)
+    assert out.item() == 5
+    assert (simulation.races == []) == clean
+    assert clean or any("data_ptr" in race for race in simulation.races)
 
 
 @triton.jit
@@ -860,12 +969,12 @@ def test_deadlock_is_found(programs):
     flags, out = torch.zeros(2, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     threads = threading.active_count()
     start = time.perf_counter()
-    with pytest.raises(cpu_interpreter.GridDeadlock) as caught:
+    with pytest.raises(interpreter.GridDeadlock) as caught:
         two_flags_kernel[(programs,)](flags, out, -1)
     assert time.perf_counter() - start < 5  # 0.3 s where nothing else runs
     message = str(caught.value)
     for number in range(programs):
-        assert f"program ({number}, 0, 0) at test_cpu_interpreter.py:" in message
+        assert f"program ({number}, 0, 0) at test_interpreter.py:" in message
     assert threading.active_count() == threads
 
 
@@ -876,7 +985,7 @@ def test_a_kernel_may_bound_its_spinning_itself():
     assert out.tolist() == [1500] * 4
     with interpreter.simulate(deadlock_limit=2000):
         two_flags_kernel[(4,)](flags, out, 1500)
-    with pytest.raises(cpu_interpreter.GridDeadlock), interpreter.simulate(deadlock_limit=50):
+    with pytest.raises(interpreter.GridDeadlock), interpreter.simulate(deadlock_limit=50):
         two_flags_kernel[(4,)](flags, out, 1500)
 
 

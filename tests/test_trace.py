@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import phases as kernel_phases
+import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host.cli import DEFAULT_MODEL
 from host.errors import InputError
@@ -32,7 +32,7 @@ from load_hf import open_checkpoint
 
 START_NS = 7_000_000_000_000  # of the clock, which began long before the launch
 FUNCTIONS = {
-    "embedding": "embed_token",
+    "embedding": "embedding_phase",
     "QKV": "qkv_phase",
     "attention": "attention_phase",
     "O projection": "o_phase",
@@ -237,12 +237,12 @@ def test_a_launch_of_the_shipped_model():
 
 
 def test_each_phase_runs_between_its_begin_and_its_end(monkeypatch):
-    """The functions of common/phases.py note when they were called; the kernel's clock is the same one."""
+    """The functions of the phases note when they were called; the kernel's clock is the same one."""
     model = traced_model(1, 3)
     calls = []
 
     def noting(name: str):
-        function = getattr(kernel_phases, FUNCTIONS[name])
+        function = getattr(gpt_oss_megakernel, FUNCTIONS[name])
 
         def call(*args, **kwargs):
             start = time.perf_counter_ns()
@@ -253,7 +253,7 @@ def test_each_phase_runs_between_its_begin_and_its_end(monkeypatch):
         return call
 
     for name in PHASE_NAMES:
-        monkeypatch.setattr(kernel_phases, FUNCTIONS[name], noting(name))
+        monkeypatch.setattr(gpt_oss_megakernel, FUNCTIONS[name], noting(name))
     for position in range(4):
         calls.clear()
         model.step(1020, position)
