@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_model import assert_rejected, run_script, small_checkpoint, write_model
 
 import gpt_oss_megakernel
-from common import ABORT
+from common.barrier import ABORT
 from gpt_oss_megakernel import MegaModel, State
 from host import cli, limits
 from host.checkpoint import INDEX_NAME, WEIGHTS_NAME
