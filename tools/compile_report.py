@@ -66,6 +66,7 @@ def compile_megakernel(
     config: ModelConfig = GPT_OSS_120B,
     tuning: Tuning | None = None,
     kv_dtype: torch.dtype = torch.bfloat16,
+    trace: bool = False,
 ):
     """Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     gpu, default_tuning = TARGETS[target]
@@ -81,7 +82,7 @@ def compile_megakernel(
         "TUNING": tuning,
         "QUANT": quant,
         "BLOCK_P": next_power_of_2(n_programs),
-        "TRACE": False,
+        "TRACE": trace,
     }
     signature = {
         "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),
