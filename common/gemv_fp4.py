@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from common.fp4 import HALF_BIAS, e2m1_to_float32
-from common.quant import GROUP, e8m0_product, e8m0_to_float32
+from common.quant import GROUP, e8m0_halves, e8m0_to_float32
 
 MOST = tl.constexpr(2.0**60)  # of a float32 vector, that its elements times HALF_BIAS are finite
 DOWN = tl.constexpr(2.0**-68)  # brings the largest float32 below
@@ -54,11 +54,13 @@ def gemv_fp4(
             products += e2m1_to_float32(words >> (4 * i)) * parts[i][None, :]
         group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
         scales = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
-        if x_scale_ptr is not None:
-            x_scales = tl.load(x_scale_ptr + group, mask=group < K // GROUP, other=0)
-            scales = e8m0_product(scales, x_scales[None, :])
         sums = tl.sum(tl.reshape(products, (BLOCK_M, BLOCK_K // GROUP, GROUP // 8)), axis=2)
-        acc += sums * HALF_BIAS * e8m0_to_float32(scales)
+        if x_scale_ptr is None:
+            acc += sums * HALF_BIAS * e8m0_to_float32(scales)
+        else:
+            x_scales = tl.load(x_scale_ptr + group, mask=group < K // GROUP, other=0)
+            first, second = e8m0_halves(scales, x_scales[None, :])
+            acc += sums * HALF_BIAS * first * second
     return _zero_beyond(tl.sum(acc, axis=1), row0, n_rows)
 
 

@@ -17,11 +17,15 @@ def e8m0_to_float32(e8m0):
 
 
 @triton.jit
-def e8m0_product(a, b):
-    """The E8M0 scale, int32, of the product of two, or the nearest there is; 255, NaN, if one is that."""
-    a, b = a.to(tl.int32), b.to(tl.int32)
-    product = tl.minimum(tl.maximum(a + b - 127, 0), 254)
-    return tl.where((a == 255) | (b == 255), 255, product)
+def e8m0_halves(a, b):
+    """Two float32 powers of two, alike in size, whose product is that of two E8M0 scales; NaN if one of those is.
+
+    What is multiplied by one after the other leaves float32 only if the result does.
+    """
+    total = a.to(tl.int32) + b.to(tl.int32)
+    is_nan = (a.to(tl.int32) == 255) | (b.to(tl.int32) == 255)
+    low = tl.where(is_nan, 255, total >> 1)
+    return e8m0_to_float32(low), e8m0_to_float32(tl.where(is_nan, 255, total - (total >> 1)))
 
 
 @triton.jit

@@ -56,12 +56,18 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def recorded_launches(target: str, quant: bool, n_tokens: int, config: ModelConfig = GPT_OSS_120B) -> list:
+def recorded_launches(
+    target: str,
+    quant: bool,
+    n_tokens: int,
+    config: ModelConfig = GPT_OSS_120B,
+    kv_dtype: torch.dtype = torch.bfloat16,
+) -> list:
     """(kernel, arguments, options) of each kernel in a layer that is not the last, tensors without data."""
     config = config.cut(2)
     tuning = TARGETS[target][1]
     weights = Weights(*(torch.empty(s, dtype=d, device="meta") for s, d in weight_shapes(config, tuning)))
-    state = new_state(config, tuning, quant, 4096, UNITS[target], "meta")
+    state = new_state(config, tuning, quant, 4096, UNITS[target], "meta", kv_dtype)
     launches: list = []
     kernels = {name: getattr(prefill, name) for name in KERNELS}
     try:

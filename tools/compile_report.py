@@ -67,6 +67,7 @@ def compile_megakernel(
     config: ModelConfig = GPT_OSS_120B,
     tuning: Tuning | None = None,
     kv_dtype: torch.dtype = torch.bfloat16,
+    trace: bool = False,
 ):
     """Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     gpu, default_tuning = TARGETS[target]
@@ -78,7 +79,7 @@ def compile_megakernel(
     state = new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
     names = mega.megakernel.arg_names
     constants = {
-        "BUILD": Build(config.compiled(), tuning, quant),
+        "BUILD": Build(config.compiled(), tuning, quant, trace),
         "BLOCK_P": next_power_of_2(n_programs),
     }
     signature = {
