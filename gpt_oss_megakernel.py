@@ -38,6 +38,7 @@ import triton.language as tl
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
+import interpreter
 from common import barrier as barriers
 from common.argmax import NOT_FINITE, expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.barrier import ABORT, leave_grid
@@ -52,7 +53,6 @@ from common.router import top_k_softmax
 from common.swiglu import swiglu
 from common.trace import mark
 from common.work import gate_up_tile, share_rows, share_work
-import interpreter
 from host import shared_memory
 from host.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers, one_of
 from host.checkpoint import Checkpoint, RandomCheckpoint, check_unchanged
@@ -197,7 +197,7 @@ def arrive(ctx, barrier, BUILD: tl.constexpr):
 
 @triton.jit
 def wait(ctx, barrier, BUILD: tl.constexpr):
-    """Wait until what all programs stored before they came to a barrier is visible. Returns the next barrier's number."""
+    """Wait until all that programs stored before they came to a barrier is visible. Returns the next one's number."""
     MACHINE: tl.constexpr = BUILD.machine
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
     barriers.wait(ctx.s.sync, barrier, ctx.n_programs, SPINS, MACHINE)
@@ -415,8 +415,7 @@ def load_expert_bias(bias_ptr, layer, choice, rank, row, MATRIX: tl.constexpr, B
 def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     """head_value, head_index = each program's largest of logits = W_head @ rmsnorm(x + expert_out).
 
-    The index is NOT_FINITE if any of the program's logits is not finite. The logits themselves are stored only when asked
-    for.
+    The index is NOT_FINITE if any of the program's logits is not finite. The logits themselves are stored if asked for.
     """
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.lm_head

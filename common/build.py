@@ -27,7 +27,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Build:
-    """A model's configuration, a device's tuning, and the path: experts as FP4 x FP8 (`quant`), timestamps (`trace`)."""
+    """A model's configuration, a device's tuning, and the path: experts as FP4 x FP8 (`quant`), with timestamps or not."""
 
     config: Any  # host.config.ModelConfig
     tuning: Any  # host.launch.Tuning
@@ -74,7 +74,7 @@ class Build:
 
     @property
     def gate_up_run(self) -> int:
-        """Consecutive tiles of gate-up that one program has: those of the 32 outputs that share a scale, if it rounds."""
+        """Consecutive tiles of gate-up that a program has: those of the 32 outputs that share a scale, if it rounds."""
         is_rounded = self.quant and self.machine.experts.is_packed
         return 2 * SCALE_GROUP // self.gate_up.tile_rows if is_rounded else 1
 

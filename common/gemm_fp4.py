@@ -139,7 +139,7 @@ def gemm_fp4_fp8(
     K: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """gemm_fp4 of a matrix in rows and of x float8e4nv [.., K], x_scale_ptr uint8 [.., K / 32]; the result lacks nothing."""
+    """Multiply as gemm_fp4 a matrix in rows, x float8e4nv [.., K] and x_scale_ptr uint8 [.., K / 32]; no factor is left."""
     row = tl.minimum(m0 + tl.arange(0, TILE.m), ROWS - 1)[:, None]
     bytes_ptr = blocks_ptr.to(tl.pointer_type(tl.uint8)) + row * (K // 2)
     scales_ptr += row * (K // GROUP)

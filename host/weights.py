@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
 
 def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
-    """(shape, dtype) of each field. Experts are packed as the tuning's machine reads them: int32 [L, E, tiles, words]."""
+    """(shape, dtype) of each field. Experts packed for a tuning's machine are int32 [L, E, tiles, words]."""
     n, e, h, i = config.n_layers, config.n_experts, config.hidden_size, config.intermediate_size
     bf16, f32, u8, i32 = torch.bfloat16, torch.float32, torch.uint8, torch.int32
     experts = {}

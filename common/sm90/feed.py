@@ -16,7 +16,6 @@ import triton.language as tl
 
 from common.experts import element, no_choice
 from common.gemv_dense import item_bytes, row_scale_bytes
-from common.sm90 import ptx
 from common.sm90.gemv import elements_each, row_threads
 from common.sm90.ring import (
     DESCRIPTION_BYTES,
@@ -243,7 +242,10 @@ def locate(ctx, number, experts, BUILD: tl.constexpr):
     counts = counts_of_layer(ctx.work)
     for i in tl.static_range(len(counts)):
         found = layer_tile(ctx, i, layer, place, experts, BUILD)
-        tile = found if i == 0 else tile_if(place < 0, tile, found)
+        if i == 0:
+            tile = found
+        else:
+            tile = tile_if(place < 0, tile, found)
         place -= counts[i]
     tile_of_head = ctx.work.lm_head.first + number - of_layers
     LM_HEAD: tl.constexpr = BUILD.lm_head
@@ -252,9 +254,9 @@ def locate(ctx, number, experts, BUILD: tl.constexpr):
 
 
 @triton.jit
-def layer_tile(ctx, I: tl.constexpr, layer, place, experts, BUILD: tl.constexpr):
-    """(address, bytes) of both pieces of a program's tile number `place` of matrix number I of a layer."""
-    MATRIX: tl.constexpr = BUILD.layer_matrices[I]
+def layer_tile(ctx, NUMBER: tl.constexpr, layer, place, experts, BUILD: tl.constexpr):
+    """(address, bytes) of both pieces of a program's tile number `place` of matrix NUMBER of a layer."""
+    MATRIX: tl.constexpr = BUILD.layer_matrices[NUMBER]
     w, work = ctx.w, ctx.work
     if MATRIX.name == "qkv":
         return dense_tile(w.qkv, w.qkv_scales, layer, work.qkv.first + place, MATRIX)

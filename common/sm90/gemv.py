@@ -62,8 +62,8 @@ def load_thread_vector(x_ptr, K: tl.constexpr, THREADS: tl.constexpr, COPIES: tl
 def multiply_rows(address, x, n_rows, MATRIX: tl.constexpr):
     """What each thread has of the tile at `address`, times a vector.
 
-    float32 [tile_rows / COPIES, COPIES, THREADS], to be summed over THREADS; from n_rows on whatever the stage holds gives.
-    Scales of whole rows ("fp8-row") are left to the caller.
+    float32 [tile_rows / COPIES, COPIES, THREADS], to be summed over THREADS. Rows from n_rows on are whatever the stage
+    holds. Scales of whole rows ("fp8-row") are left to the caller.
     """
     FORMAT: tl.constexpr = MATRIX.format
     if FORMAT == "bf16":

@@ -1,7 +1,7 @@
 """Experts' matrices in tiles (see tiles.py), for products with many vectors: see common/gemm_fp4.py.
 
-The even rows of a tile of 16 come before the odd ones, and so they do in a result: see in_rows. In that order each thread
-decodes what it holds as an operand of the tensor cores, so that nothing is exchanged between threads, which took 16
+The even rows of a tile of 16 come before the odd ones, and so they do in a result: see in_rows. In that order each
+thread decodes what it holds as an operand of the tensor cores, so that nothing is exchanged between threads, which took 16
 barriers a step. For that the columns of every 128 stand in another order, also in the vectors: see column_of.
 """
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from common.gemm_fp4 import PromptLayout, for_words, join8
-from common.sm90.tiles import GROUP, QUAD, QUAD_BYTES, TILE_ROWS, block_bytes, place_asm, scale_bytes, tile_count
+from common.sm90.tiles import GROUP, QUAD, QUAD_BYTES, block_bytes, place_asm, scale_bytes, tile_count
 
 
 def _decode_asm() -> str:
@@ -94,7 +94,7 @@ def load(
     NUM_WARPS: tl.constexpr,
     PACKED_WARPS: tl.constexpr,
 ):
-    """(int32 words [BLOCK_M, BLOCK_K / 8], scales int32 [BLOCK_M, BLOCK_K / 32]), rows in the order in which warps load.
+    """(int32 words [BLOCK_M, BLOCK_K / 8], scales int32 [BLOCK_M, BLOCK_K / 32]), rows in the order of warps' loads.
 
     Of eight after eight rows: each warp's first eight, then each warp's second eight, of the 16 NUM_WARPS that are
     multiplied together.

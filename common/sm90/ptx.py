@@ -1,6 +1,6 @@
 """PTX for what Triton has no name for: shared memory by address, mbarriers, the copy engine, tensor cores.
 
-Addresses are int32, of shared memory. interpreter/ptx.py says what each text means on a CPU.
+Addresses are int32, of shared memory. interpreter/assembly.py says what each text means on a CPU.
 """
 
 import triton
@@ -171,7 +171,7 @@ PREFETCH = tl.constexpr("""{
 
 @triton.jit
 def prefetch_l2(ptr, n_bytes):
-    """Start to bring n_bytes from ptr on into the L2 cache, as far as they fill pieces of 16; nothing waits for them."""
+    """Start to bring n_bytes from ptr on into the L2 cache, in whole pieces of 16; nothing waits for them."""
     tl.inline_asm_elementwise(
         PREFETCH,
         "=r,l,r",

@@ -48,7 +48,7 @@ def collect_dense(sums, N: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def leave_tile(sums, number, even, odd, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """Leave the rows of tile number 0 .. TILES - 1, as tiles.multiply_tile has them."""
+    """Leave the rows of tile number 0 .. TILES - 1, as tile_product.multiply_tile has them."""
     even = tl.sum(tl.reshape(even, (WARPS, PAIRS, 4)), axis=2)
     odd = tl.sum(tl.reshape(odd, (WARPS, PAIRS, 4)), axis=2)
     N: tl.constexpr = TILES * PAIRS

@@ -19,11 +19,11 @@ magnitude, the number its j:
     bit  15 14 13 12 | 11 10  9 |  8  7  6 |  5  4  3 |  2  1  0
          s0 s2 s3 s1 | m0 m0 m0 | m1 m1 m1 | m2 m2 m2 | m3 m3 m3
 
-Bits 15 and 11 .. 9 alone, as a float16, are element 0 times 2^-14, subnormals included; the other three come there by one
-mask and one multiplication.
+Bits 15 and 11 .. 9 alone, as a float16, are element 0 times 2^-14, subnormals included; the other three come there by
+one mask and one multiplication.
 
-A program's warps take a quad each in a step: quad step * warps + w is warp w's. Thread 4 r + t has one int32 of scales for
-two steps, which holds group t's E8M0 bytes:
+A program's warps take a quad each in a step: quad step * warps + w is warp w's. Thread 4 r + t has one int32 of scales
+for two steps, which holds group t's E8M0 bytes:
 
     byte 0: row 2 r, first step | 1: row 2 r + 1, first step | 2: row 2 r, second step | 3: row 2 r + 1, second step
 
