@@ -27,7 +27,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Build:
-    """A model's configuration, a device's tuning, and the path: experts as FP4 x FP8 (`quant`), with timestamps or not."""
+    """A model's configuration, a device's tuning, and the path: FP4 x FP8 experts (`quant`), timestamps (`trace`)."""
 
     config: Any  # host.config.ModelConfig
     tuning: Any  # host.launch.Tuning

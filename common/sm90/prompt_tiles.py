@@ -1,8 +1,8 @@
 """Experts' matrices in tiles (see tiles.py), for products with many vectors: see common/gemm_fp4.py.
 
 The even rows of a tile of 16 come before the odd ones, and so they do in a result: see in_rows. In that order each
-thread decodes what it holds as an operand of the tensor cores, so that nothing is exchanged between threads, which took 16
-barriers a step. For that the columns of every 128 stand in another order, also in the vectors: see column_of.
+thread decodes what it holds as an operand of the tensor cores, so that nothing is exchanged between threads, which took
+16 barriers a step. For that the columns of every 128 stand in another order, also in the vectors: see column_of.
 """
 
 import triton
