@@ -139,7 +139,7 @@ def gemm_fp4_fp8(
     K: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Products as of gemm_fp4, for a matrix in rows, x float8e4nv [.., K], x_scale_ptr uint8 [.., K / 32]; all factors."""
+    """Products as of gemm_fp4: a matrix in rows, x float8e4nv [.., K], x_scale_ptr uint8 [.., K / 32]; all factors."""
     row = tl.minimum(m0 + tl.arange(0, TILE.m), ROWS - 1)[:, None]
     bytes_ptr = blocks_ptr.to(tl.pointer_type(tl.uint8)) + row * (K // 2)
     scales_ptr += row * (K // GROUP)
