@@ -133,7 +133,7 @@ def megakernel(
         layer = tl.cast(n, tl.int64)
         following = tl.minimum(layer + 1, n_layers - 1)
         window = tl.load(s.windows + layer)
-        barrier = 2 + n * 6
+        barrier = 2 + n * 6  # carried around the loop it cost sm_90 a spill
         feed = FEED.extend(ctx, n, feed)
         FEED.ask_small(ctx, layer, window, BUILD)
 
