@@ -36,7 +36,6 @@ class State(NamedTuple):
     head_value: torch.Tensor  # [programs] each program's largest logit
     head_index: torch.Tensor  # [programs] int32, NOT_FINITE if any of a program's logits is not
     logits: torch.Tensor  # [vocab]
-    scratch: torch.Tensor  # [0]
     sync: torch.Tensor  # [SYNC_WORDS] int32
     trace: torch.Tensor  # [events, programs] int64, see common/trace.py; events is 0 unless a token is to be traced
 
@@ -87,7 +86,6 @@ def new_state(
         head_value=zeros(num_programs),
         head_index=zeros(num_programs, dtype=torch.int32),
         logits=zeros(config.vocab_size),
-        scratch=zeros(0),
         sync=zeros(SYNC_WORDS, dtype=torch.int32),
         trace=zeros(trace_events, num_programs, dtype=torch.int64),
     )
