@@ -5,8 +5,8 @@ each other:
 
     embedding | per layer: QKV | attention | O projection | router | gate-up | down | then: LM head | argmax
 
-`megakernel` below is that walk, and the phases follow it in their order. `MegaModel` holds the weights and the state and
-launches it; `main` is the command line. What differs between machines stands behind common/machine.py.
+`megakernel` below is that walk, and the phases follow it in their order. `MegaModel` holds the weights and the state
+and launches it; `main` is the command line. What differs between machines stands behind common/machine.py.
 """
 
 if __name__ == "__main__":
