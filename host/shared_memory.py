@@ -1,4 +1,4 @@
-"""Shared memory beyond what Triton allocates: for the ring of common/sm90/ring.py, which asks for it in the kernel's PTX."""
+"""Shared memory beyond what Triton allocates, for the ring of common/sm90/ring.py, which asks for it in its PTX."""
 
 import re
 
