@@ -361,7 +361,8 @@ class Reference:
         """InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
         if position < 0 or position + len(token_ids) > self.max_context:
             raise InputError(
-                f"positions {position} to {position + len(token_ids) - 1} do not fit a context of {self.max_context}"
+                f"positions {position} to {position + len(token_ids) - 1} "
+                f"do not fit a context of {self.max_context} tokens"
             )
         for token_id in token_ids:
             check_token(token_id, self.config)
