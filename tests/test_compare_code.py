@@ -22,7 +22,7 @@ AMD = """
 down_kernel:                            ; @down_kernel
 .Lfunc_begin0:
 	.cfi_startproc
-	.file	1 "/home/one" "prefill.py"
+	.file	1 "/one/folder" "prefill.py"
 	.loc	1 86 0 prologue_end             ; prefill.py:86:0
 	s_load_dwordx2 s[2:3], s[0:1], 0x0
 .Ltmp0:
@@ -53,7 +53,7 @@ down_kernel:                            ; @down_kernel
 """
 AMD_SAME = [
     ("down_kernel", "another_name"),
-    ("/home/one", "/two"),
+    ("/one/folder", "/two"),
     ("prefill.py", "down.py"),
     (".loc	1 90 7 is_stmt 0", ".loc	2 12 1\n.Ltmp9:"),
     ("LBB0_3", "LBB0_30"),
