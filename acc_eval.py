@@ -1,12 +1,11 @@
 """Compares two configurations of the model on the same tokens: agreement, divergence and perplexity.
 
 Both sides are fed the same text, token by token, whatever they would have said themselves; at each position their
-logits are compared. The metrics are defined in host/accuracy.py. With --fail-under it is a gate: exit code 1 if a
+logits are compared. The metrics are defined in measure/accuracy.py. With --fail-under it is a gate: exit code 1 if a
 metric misses its threshold. A logit that is not finite is a failure always.
 """
 
-if __name__ == "__main__":
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+import host.start
 
 import argparse
 import contextlib
@@ -19,14 +18,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_oss_megakernel import MegaModel, open_model, usable_device  # before Triton and NumPy: it sets what they read
-
-# isort: split
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from host.accuracy import (
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token, held_formats
+from gpt_oss_megakernel import MegaModel
+from host.backend import usable_device
+from host.cli import (
+    DEFAULT_MODEL,
+    EXIT_FAILURE,
+    FP8_COMPONENTS,
+    ArgumentParser,
+    add_model_arguments,
+    formats_text,
+    positive_int,
+    run_main,
+    token_id_list,
+)
+from host.generation import prompt_ids_from
+from host.limits import check_memory
+from host.weights import Weights
+from load_model import files_of, open_checkpoint, open_model, open_tokenizer
+from measure.accuracy import (
     CONFIDENCE,
     METRIC_OF,
     METRICS,
@@ -42,30 +57,13 @@ from host.accuracy import (
     nll_differences,
     summarize,
 )
-from host.checkpoint import Checkpoint
-from host.cli import (
-    DEFAULT_MODEL,
-    EXIT_FAILURE,
-    FP8_COMPONENTS,
-    ArgumentParser,
-    add_model_arguments,
-    formats_text,
-    positive_int,
-    prompt_ids_from,
-    run_main,
-    token_id_list,
-)
-from host.conditions import conditions
-from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token, held_formats
-from host.errors import InputError
-from host.files import read_small
-from host.limits import check_memory
-from host.output_file import output_path
-from host.plot import png
-from host.report import check_report_files, display_name, markdown_table, write_file
-from host.weights import Weights
-from load_model import files_of, open_checkpoint, open_tokenizer
+from measure.conditions import conditions
+from measure.plot import png
+from measure.report import check_report_files, display_name, markdown_table, write_file
 from reference import Reference
+from system.errors import InputError
+from system.files import read_small
+from system.output_file import output_path
 from tokenizer_util import Tokenizer
 
 SIDE_NAMES = ("reference", "reference-quant", "default", "quant")
@@ -187,7 +185,7 @@ class Report:
     ref: str
     test: str
     source: str  # of the streams
-    conditions: dict  # host.conditions.conditions
+    conditions: dict  # measure.conditions.conditions
     windows: tuple[WindowResult, ...]
     thresholds: dict[str, float]
 

@@ -10,8 +10,7 @@ times are wall clock on the host, from the call on:
     output tokens/s   output tokens / end to end
 """
 
-if __name__ == "__main__":
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+import host.start
 
 import argparse
 import dataclasses
@@ -23,12 +22,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_oss_megakernel import MegaModel, open_model, usable_device  # before Triton and NumPy: it sets what they read
-
-# isort: split
 import torch
 
-from host.checkpoint import Checkpoint, WithoutStopIds
+from checkpoints.checkpoint import Checkpoint, WithoutStopIds
+from checkpoints.config import ModelConfig
+from gpt_oss_megakernel import MegaModel
+from host.backend import usable_device
 from host.cli import (
     ArgumentParser,
     add_fp8_arguments,
@@ -41,16 +40,15 @@ from host.cli import (
     positive_int,
     run_main,
 )
-from host.conditions import axis_label, conditions, device_line, state_line
-from host.config import ModelConfig
-from host.errors import InputError, RunsDiffer
 from host.launch import tuning_for
 from host.limits import check_memory
-from host.plot import Line, plot_times
-from host.report import check_report_files, display_name, markdown_table, progress, write_file
-from host.timing import Spread, WallMarks, checksum, spread
 from host.weights import bytes_to_load
-from load_model import files_of
+from load_model import files_of, open_model
+from measure.conditions import axis_label, conditions, device_line, state_line
+from measure.plot import Line, plot_times
+from measure.report import check_report_files, display_name, markdown_table, progress, write_file
+from measure.timing import Spread, WallMarks, checksum, spread
+from system.errors import InputError, RunsDiffer
 
 GPU_CONFIGS, GPU_REPEATS = "100:100,1024:100,1024:1024,2048:2048,8192:128", 5
 CPU_CONFIGS, CPU_REPEATS = "16:8,64:8", 2
@@ -137,7 +135,7 @@ class Report:
     """Everything that a run of this script found."""
 
     model: str
-    conditions: dict  # host.conditions.conditions
+    conditions: dict  # measure.conditions.conditions
     num_programs: int
     max_context: int
     plan: Plan

@@ -5,8 +5,7 @@ steps before N, and the kernel decodes from there. Device time is that between e
 time that between tokens as the caller gets them.
 """
 
-if __name__ == "__main__":
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+import host.start
 
 import argparse
 import dataclasses
@@ -17,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_oss_megakernel import MegaModel, open_model, usable_device
-from host.bandwidth import Bandwidth, measure_read_bandwidth
+from checkpoints.config import ModelConfig
+from gpt_oss_megakernel import MegaModel
+from host.backend import usable_device
 from host.cli import (
     ArgumentParser,
     add_fp8_arguments,
@@ -31,16 +31,16 @@ from host.cli import (
     positive_int,
     run_main,
 )
-from host.conditions import axis_label, conditions, device_line, state_line
-from host.config import ModelConfig
-from host.errors import InputError, RunsDiffer
 from host.limits import available_bytes, required_bytes
-from host.plot import plot_times
-from host.random_cache import fill_cache
-from host.report import check_report_files, display_name, markdown_table, progress, write_file
-from host.timing import DeviceMarks, Spread, WallMarks, checksum, spread
-from host.traffic import bytes_per_token
-from load_model import files_of
+from load_model import files_of, open_model
+from measure.bandwidth import Bandwidth, measure_read_bandwidth
+from measure.conditions import axis_label, conditions, device_line, state_line
+from measure.plot import plot_times
+from measure.random_cache import fill_cache
+from measure.report import check_report_files, display_name, markdown_table, progress, write_file
+from measure.timing import DeviceMarks, Spread, WallMarks, checksum, spread
+from measure.traffic import bytes_per_token
+from system.errors import InputError, RunsDiffer
 
 GPU_CONTEXTS = (128, 2048, 8192, 32768, 131072)
 CPU_CONTEXTS = (64,)
@@ -102,7 +102,7 @@ class Report:
     """Everything that a run found."""
 
     model: str
-    conditions: dict  # host.conditions.conditions
+    conditions: dict  # measure.conditions.conditions
     num_programs: int
     plan: Plan
     bandwidth: Bandwidth | None  # None on a CPU

@@ -1,7 +1,6 @@
 """Converts a checkpoint to an .iris archive, one file that is enough to run the model, and checks or lists archives."""
 
-if __name__ == "__main__":
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+import host.start
 
 import argparse
 import dataclasses
@@ -12,7 +11,11 @@ from pathlib import Path
 
 import torch
 
-from host.checkpoint import Checkpoint, RandomCheckpoint
+from checkpoints.checkpoint import Checkpoint, RandomCheckpoint
+from checkpoints.config import PRESETS, held_formats
+from checkpoints.fp8 import QuantizedCheckpoint
+from checkpoints.iris_compare import first_difference
+from checkpoints.iris_writer import write_archive
 from host.cli import (
     FP8_COMPONENTS,
     ArgumentParser,
@@ -22,15 +25,11 @@ from host.cli import (
     positive_int,
     run_main,
 )
-from host.config import PRESETS, held_formats
-from host.errors import InputError
-from host.fp8 import QuantizedCheckpoint
-from host.iris_compare import first_difference
-from host.iris_writer import write_archive
-from host.output_file import check_output, output_path
-from host.program import signals_deferred
 from load_iris import IrisArchive, open_archive
 from load_model import files_of, open_checkpoint
+from system.errors import InputError
+from system.output_file import check_output, output_path
+from system.program import signals_deferred
 from tokenizer_util import Tokenizer
 
 

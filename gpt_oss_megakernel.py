@@ -9,40 +9,18 @@ each other:
 and launches it; `main` is the command line. What differs between machines stands behind common/machine.py.
 """
 
-if __name__ == "__main__":
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+import host.start
 
-import argparse
-import dataclasses
-import functools
-import os
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
-
-# NumPy reads this when it is imported. Interpreted blocks are too small for threads: 65 against 270 ms per token.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
-
-from host.devices import gpu_runs_kernels, notice_unused_gpu
-
-if not gpu_runs_kernels():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when @triton.jit decorates
-
 import triton
 import triton.language as tl
-from triton.runtime.errors import OutOfResources
-from triton.runtime.interpreter import InterpretedFunction
 
-import interpreter
 from common import barrier as barriers
-from common.argmax import NOT_FINITE, expose_doubt, keep_finite, keep_larger, reduce_argmax
+from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.barrier import ABORT, leave_grid
-from common.build import Build
 from common.context import Context
 from common.decode_attention import attend_head, attend_split, first_seen, merge_head, split_cache
 from common.dense import lm_head_stack, o_stack, qkv_stack, router_stack
@@ -53,53 +31,14 @@ from common.router import top_k_softmax
 from common.swiglu import swiglu
 from common.trace import mark
 from common.work import gate_up_tile, share_rows, share_work
-from host import shared_memory
-from host.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers, one_of
-from host.checkpoint import Checkpoint, RandomCheckpoint, check_unchanged
-from host.cli import (
-    ArgumentParser,
-    add_fp8_arguments,
-    add_model_arguments,
-    add_prompt_arguments,
-    check_outputs,
-    dense_formats,
-    device_name,
-    logits_writer,
-    path_name,
-    positive_int,
-    prompt_ids_from,
-    run_main,
-    stream_generation,
-    torch_device,
-)
-from host.config import PRESETS, DenseFormats, ModelConfig, check_token, checkpoint_bytes, held_formats
-from host.errors import InputError, LogitsNotFinite, MegakernelAborted, PositionsLost
-from host.launch import (
-    LEAST_STAGES,
-    BlockTuning,
-    Tuning,
-    blocks_for,
-    check_program_count,
-    compile_errors,
-    next_power_of_2,
-    program_count,
-    quiet_compilers,
-    tuning_for,
-)
-from host.limits import check_memory, context_length
-from host.output_file import output_path
-from host.phases import PHASES, barrier_name
-from host.state import State, new_state
-from host.trace import USUAL_TOKEN, Launch, chrome_trace, table_rows, table_text, token_to_trace, trace_writer
-from host.traffic import bytes_by_phase
-from host.turns import LAUNCHING, Turns, exclusive
-from host.weights import Weights, bytes_to_load, load_weights, weights_in_place
-from load_model import files_of, open_checkpoint, open_tokenizer
+from host import cli, generation
+from host.backend import usable_device
+from host.decoder import Decoder
+from host.limits import context_length
+from load_model import files_of, open_checkpoint, open_model
+from measure import trace
 from prefill import Prefill
-from tokenizer_util import Tokenizer
-
-quiet_compilers()
-shared_memory.install()
+from system.errors import InputError
 
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
@@ -455,130 +394,11 @@ def argmax_phase(ctx, BLOCK_P: tl.constexpr):
             tl.store(s.tokens + ctx.position + 1, token)
 
 
-class MegaModel:
-    """A GPT-OSS model on one device, decoded greedily, one token a launch.
+class MegaModel(Decoder):
+    """A GPT-OSS model on one device, decoded greedily by one launch of the megakernel per token.
 
-    It holds one sequence. generate and decode check their arguments when they are called and take the model when their
-    first token is asked for; from then on generate, decode, step, logits, hidden, reset and switch_path end the
-    sequence, and the generator raises GenerationOvertaken at its next token. Closing a generator changes nothing.
-
-    Threads may share a model, and each may have one of its own: a use waits until another thread's is over, be it a
-    call or one token of a generator. No lock is held between two tokens, nor while on_logits or on_launch run, which
-    may use any model. A signal handler may not, amid a use by its thread: ModelInUse.
-
-    Whatever ends a use early, an interrupt or an error, the next one starts clean: positions that were fed before it
-    count as fed, those that it was feeding do not. PositionsLost if a token is to be fed behind them. After
-    MegakernelAborted each use raises it again until reset.
+    What its methods do, and who may call them when, is said by host.decoder.Decoder.
     """
-
-    _last_stream = None  # of a GPU, that any model used last
-
-    def __init__(
-        self,
-        checkpoint,
-        quant: bool = False,
-        max_context: int | None = None,
-        device: torch.device | str | None = None,
-        num_programs: int | None = None,
-        tuning: Tuning | None = None,
-        kv_dtype: torch.dtype = torch.bfloat16,
-        show_progress: bool = False,
-        trace_position: int | None = None,
-        weights: Weights | None = None,
-        dense: DenseFormats | None = None,
-        blocks: BlockTuning | None = None,
-    ):
-        """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
-
-        dense: how the dense matrices are held that the checkpoint has in bfloat16, quantized while they are loaded; as
-        they are unless said. InputError if an archive has them in another FP8 format than this says.
-        blocks: how prompts are fed, see prefill.py.
-        kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
-        checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
-        device; TypeError names an argument of the wrong kind.
-        """
-        if not hasattr(checkpoint, "config"):
-            raise TypeError(f"checkpoint must be an open one, not {type(checkpoint).__name__}; see from_pretrained")
-        boolean(show_progress, "show_progress")
-        for value, kind, name in (
-            (tuning, Tuning, "tuning"),
-            (weights, Weights, "weights"),
-            (dense, DenseFormats, "dense"),
-            (blocks, BlockTuning, "blocks"),
-        ):
-            instance(value, kind, name)
-        max_context = integer_or_none(max_context, "max_context")
-        num_programs = integer_or_none(num_programs, "num_programs")
-        one_of(kv_dtype, (torch.bfloat16, torch.float32), "kv_dtype")
-        self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=held_formats(checkpoint, dense))
-        self.compiled_config = self.config.compiled()
-        self.device = usable_device(device)
-        self.quant = boolean(quant, "quant")
-        self.max_context = context_length(self.config, max_context)
-        self.trace_position = integer_or_none(trace_position, "trace_position", least=0)
-        if self.trace_position is not None and self.trace_position >= self.max_context:
-            raise InputError(f"trace_position {trace_position}: the context has {self.max_context} positions")
-        self.tuning = tuning or tuning_for(self.device, self.config)
-        self.num_programs = program_count(self.device, self.tuning) if num_programs is None else num_programs
-        check_program_count(self.num_programs, self.device, self.tuning)
-        self.grid = (self.num_programs,)
-        self.blocks = blocks or blocks_for(self.device)
-        needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
-        check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
-        start = time.perf_counter()
-        # Weights that stay in a mapped file are as good as that file.
-        in_place = weights_in_place(checkpoint, self.config, self.device, self.tuning)
-        self._mapped = checkpoint if in_place else None
-        self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
-        self.load_seconds = time.perf_counter() - start
-        self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
-        self.kv_dtype = kv_dtype
-        self.turns = Turns()
-        self._start()
-
-    def _start(self) -> None:
-        """A new sequence in new memory."""
-        self._started = False
-        self.state = self.prefill = None  # before the new ones need their memory
-        self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
-        self._feeding: range | None = None  # positions whose launches have begun and not ended
-        self._lost = 0  # so far the cache may hold anything behind n_fed, left by launches that did not end; 0: nowhere
-        self.state = self._new_state(self.kv_dtype)
-        self._build()
-        self.prefill = Prefill(self.config, self.build, self.blocks, self.weights, self.state)
-        with compile_errors(self.device):
-            self._compile()
-        self._check_barriers()
-        self._started = True
-
-    def _build(self) -> None:
-        """What kernels are compiled for."""
-        self.build = Build(self.compiled_config, self.tuning, self.quant)
-        self.traced_build = Build(self.compiled_config, self.tuning, self.quant, trace=True)
-
-    def _compile(self) -> None:
-        """Launch without layers: shows that the programs can be resident before anyone waits.
-
-        What attention needs of shared memory, more with a float32 cache or wide heads, is taken from the ring.
-        """
-        while missing := self._missing_shared_memory():
-            ring = self.tuning.ring
-            stages = ring.stages - -(-missing // ring.stage_bytes) if ring else 0
-            if stages < LEAST_STAGES:
-                raise InputError(f"{self.device} has too little shared memory for this model")
-            distance = min(ring.prefetch_distance, stages)
-            ring = dataclasses.replace(ring, stages=stages, prefetch_distance=distance)
-            self.tuning = dataclasses.replace(self.tuning, ring=ring)
-            self._build()
-
-    def _missing_shared_memory(self) -> int:
-        """Bytes that the kernel needs beyond what there is."""
-        try:
-            for position in {0, self.trace_position or 0}:
-                self._run(range(0), self._launch, position, n_layers=0)
-        except OutOfResources as error:
-            return error.required - error.limit
-        return 0
 
     @classmethod
     def from_pretrained(
@@ -591,309 +411,13 @@ class MegaModel:
     ) -> "MegaModel":
         """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id.
 
-        Options and errors: see MegaModel.
+        Options and errors are those of Decoder.
         """
         device = usable_device(device)  # before anything is loaded
         return cls(open_checkpoint(path), quant, max_context, device, **options)
 
-    @exclusive
-    def reset(self) -> None:
-        """Forget all positions, and a barrier that gave up."""
-        self._take()
-        s, self.n_fed = self.state, 0
-        self._feeding = range(self.max_context)  # an interrupt may leave some
-        for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
-            tensor.zero_()
-        self._feeding, self._lost = None, 0
-
-    @exclusive
-    def switch_path(self, quant: bool) -> None:
-        """Go on with the quantized or the default path: the same weights, a new state."""
-        quant = boolean(quant, "quant")
-        self._take()
-        self._started, self.quant = False, quant
-        self._start()
-
-    def _take(self) -> int:
-        """Begin a use of the model, which ends the generation before it, and put right what an unfinished one left."""
-        turn = self.turns.take()
-        if not self._started:
-            self._start()
-        self._follow_stream()
-        if self._feeding is not None:
-            self.n_fed = min(self.n_fed, self._feeding.start)
-            self._lost = max(self._lost, self._feeding.stop)
-            self.state.sync[: ABORT.value] = 0  # arrivals of programs that were stopped
-            self.state.split_arrivals.zero_()
-            self._feeding = None
-        return turn
-
-    def _go_on(self, turn: int) -> None:
-        """Go on with a generation. GenerationOvertaken if the model has been put to another use."""
-        self.turns.check(turn)
-        self._follow_stream()
-
-    def _follow_stream(self) -> None:
-        """What this thread queues on a GPU from now on runs behind all that models queued before, on any stream.
-
-        Two kernels whose programs wait for each other must not share the GPU.
-        """
-        if self.device.type == "cuda":
-            with LAUNCHING:
-                stream, last = torch.cuda.current_stream(), MegaModel._last_stream
-                if last is not None and last != stream:
-                    stream.wait_stream(last)
-                MegaModel._last_stream = stream
-
-    def _new_state(self, kv_dtype: torch.dtype) -> State:
-        barriers = 2 + len(PHASES) * self.config.n_layers
-        return new_state(
-            self.config,
-            self.tuning,
-            self.quant,
-            self.max_context,
-            self.num_programs,
-            self.device,
-            kv_dtype,
-            trace_events=0 if self.trace_position is None else 2 + 2 * barriers,
-        )
-
-    def traced_launch(self) -> Launch:
-        """What the launch at trace_position noted, once it has ended. ValueError if there was none."""
-        n_bytes = bytes_by_phase(self.config, self.trace_position or 0)
-        return Launch.from_events(self.state.trace.cpu().numpy(), self.config.n_layers, n_bytes)
-
-    @exclusive
-    def step(self, token_id: int, position: int) -> int:
-        """Feed a token at a position whose predecessors were fed; returns the most likely next token.
-
-        InputError if the logits are not finite, the position lies outside the context or the token outside the
-        vocabulary; TypeError if they are no integers.
-        """
-        token_id, position = self._placed(token_id, position)
-        self._take_at(token_id, position)
-        self._feed(position, token=True)
-        return self._token(self.state.tokens[position + 1], position)
-
-    @exclusive
-    def logits(self, token_id: int, position: int) -> torch.Tensor:
-        """The same, but returns the next token's logits, float32 [vocab], a copy on the model's device."""
-        token_id, position = self._placed(token_id, position)
-        self._take_at(token_id, position)
-        return self._feed_for_logits(position)
-
-    @exclusive
-    def hidden(self, token_id: int, position: int, n_layers: int) -> torch.Tensor:
-        """The same, but returns the residual stream after the first n_layers, float32 [hidden], a copy."""
-        n_layers = integer(n_layers, "n_layers")
-        if not 0 <= n_layers <= self.config.n_layers:
-            raise InputError(f"n_layers {n_layers}: the model has {self.config.n_layers}")
-        token_id, position = self._placed(token_id, position)
-        self._take_at(token_id, position)
-        self._run(range(position, position + 1), self._launch, position, n_layers=n_layers)
-        self._check_barriers()
-        return functools.reduce(torch.add, self.state.expert_out, self.state.x)
-
-    def generate(
-        self,
-        prompt_ids: Iterable[int],
-        max_new_tokens: int,
-        on_logits: Callable[[torch.Tensor], None] | None = None,
-    ) -> Iterator[int]:
-        """Yield the ids that follow the prompt, a stop id last. Ends early when the context is full.
-
-        What the prompt has in common with the sequence before it, such as a chat's earlier turns, is not fed again. The
-        rest is fed in blocks (prefill.py), but for its last token. `on_logits` receives the logits, float32 [vocab], of
-        each position of the prompt and the answer, for which all are fed one by one: a copy on the model's device.
-
-        Raises what step does; GenerationOvertaken if the model was used otherwise since the last token. InputError if
-        weights lie in a mapped file, which a CPU's may, that was changed since it was opened.
-        """
-        prompt_ids = integers(prompt_ids, "prompt_ids")
-        max_new_tokens = integer(max_new_tokens, "max_new_tokens", least=0)
-        function_or_none(on_logits, "on_logits")
-        if not prompt_ids:
-            raise InputError("the prompt is empty")
-        self._check_fit(prompt_ids, 0)
-        return self._generate(prompt_ids, max_new_tokens, on_logits)
-
-    def _generate(
-        self, prompt_ids: list[int], max_new_tokens: int, on_logits: Callable[[torch.Tensor], None] | None
-    ) -> Iterator[int]:
-        check_unchanged(self._mapped)
-        last = len(prompt_ids) - 1
-        turn = self._begin(prompt_ids, in_blocks=on_logits is None)
-        if on_logits:
-            for position in range(last):
-                on_logits(self._next_logits(turn, position))
-        for token in self._decode(turn, last, min(last + max_new_tokens, self.max_context), on_logits):
-            check_unchanged(self._mapped)
-            yield token
-            if token in self.config.stop_ids:
-                return
-
-    @exclusive
-    def _begin(self, prompt_ids: list[int], in_blocks: bool) -> int:
-        """Take the model for a prompt; in_blocks: and feed all that the cache does not hold but the last token."""
-        turn = self._take()
-        last = len(prompt_ids) - 1
-        held = min(self._held(prompt_ids), last) if in_blocks else 0
-        self._write_tokens(prompt_ids[held:], held)
-        if not in_blocks:
-            return turn
-        if last - held < self.blocks.least_tokens or not self.prefill.holds_experts:
-            for position in range(held, last):
-                self._feed(position)
-        else:
-            self._run(range(held, last), self.prefill.feed, held, last - held)
-            self._fed(last)
-        return turn
-
-    def _held(self, token_ids: list[int]) -> int:
-        """How many of these tokens the cache holds: the first ones that it has in common with them."""
-        held = self.state.tokens[: min(self.n_fed, len(token_ids))].tolist()
-        return next((n for n, (a, b) in enumerate(zip(held, token_ids)) if a != b), len(held))
-
-    def decode(
-        self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None = None
-    ) -> Iterator[int]:
-        """Feed a token at a position whose predecessors are in the cache and yield the n_tokens ids that follow.
-
-        Stop ids end nothing; a full context does. `on_launch` is called after each launch, which a GPU may only have
-        queued: events recorded there mark where it ends. Raises what generate does.
-        """
-        token_id, position = self._placed(token_id, position)
-        n_tokens = integer(n_tokens, "n_tokens", least=0)
-        function_or_none(on_launch, "on_launch")
-        return self._decode_from(token_id, position, n_tokens, on_launch)
-
-    def _decode_from(
-        self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None
-    ) -> Iterator[int]:
-        turn = self._begin_at(token_id, position)
-        yield from self._decode(turn, position, min(position + n_tokens, self.max_context), on_launch=on_launch)
-
-    @exclusive
-    def _begin_at(self, token_id: int, position: int) -> int:
-        return self._take_at(token_id, position)
-
-    def _decode(
-        self,
-        turn: int,
-        start: int,
-        end: int,
-        on_logits: Callable[[torch.Tensor], None] | None = None,
-        on_launch: Callable[[], None] | None = None,
-    ) -> Iterator[int]:
-        """Launch positions start .. end - 1, each on the token before it, and yield their tokens.
-
-        On a GPU the next launch is queued before a token is read back, so that the device never waits for the host.
-        """
-        ahead = 0 if on_logits or self.device.type == "cpu" else 1
-        queued: deque[Launched] = deque()
-        for position in range(start, end):
-            queued.append(self._next_launch(turn, position, on_logits is not None))
-            if on_launch:
-                on_launch()
-            if len(queued) > ahead:
-                launched = queued.popleft()
-                token_id = self._next_token(turn, launched)
-                if on_logits:
-                    on_logits(launched.logits)
-                yield token_id
-        while queued:
-            yield self._next_token(turn, queued.popleft())
-
-    @exclusive
-    def _next_launch(self, turn: int, position: int, logits: bool) -> "Launched":
-        """Feed the token at a position of a generation."""
-        self._go_on(turn)
-        self._feed(position, token=True, logits=logits)
-        kept = self.state.logits.clone() if logits else None
-        token = self.state.tokens[position + 1]
-        if self.device.type == "cpu":
-            return Launched(position, token.clone(), None, kept)
-        pinned = torch.empty((), dtype=torch.int32, pin_memory=True)
-        pinned.copy_(token, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return Launched(position, pinned, copied, kept)
-
-    def _next_token(self, turn: int, launched: "Launched") -> int:
-        if launched.copied is not None:
-            launched.copied.synchronize()
-        return self._checked_token(turn, launched)
-
-    @exclusive
-    def _checked_token(self, turn: int, launched: "Launched") -> int:
-        self._go_on(turn)
-        return self._token(launched.token, launched.position)
-
-    @exclusive
-    def _next_logits(self, turn: int, position: int) -> torch.Tensor:
-        self._go_on(turn)
-        return self._feed_for_logits(position)
-
-    def _check_fit(self, token_ids: list[int], position: int) -> None:
-        """InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
-        if position < 0 or position + len(token_ids) > self.max_context:
-            raise InputError(
-                f"positions {position} to {position + len(token_ids) - 1} "
-                f"do not fit a context of {self.max_context} tokens"
-            )
-        for token_id in token_ids:
-            check_token(token_id, self.config)
-
-    def _write_tokens(self, token_ids: list[int], position: int) -> None:
-        """Put tokens at positions from `position` on, still to be fed; later ones become -1, "not decoded"."""
-        self._check_fit(token_ids, position)
-        self.n_fed = min(self.n_fed, position)
-        self.state.tokens[position:] = -1
-        ids = torch.tensor(token_ids, dtype=torch.int32)
-        self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
-
-    def _placed(self, token_id: int, position: int) -> tuple[int, int]:
-        """Both as int. TypeError and InputError, see step."""
-        token_id, position = integer(token_id, "token_id"), integer(position, "position")
-        self._check_fit([token_id], position)
-        return token_id, position
-
-    def _take_at(self, token_id: int, position: int) -> int:
-        """Take the model for a token behind what was fed. PositionsLost if some of that an interrupted use has lost."""
-        turn = self._take()
-        if self.n_fed < min(position, self._lost):
-            raise PositionsLost(
-                f"position {position}: an interrupted call lost those from {self.n_fed} on; feed them again or reset()"
-            )
-        self._write_tokens([token_id], position)
-        return turn
-
-    def _feed(self, position: int, token: bool = False, logits: bool = False) -> None:
-        """Launch a position, whose token was written, through all layers. Behind a gap the cache does not hold it."""
-        self._run(range(position, position + 1), self._launch, position, token=token, logits=logits)
-        if self.n_fed == position:
-            self._fed(position + 1)
-
-    def _run(self, positions: range, launch: Callable[..., None], *arguments, **options) -> None:
-        """Launch what feeds these positions."""
-        self._feeding = positions
-        with LAUNCHING:
-            self._follow_stream()
-            launch(*arguments, **options)
-        self._feeding = None
-
-    def _fed(self, n: int) -> None:
-        """The cache holds the first n positions; on a GPU, for what is launched from now on."""
-        self.n_fed = n
-        if n >= self._lost:
-            self._lost = 0
-
-    def _feed_for_logits(self, position: int) -> torch.Tensor:
-        self._feed(position, logits=True)
-        self._check_barriers()
-        if int(self.state.head_index.min()) < 0:
-            raise LogitsNotFinite(position)
-        return self.state.logits.clone()
+    def _new_prefill(self) -> Prefill:
+        return Prefill(self.config, self.build, self.blocks, self.weights, self.state)
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         try:
@@ -907,7 +431,7 @@ class MegaModel:
                 self.max_context,
                 self.num_programs,
                 BUILD=self.traced_build if position == self.trace_position else self.build,
-                BLOCK_P=next_power_of_2(self.num_programs),
+                BLOCK_P=triton.next_power_of_2(self.num_programs),
                 **self.tuning.options(),
             )
         except RuntimeError as error:
@@ -917,133 +441,39 @@ class MegaModel:
                 f"--num-programs {self.num_programs}: more than can be resident on {self.device}"
             ) from None
 
-    def _token(self, token: torch.Tensor, position: int) -> int:
-        """What the launch of a position left."""
-        token_id = int(token)
-        if token_id == NOT_FINITE.value:
-            raise LogitsNotFinite(position)
-        if token_id < 0:
-            self._check_barriers()
-            raise RuntimeError("the kernel ended without a token and without an abort record")
-        return token_id
-
-    def _check_barriers(self) -> None:
-        barrier = int(self.state.sync[ABORT.value])
-        if barrier:
-            raise MegakernelAborted(
-                f"a program did not arrive at the barrier after {barrier_name(barrier, self.config.n_layers)}; "
-                "call reset() before the next step"
-            )
-
-
-class Launched(NamedTuple):
-    """A position that a generation has fed, and what becomes of it."""
-
-    position: int
-    token: torch.Tensor  # [] int32, on the host
-    copied: torch.cuda.Event | None  # when it is there; None: it is
-    logits: torch.Tensor | None
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line; InputError where it is wrong."""
-    parser = ArgumentParser(description="GPT-OSS decoded by one persistent kernel launch per token.")
-    add_model_arguments(parser)
-    add_prompt_arguments(parser)
-    parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
-    add_fp8_arguments(parser)
-    parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
-    parser.add_argument("--load-rate", action="store_true", help="say how long loading took, and at what rate")
-    parser.add_argument(
-        "--trace",
-        metavar="FILE.json",
-        type=output_path,
-        help="time the phases of one token, as a Chrome trace and a table",
-    )
-    parser.add_argument(
-        "--trace-token",
-        metavar="N",
-        type=positive_int,
-        help=f"time the Nth generated token; default: {USUAL_TOKEN}, or the last one",
-    )
-    return parser.parse_args()
-
-
-def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
-    """The checkpoint that the command line names, and its tokenizer. Random weights have none, and no stop ids.
-
-    InputError before anything is opened if the kernels cannot run here.
-    """
-    device = usable_device(None)
-    if not args.random_weights:
-        checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
-        return checkpoint, open_tokenizer(checkpoint)
-    if args.verify:
-        raise InputError("--verify: random weights have no checksums")
-    config = PRESETS[args.random_weights]
-    config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
-    return RandomCheckpoint(config, device=device, name=f"random {args.random_weights}"), None
-
 
 def main() -> None:
-    args = parse_arguments()
-    check_outputs(args)
+    """The command line; docs/using.md describes it."""
+    args = cli.parse_arguments(
+        "GPT-OSS decoded by one persistent kernel launch per token.",
+        cli.add_model_arguments,
+        cli.add_prompt_arguments,
+        cli.add_kernel_arguments,
+        trace.add_trace_arguments,
+    )
+    generation.check_outputs(args)
     checkpoint, tokenizer = open_model(args)
-    prompt_ids = prompt_ids_from(args, tokenizer, checkpoint.config)
-    traced = token_to_trace(args, len(prompt_ids), context_length(checkpoint.config, args.max_context))
+    prompt_ids = generation.prompt_ids_from(args, tokenizer, checkpoint.config)
+    traced = trace.token_to_trace(args, len(prompt_ids), context_length(checkpoint.config, args.max_context))
     inputs = files_of(checkpoint)
-    with trace_writer(args.trace, inputs) as write_trace:
-        with logits_writer(args.logits_out, checkpoint.config.vocab_size, inputs) as on_logits:
+    with trace.trace_writer(args.trace, inputs) as write_trace:
+        with generation.logits_writer(args.logits_out, checkpoint.config.vocab_size, inputs) as on_logits:
             model = MegaModel(
                 checkpoint,
                 args.quant,
                 args.max_context,
                 num_programs=args.num_programs,
                 show_progress=sys.stderr.isatty(),
-                dense=dense_formats(args, checkpoint),
+                dense=cli.dense_formats(args, checkpoint),
                 trace_position=None if traced is None else len(prompt_ids) - 1 + traced - 1,
             )
             if args.load_rate:
-                print(load_rate(model), file=sys.stderr)
-            generation = stream_generation(
-                model.generate(prompt_ids, args.max_new_tokens, on_logits),
-                prompt_ids,
-                tokenizer,
-                checkpoint.config,
-                args.max_new_tokens,
-                device=device_name(model.device),
-                path=path_name(args.quant, model.config.dense),
-                as_json=args.json,
-            )
+                print(model.load_rate(), file=sys.stderr)
+            path = cli.path_name(args.quant, model.config.dense)
+            answer = generation.print_answer(args, model, path, prompt_ids, tokenizer, on_logits)
         if write_trace:
-            if len(generation.token_ids) < traced:
-                raise InputError(f"--trace-token {traced}: the answer ended after {len(generation.token_ids)} tokens")
-            launch = model.traced_launch()
-            title = f"token {traced} at position {model.trace_position}: {generation.device}, {generation.path}"
-            write_trace(chrome_trace(launch, title))
-            print(f"{title}\n{table_text(table_rows(launch))}", file=sys.stderr)
-
-
-def load_rate(model: MegaModel) -> str:
-    """One line: bytes of the weights as the checkpoint has them, and what loading took, packing included."""
-    gigabytes = model.checkpoint_bytes / 1e9
-    return f"weights: {gigabytes:.3f} GB in {model.load_seconds:.2f} s, {gigabytes / model.load_seconds:.2f} GB/s"
-
-
-def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the one Triton was set up for when this module was imported. Raises InputError."""
-    interpreted = isinstance(megakernel, InterpretedFunction)
-    if interpreted and device is None:
-        notice_unused_gpu()
-    device = torch_device(("cpu" if interpreted else "cuda") if device is None else device, for_kernels=True)
-    if (device.type == "cpu") != interpreted:
-        raise InputError(f"device {device}: set TRITON_INTERPRET=1 for the CPU, unset it for a GPU")
-    if interpreted:
-        interpreter.install()
-    elif device.index not in (None, torch.cuda.current_device()):
-        raise InputError(f"device {device}: not the current one; choose it with CUDA_VISIBLE_DEVICES")
-    return device
+            write_trace(model, traced, answer)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

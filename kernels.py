@@ -5,17 +5,17 @@ launches orders here. For debuggers and profilers, which see a phase at a time, 
 costs and what one persistent kernel saves. run_triton_phased.py is its command line.
 """
 
+import host.start
+
 from collections.abc import Callable
 
-from gpt_oss_megakernel import MegaModel  # before Triton: it sets TRITON_INTERPRET
-
-# isort: split
 import triton
 import triton.language as tl
 
 import gpt_oss_megakernel as phases
 from common.experts import no_choice
-from host.launch import compile_errors, next_power_of_2
+from gpt_oss_megakernel import MegaModel
+from host.compilers import compile_errors
 
 
 @triton.jit
@@ -121,7 +121,7 @@ class PhasedModel(MegaModel):
         if token or logits:
             self._launch_phase(head_kernel, int(logits))
         if token:
-            self._launch_phase(argmax_kernel, position, BLOCK_P=next_power_of_2(self.num_programs))
+            self._launch_phase(argmax_kernel, position, BLOCK_P=triton.next_power_of_2(self.num_programs))
 
     def _launch_phase(self, kernel, *arguments: int, **constants: int) -> None:
         kernel[self.grid](

@@ -14,10 +14,10 @@ import torch
 from huggingface_hub import HfApi, constants, errors, get_session, snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from host.checkpoint import INDEX_NAME, MAX_TOKENIZER_BYTES, TOKENIZER_NAME, WEIGHTS_NAME
-from host.config import CONFIG_NAME, GENERATION_NAME, ModelConfig, expected_tensors, read_config
-from host.errors import InputError
-from host.files import (
+from checkpoints.checkpoint import INDEX_NAME, MAX_TOKENIZER_BYTES, TOKENIZER_NAME, WEIGHTS_NAME
+from checkpoints.config import CONFIG_NAME, GENERATION_NAME, ModelConfig, expected_tensors, read_config
+from system.errors import InputError
+from system.files import (
     LFS_POINTER_START,
     FileState,
     check_same,
@@ -29,8 +29,8 @@ from host.files import (
     read_small,
     refuse_lfs_pointer,
 )
-from host.mapped import name_on_bus_error, release_pages
-from host.slow_network import TooSlow, watch
+from system.mapped import name_on_bus_error, release_pages
+from system.slow_network import TooSlow, watch
 
 HUB_REPLY_SECONDS = 10.0
 SMALL_FILES = (CONFIG_NAME, GENERATION_NAME, TOKENIZER_NAME, INDEX_NAME)

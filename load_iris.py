@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
-from host.config import (
+from checkpoints.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
+from checkpoints.config import (
     CONFIG_NAME,
     FP8_GROUPS,
     GENERATION_NAME,
@@ -27,19 +27,7 @@ from host.config import (
     parse_config,
     read_config,
 )
-from host.errors import InputError
-from host.files import (
-    LFS_POINTER_START,
-    FileState,
-    check_same,
-    file_state,
-    is_there,
-    open_regular,
-    path_of,
-    read_small,
-    refuse_lfs_pointer,
-)
-from host.iris_format import (
+from checkpoints.iris_format import (
     BLOB_ALIGNMENT,
     DOCUMENTS,
     SCALES_ENDING,
@@ -51,7 +39,19 @@ from host.iris_format import (
     stored_formats,
     unused_spans,
 )
-from host.mapped import name_on_bus_error, release_pages
+from system.errors import InputError
+from system.files import (
+    LFS_POINTER_START,
+    FileState,
+    check_same,
+    file_state,
+    is_there,
+    open_regular,
+    path_of,
+    read_small,
+    refuse_lfs_pointer,
+)
+from system.mapped import name_on_bus_error, release_pages
 
 HASH_CHUNK = 8 << 20
 HASH_THREADS = 8

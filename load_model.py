@@ -1,16 +1,20 @@
 """Open a model, and its tokenizer: an .iris archive, a checkpoint folder, or a repository of the hub."""
 
+import argparse
+import dataclasses
 import os
 import stat
+import sys
 from pathlib import Path
 
-from host.checkpoint import Checkpoint
-from host.config import CONFIG_NAME
-from host.errors import InputError
-from host.files import is_there, path_of
+from checkpoints.checkpoint import Checkpoint, RandomCheckpoint
+from checkpoints.config import CONFIG_NAME, PRESETS
+from host.backend import usable_device
 from load_hf import HFCheckpoint
 from load_hf import open_checkpoint as open_folder
 from load_iris import IrisArchive, open_archive
+from system.errors import InputError
+from system.files import is_there, path_of
 from tokenizer_util import Tokenizer
 
 SUFFIX = ".iris"
@@ -38,6 +42,22 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if isinstance(checkpoint, HFCheckpoint):
         return Tokenizer.from_folder(checkpoint.folder)
     return Tokenizer.of(checkpoint)
+
+
+def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
+    """The checkpoint that a command line names, and its tokenizer. Random weights have none, and no stop ids.
+
+    args: see host.cli.add_model_arguments. InputError before anything is opened if the kernels cannot run here.
+    """
+    device = usable_device(None)
+    if not args.random_weights:
+        checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
+        return checkpoint, open_tokenizer(checkpoint)
+    if args.verify:
+        raise InputError("--verify: random weights have no checksums")
+    config = PRESETS[args.random_weights]
+    config = dataclasses.replace(config if args.layers is None else config.cut(args.layers), stop_ids=())
+    return RandomCheckpoint(config, device=device, name=f"random {args.random_weights}"), None
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from checkpoints.config import ModelConfig
 from common.attention_rows import attend_rows
 from common.build import Build
 from common.gemm_dense import gemm_dense
@@ -29,9 +30,9 @@ from common.rope import load_rotated
 from common.router import top_k_softmax_rows
 from common.swiglu import swiglu
 from host.buffers import Buffers, buffer_shapes, most_tokens
-from host.config import ModelConfig
-from host.launch import BlockTuning, Tile, compile_errors, next_power_of_2
+from host.compilers import compile_errors
 from host.state import State
+from host.tuning import BlockTuning, Tile
 from host.weights import Weights
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
@@ -623,7 +624,7 @@ class Prefill:
     def _attention(self, layer: int, position: int, n: int, max_context: int) -> None:
         c, w, s, b, t = self.config, self.weights, self.state, self.buffers, self.blocks
         group = c.n_heads // c.n_kv_heads
-        m = max(t.attention_m, next_power_of_2(group))
+        m = max(t.attention_m, triton.next_power_of_2(group))
         attention_kernel[(triton.cdiv(n, m // group) * c.n_kv_heads,)](
             b.qkv,
             s.k_cache,

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from host.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers
-from host.checkpoint import check_unchanged
-from host.config import BF16, DenseFormats, ModelConfig, check_token, expected_tensors, held_formats, scale_name
-from host.errors import InputError, LogitsNotFinite
-from host.fp8 import dequantize_fp8, quantize_fp8
+from checkpoints.checkpoint import check_unchanged
+from checkpoints.config import BF16, DenseFormats, ModelConfig, check_token, expected_tensors, held_formats, scale_name
+from checkpoints.fp8 import dequantize_fp8, quantize_fp8
 from host.rope import rope_tables
-from host.turns import Turns, exclusive
+from system.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers
+from system.errors import InputError, LogitsNotFinite
+from system.turns import Turns, exclusive
 
 # OCP Microscaling Formats v1.0: an E2M1 nibble is sign, two exponent bits, a mantissa bit; an E8M0 byte 2^(byte - 127).
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -243,8 +243,8 @@ class Reference:
     ):
         """checkpoint: anything with .config and .tensor(name). kv_dtype None keeps K and V unrounded.
 
-        dense: dense matrices are rounded to these formats, see host/fp8.py; they stay as they are unless said, in
-        bfloat16 or as an archive has them. InputError if it has them in another format than this says.
+        dense: dense matrices are rounded to these formats, see checkpoints/fp8.py; unless said they stay in bfloat16 or
+        as an archive has them. InputError if it has them in another format than this says.
         max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first.
         TypeError names an argument of the wrong kind.
         """

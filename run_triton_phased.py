@@ -1,7 +1,6 @@
-"""Generates text with one launch for each phase of each layer, and times the phases; see kernels.py."""
+"""Generate text with one launch for each phase of each layer, and times the phases; see kernels.py."""
 
-if __name__ == "__main__":
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+import host.start
 
 import argparse
 import dataclasses
@@ -10,31 +9,15 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from gpt_oss_megakernel import MegaModel, open_model  # before Triton and NumPy: it sets what they read
-
-# isort: split
 import numpy as np
 import torch
 
-from host.cli import (
-    ArgumentParser,
-    add_fp8_arguments,
-    add_model_arguments,
-    add_prompt_arguments,
-    check_outputs,
-    dense_formats,
-    device_name,
-    logits_writer,
-    path_name,
-    positive_int,
-    prompt_ids_from,
-    run_main,
-    stream_generation,
-)
+from gpt_oss_megakernel import MegaModel
+from host import cli, generation
 from host.phases import PHASE_NAMES, phases_of_token
-from host.timing import DeviceMarks, WallMarks
 from kernels import PhasedModel
-from load_model import files_of
+from load_model import files_of, open_model
+from measure.timing import DeviceMarks, WallMarks
 
 GPU_TOKENS, CPU_TOKENS = 33, 5  # decoded for --times; the first warms up
 HOLD_CYCLES = 400_000  # of the GPU's clock, for each launch of a token: 200 us, of which the host takes a few tens
@@ -64,22 +47,13 @@ class Times:
     on_device: bool  # else of the host's clock
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; InputError where it is wrong."""
-    parser = ArgumentParser(description="GPT-OSS decoded by a launch for each phase: the megakernel's tokens, slower.")
-    add_model_arguments(parser)
-    add_prompt_arguments(parser)
-    parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
-    add_fp8_arguments(parser)
-    parser.add_argument(
-        "--num-programs", metavar="N", type=positive_int, help="of each launch; default: as the megakernel"
-    )
+def add_phased_arguments(parser: argparse.ArgumentParser) -> None:
+    """--times."""
     parser.add_argument(
         "--times",
         action="store_true",
         help="then time each phase, and the megakernel on the same weights; with --json a second JSON object",
     )
-    return parser.parse_args()
 
 
 def compare(phased: PhasedModel, mega: MegaModel, prompt_ids: list[int], generated: list[int]) -> Times:
@@ -177,30 +151,30 @@ def table_text(times: Times) -> str:
 
 
 def main() -> None:
-    args = parse_arguments()
-    check_outputs(args)
+    args = cli.parse_arguments(
+        "GPT-OSS decoded by a launch for each phase: the megakernel's tokens, slower.",
+        cli.add_model_arguments,
+        cli.add_prompt_arguments,
+        cli.add_kernel_arguments,
+        add_phased_arguments,
+    )
+    generation.check_outputs(args)
     checkpoint, tokenizer = open_model(args)
     config = checkpoint.config
-    prompt_ids = prompt_ids_from(args, tokenizer, config)
-    with logits_writer(args.logits_out, config.vocab_size, files_of(checkpoint)) as on_logits:
-        dense = dense_formats(args, checkpoint)
+    prompt_ids = generation.prompt_ids_from(args, tokenizer, config)
+    with generation.logits_writer(args.logits_out, config.vocab_size, files_of(checkpoint)) as on_logits:
+        dense = cli.dense_formats(args, checkpoint)
         options = {"max_context": args.max_context, "num_programs": args.num_programs, "dense": dense}
         model = PhasedModel(checkpoint, args.quant, show_progress=sys.stderr.isatty(), **options)
         mega = MegaModel(checkpoint, args.quant, weights=model.weights, **options) if args.times else None
-        generation = stream_generation(
-            model.generate(prompt_ids, args.max_new_tokens, on_logits),
-            prompt_ids,
-            tokenizer,
-            config,
-            args.max_new_tokens,
-            device=device_name(model.device),
-            path=f"phased-{path_name(args.quant, model.config.dense)}".replace("phased-default", "phased"),
-            as_json=args.json,
-        )
+        if args.load_rate:
+            print(model.load_rate(), file=sys.stderr)
+        path = cli.path_of("phased", args.quant, model.config.dense)
+        answer = generation.print_answer(args, model, path, prompt_ids, tokenizer, on_logits)
     if mega is not None:
-        times = compare(model, mega, prompt_ids, generation.token_ids)
+        times = compare(model, mega, prompt_ids, answer.token_ids)
         print(json.dumps(dataclasses.asdict(times)) if args.json else f"\n{table_text(times)}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import tokenizers
 
-from host.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME, Checkpoint
-from host.errors import InputError
-from host.files import read_small
-from host.text_backend import BYTES, PIECES, RUNS, WHOLE, TextBackend
-from host.text_process import TextProcess
-from host.tokenizer_parts import is_known_good
+from checkpoints.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME, Checkpoint
+from checkpoints.text_backend import BYTES, PIECES, RUNS, WHOLE, TextBackend
+from checkpoints.text_process import TextProcess
+from checkpoints.tokenizer_parts import is_known_good
+from system.errors import InputError
+from system.files import read_small
 
 REASONING_EFFORTS = ("low", "medium", "high")
 # What one chat prompt is framed with; a vocabulary that lacks one of these cannot chat.

@@ -29,7 +29,7 @@ class Matrix:
 class Build:
     """A model's configuration, a device's tuning, and the path: FP4 x FP8 experts (`quant`), timestamps (`trace`)."""
 
-    config: Any  # host.config.ModelConfig
+    config: Any  # checkpoints.config.ModelConfig
     tuning: Any  # host.launch.Tuning
     quant: bool = False
     trace: bool = False

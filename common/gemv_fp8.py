@@ -1,7 +1,7 @@
 """Rows of an E4M3 matrix times a float32 vector, accumulated in float32.
 
 As in gemv_bf16.py, but an int32 word holds four elements. A row has a float32 scale (FORMAT "fp8-row"), or each 32
-elements along it an E8M0 byte ("fp8-32"); see host/fp8.py.
+elements along it an E8M0 byte ("fp8-32"); see checkpoints/fp8.py.
 """
 
 import triton

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoints.config import MXFP4_GROUP, ModelConfig
 from common.sm90.prompt_tiles import vector_stride
-from host.config import MXFP4_GROUP, ModelConfig
-from host.launch import MOST_BLOCK_TOKENS
+from host.tuning import MOST_BLOCK_TOKENS
 
 LEAST_WIDTH = 16  # of an expert's blocks, the least of a matrix product
 

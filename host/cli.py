@@ -1,36 +1,23 @@
-"""What the command lines of the kernel and of the reference share: the prompt, the output, the exit codes."""
+"""What command lines share: groups of options, what they ask for, and the exit codes."""
 
 import argparse
-import contextlib
-import io
-import json
-import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from host.arguments import instance
-from host.checkpoint import Checkpoint
-from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, check_token, held_formats
-from host.devices import check_supported
-from host.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer, printable
-from host.limits import DEFAULT_CONTEXT, context_length, is_out_of_memory
-from host.output_file import check_output, output_path, replacing
-from host.program import signal_exit_code, signals_as_interrupts, standard_streams
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, held_formats
+from host.limits import DEFAULT_CONTEXT, is_out_of_memory
+from system.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer, printable
+from system.output_file import output_path
+from system.program import signal_exit_code, signals_as_interrupts, standard_streams
 
 DEMO_CHAT = "Recite sonnet 18."
-RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 
 FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # what --fp8-scale says
 FP8_COMPONENTS = ("qkv", "o", "router", "head")
 
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 EXIT_FAILURE = 1
 NO_THREAD = "can't start new thread"  # what Python's RuntimeError says
@@ -44,8 +31,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def parse_arguments(description: str, *groups: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
+    """The command line, whose options the groups add; InputError where it is wrong."""
+    parser = ArgumentParser(description=description)
+    for add_arguments in groups:
+        add_arguments(parser)
+    return parser.parse_args()
+
+
 def run_main(main: Callable[[], None]) -> int:
-    """Calls `main` and returns the process's exit code; see host.program for what signals and streams do meanwhile.
+    """Calls `main` and returns the process's exit code; see system.program for what signals and streams do meanwhile.
 
     0; 2 after an InputError, without enough memory, or where a file or stdout could not be written; 1 if the kernel
     gave up or runs that must agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the reader of stdout
@@ -115,40 +110,31 @@ def token_id_list(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def torch_device(device: torch.device | str | None, for_kernels: bool = False) -> torch.device:
-    """The device asked for, or the GPU if there is one. InputError unless it can hold numbers and give them back.
-
-    for_kernels: a GPU must also be one that the kernels can be compiled for.
-    """
-    instance(device, torch.device | str, "device")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if for_kernels and torch.device(device).type == "cuda":
-            check_supported(torch.device(device))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls it: the GPU's product name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, random_weights: bool = True) -> None:
-    """--model, --random-weights, --layers, --verify."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """--model, --layers, --verify. Returns the group of what excludes --model."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--model",
         default=DEFAULT_MODEL,
         help=".iris archive, checkpoint folder or hub id; default: the shipped one",
     )
-    if random_weights:
-        source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device")
     parser.add_argument("--layers", metavar="N", type=positive_int, help="use the first N layers only")
     parser.add_argument("--verify", action="store_true", help="compare an archive with its checksums first")
+    return source
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--random-weights and those of add_checkpoint_arguments."""
+    source = add_checkpoint_arguments(parser)
+    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device")
+
+
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    """--quant, those of add_fp8_arguments, --num-programs, --load-rate."""
+    parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
+    add_fp8_arguments(parser)
+    parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
+    parser.add_argument("--load-rate", action="store_true", help="say how long loading took, and at what rate")
 
 
 def add_fp8_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +186,11 @@ def path_name(quant: bool, dense: DenseFormats) -> str:
     return ", ".join(filter(None, ("quant" if quant else "default", formats_text(dense))))
 
 
+def path_of(implementation: str, quant: bool, dense: DenseFormats) -> str:
+    """The name of a path through another implementation than the megakernel: "reference" or "reference-quant"."""
+    return f"{implementation}-{path_name(quant, dense)}".replace("-default", "", 1)
+
+
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
     """--quant or --both; see paths_to_measure."""
     path = parser.add_mutually_exclusive_group()
@@ -213,7 +204,7 @@ def paths_to_measure(args: argparse.Namespace) -> tuple[bool, ...]:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, drawing: str) -> None:
-    """--json and --plot, which shows a `drawing`; see host.report."""
+    """--json and --plot, which shows a `drawing`; see measure.report."""
     parser.add_argument("--json", metavar="FILE", type=output_path, help="write everything measured as JSON")
     parser.add_argument("--plot", metavar="FILE.png", type=output_path, help=f"draw {drawing}; needs matplotlib")
 
@@ -240,160 +231,3 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         type=output_path,
         help="write float32 logits [steps, vocabulary], a row for each position fed, the prompt's included",
     )
-
-
-def prompt_ids_from(args: argparse.Namespace, tokenizer, config: ModelConfig) -> list[int]:
-    """The prompt that `add_prompt_arguments` describes, the demo's if there is none.
-
-    Without a `tokenizer` (tokenizer_util.Tokenizer) the default is RANDOM_WEIGHTS_PROMPT, and text is refused.
-    InputError if the prompt is empty, does not fit --max-context, or has an id outside the vocabulary.
-    """
-    max_context = context_length(config, args.max_context)
-    flag, ids = _encode_prompt(args, tokenizer)
-    if not ids:
-        raise InputError(f"{flag}: the prompt is empty")
-    for token_id in ids:
-        check_token(token_id, config)
-    if len(ids) > max_context:
-        raise InputError(f"{flag}: {len(ids)} tokens do not fit in a context of {max_context}; see --max-context")
-    return ids
-
-
-def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]:
-    if args.prompt_ids is not None:
-        return "--prompt-ids", args.prompt_ids
-    if args.prompt is not None:
-        return "--prompt", _needed(tokenizer, "--prompt").encode(args.prompt)
-    if args.chat is None and tokenizer is None:
-        return "--prompt-ids", list(RANDOM_WEIGHTS_PROMPT)
-    text = DEMO_CHAT if args.chat is None else args.chat
-    return "--chat", _needed(tokenizer, "--chat").encode_chat(text) if text.strip() else []
-
-
-def _needed(tokenizer, flag: str):
-    if tokenizer is None:
-        raise InputError(f"{flag}: this model has no tokenizer; use --prompt-ids")
-    return tokenizer
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """InputError if --logits-out, or --trace where there is one, could not be written: known before a download."""
-    for flag, path in (("--logits-out", args.logits_out), ("--trace", getattr(args, "trace", None))):
-        if path is not None:
-            check_output(path, True, flag=flag)
-
-
-@contextlib.contextmanager
-def logits_writer(
-    path: Path | None, vocab_size: int, inputs: Sequence[Path] = ()
-) -> Iterator[Callable[[torch.Tensor], None] | None]:
-    """A function that appends logits [vocab_size] to an .npy file; without a path it is None.
-
-    InputError if the file cannot be written, is one of `inputs`, or the disk is full. See host.output_file.
-    """
-    if path is None:
-        yield None
-        return
-    n_rows = 0
-    # NumPy pads the header so that the number of rows can grow in place.
-    start = len(_npy_header(0, vocab_size))
-    with replacing(path, start, True, inputs=inputs, flag="--logits-out", alone=False) as file:
-
-        def append(logits: torch.Tensor) -> None:
-            nonlocal n_rows
-            file.write(logits.float().cpu().numpy().tobytes(), start + n_rows * vocab_size * 4)
-            n_rows += 1
-
-        file.write(_npy_header(0, vocab_size), 0)
-        yield append
-        file.write(_npy_header(n_rows, vocab_size), 0)
-
-
-def _npy_header(n_rows: int, n_columns: int) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (n_rows, n_columns)})
-    return header.getvalue()
-
-
-@dataclass
-class Generation:
-    """What one run produced, and how fast. Times are in milliseconds of wall clock."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]  # a stop id, if one came, is the last
-    text: str | None  # without the stop token; None without a tokenizer
-    ttft_ms: float | None  # time to the first token, the prompt's work included; None if there was none
-    tpot_ms: float | None  # mean time of each further token; None if there was none
-    device: str
-    path: str  # which implementation ran
-
-
-def stream_generation(
-    tokens: Iterable[int],
-    prompt_ids: list[int],
-    tokenizer,
-    config: ModelConfig,
-    max_new_tokens: int,
-    device: str,
-    path: str,
-    as_json: bool,
-) -> Generation:
-    """Draws the tokens and prints them to stdout: text as it appears and a summary line, or one JSON object.
-
-    Without a tokenizer the ids are printed. Control characters of the text are escaped on a terminal, and only there. A
-    sequence that ends before max_new_tokens without a stop id has filled
-    the context; stderr says so.
-    """
-    text, token_ids, arrivals = "", [], []
-    stream = tokenizer.stream() if tokenizer else None
-    start = time.perf_counter()
-    for token in tokens:
-        arrivals.append(time.perf_counter())
-        token_ids.append(token)
-        if stream is None:
-            piece = f"{token} "
-        else:
-            piece = "" if token in config.stop_ids else stream.push(token)
-        text += piece
-        _print_piece(piece, as_json)
-    if stream is not None:
-        tail = stream.flush()
-        text += tail
-        _print_piece(tail, as_json)
-    stopped = bool(token_ids) and token_ids[-1] in config.stop_ids
-    generation = Generation(
-        prompt_ids=prompt_ids,
-        token_ids=token_ids,
-        text=text if tokenizer else None,
-        ttft_ms=(arrivals[0] - start) * 1e3 if arrivals else None,
-        tpot_ms=(arrivals[-1] - arrivals[0]) * 1e3 / (len(arrivals) - 1) if len(arrivals) > 1 else None,
-        device=device,
-        path=path,
-    )
-    print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
-    if len(token_ids) < max_new_tokens and not stopped:
-        held = len(prompt_ids) + len(token_ids) - 1  # the last one is not fed
-        print(f"context full: stopped after {held} tokens", file=sys.stderr)
-    return generation
-
-
-def summary(generation: Generation) -> str:
-    """One line: tokens, time to the first, time per further token, device and path."""
-
-    def ms(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f} ms"
-
-    return (
-        f"[{len(generation.prompt_ids)} prompt + {len(generation.token_ids)} new tokens, "
-        f"TTFT {ms(generation.ttft_ms)}, {ms(generation.tpot_ms)} per token, {generation.device}, {generation.path}]"
-    )
-
-
-def _print_piece(piece: str, as_json: bool) -> None:
-    if piece and not as_json:
-        print(_for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
-
-
-def _for_terminal(text: str) -> str:
-    """A model's text without what a terminal would take as a command; lines and tabs stay."""
-    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,104 +1,30 @@
 """Everything about a launch that depends on the device: the one place to tune."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from triton.backends.nvidia import compiler as nvidia_compiler
-from triton.errors import TritonError
-from triton.runtime.errors import InterpreterError
+import triton
 
+from checkpoints.config import MXFP4_GROUP, ModelConfig
 from common import cpu, gfx950, sm90
 from common.gemv_dense import item_bytes, row_scale_bytes
-from common.machine import Machine
 from common.sm90.gemv import row_threads
 from common.sm90.tiles import stage_bytes as expert_stage_bytes
-from host.config import MXFP4_GROUP, ModelConfig
-from host.errors import InputError
+from host.devices import launch_row
+from host.tuning import (
+    MOST_BLOCK_TOKENS,
+    AttentionTuning,
+    BlockTuning,
+    DenseTuning,
+    ExpertTuning,
+    RingTuning,
+    Tile,
+    Tuning,
+)
+from system.errors import InputError
 
-COMPILERS = ("PassManager", "LLD")  # in what Triton's raise as RuntimeError, of MLIR and of AMD's linker
 LEAST_STAGES = 2  # of a ring: one is read while another is filled
-
-
-@dataclass(frozen=True)
-class DenseTuning:
-    """Products of dense matrices and one vector. A tile is whole rows; numbers of rows are powers of two."""
-
-    qkv_rows: int  # of a tile
-    o_rows: int
-    router_rows: int
-    head_rows: int
-    k_block: int  # rows are loaded in blocks of this width, a power of two that need not divide them
-    step_tiles: int  # tiles whose sums the threads exchange together
-    threads_per_row: int  # each 16 bytes at a time, where tiles come through a ring
-
-
-@dataclass(frozen=True)
-class ExpertTuning:
-    """Products of experts' matrices and one vector."""
-
-    norm_block: int  # elements of the experts' input that a program writes at a time, a multiple of 32
-    gate_up_rows: int  # of a tile, gate and up alternating, two of which give one output; 16 where tiles are packed
-    gate_up_k: int  # block over K, where rows are read from memory
-    down_rows: int
-    down_k: int
-    step_tiles: int  # tiles whose sums the threads exchange together
-    dot_scaled: bool  # FP4 x FP8 on matrix cores instead of float32 products of the same numbers
-
-
-@dataclass(frozen=True)
-class AttentionTuning:
-    """Attention of one query position."""
-
-    head_keys: int  # up to so many cached positions a program attends them for one query head; -1: never
-    head_block_t: int  # positions per step of that
-    head_slots: int  # rows of a cache that the threads load at a time, 16 bytes each, or a multiple
-    block_t: int  # cached positions per step
-    parts: int  # of a step, each with a softmax of its own: one per warp, or one for all
-    bf16_parts: bool  # bfloat16 parts of float32 operands are multiplied; else float32
-    stages: int  # steps whose loads are under way together
-    split_t: int  # positions that a split has at least, a multiple of block_t
-    max_splits: int  # splits grow beyond split_t so that there are never more
-
-    @property
-    def least_group(self) -> int:
-        """Query heads of a KV head as rows of a matrix product's least tile; bf16_parts makes four times as many."""
-        return 4 if self.bf16_parts else 16
-
-
-@dataclass(frozen=True)
-class RingTuning:
-    """The ring in shared memory through which weights come, see common/sm90/ring.py."""
-
-    stages: int  # tiles that it holds
-    stage_bytes: int  # a multiple of 128
-    prefetch_distance: int  # tiles that are asked for ahead of the one that is read
-    prefetch_qkv: int  # sixteenths of a program's QKV weights that the L2 cache is asked for, at each of three places
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Compile-time constants of the decoding kernel for one kind of device."""
-
-    machine: Machine
-    programs_per_unit: int  # resident programs on each SM or CU
-    num_warps: int
-    max_registers: int | None  # a thread, where the compiler takes such a limit
-    layers_alone: bool  # nothing is computed once for all layers: hundreds of index vectors would occupy registers
-    spin_limit: int  # polls before a barrier gives up: seconds on a GPU
-    dense: DenseTuning
-    experts: ExpertTuning
-    attention: AttentionTuning
-    ring: RingTuning | None = None
-    is_cooperative: bool = False  # the driver refuses a grid that cannot be resident
-
-    def options(self) -> dict:
-        """What to compile and launch with."""
-        options = {"num_warps": self.num_warps}
-        if self.is_cooperative:
-            options |= {"launch_cooperative_grid": True, "maxnreg": self.max_registers}
-        return options
 
 
 # 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The blocks follow what
@@ -108,6 +34,7 @@ class Tuning:
 GFX950 = Tuning(
     machine=gfx950.GFX950,
     programs_per_unit=1,
+    used_units=15,
     num_warps=8,
     max_registers=None,
     layers_alone=True,
@@ -172,67 +99,6 @@ SM_90 = Tuning(
     ring=RingTuning(stages=7, stage_bytes=25600, prefetch_distance=5, prefetch_qkv=2),
     is_cooperative=True,
 )
-
-
-MOST_BLOCK_TOKENS = 4096  # of a prompt at a time, see prefill.py
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Of a matrix product in prefill.py: m matrix rows, n tokens, k elements at a time."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int = 4
-    stages: int = 2
-    max_registers: int | None = None  # a thread, so that more programs share an SM; on NVIDIA alone
-    more: int = 0  # tokens beyond n that a tile of an expert takes too, if the expert has more than n
-    least_programs: int = 0  # of a dense product: with fewer a smaller tile keeps more of the device busy
-
-    @property
-    def width(self) -> int:
-        """Tokens at most."""
-        return self.n + self.more
-
-    def options(self) -> dict:
-        """What to compile and launch with."""
-        options = dict(TILE=self, num_warps=self.num_warps)
-        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
-
-
-@dataclass(frozen=True)
-class BlockTuning:
-    """Launch parameters of prefill.py."""
-
-    tokens: int  # at most in a block
-    least_tokens: int  # fewer are decoded one by one
-    dense: tuple[Tile, ...]  # the smallest first
-    gate_up: tuple[Tile, ...]  # for few tokens an expert first; m is a multiple of 16 warps, k of 128
-    down: tuple[Tile, ...]  # likewise
-    norm_warps: int
-    attention_m: int  # query heads times positions
-    attention_t: int  # keys at a time
-    attention_warps: int
-    attention_stages: int
-    router_n: int  # tokens
-    router_k: int
-    router_warps: int
-    router_stages: int
-    grouping: int  # pairs at a time
-
-    def dense_tile(self, rows: int, n_tokens: int) -> Tile:
-        """The largest with enough programs."""
-
-        def programs(tile: Tile) -> int:
-            return -(-rows // tile.m) * -(-n_tokens // tile.n)
-
-        return [tile for tile in self.dense if programs(tile) >= tile.least_programs][-1]
-
-    @staticmethod
-    def expert_tile(tiles: tuple[Tile, ...], mean_tokens: float) -> Tile:
-        """The first that holds half more than an expert has on average, as some have more than others; or the last."""
-        return next((tile for tile in tiles if 1.5 * mean_tokens <= tile.width), tiles[-1])
 
 
 # 168 and 96 registers let three and five programs share an SM: gate-up of 1,023 tokens takes 500 us for 566, down of
@@ -306,26 +172,9 @@ BLOCKS_CPU = BlockTuning(
 )
 
 
-def blocks_for(device: torch.device) -> BlockTuning:
-    """The launch parameters of prefill.py on a device."""
-    if device.type == "cpu":
-        return BLOCKS_CPU
-    return BLOCKS_GFX950 if torch.version.hip else BLOCKS_SM_90
-
-
 # The interpreter pays about 20 us an operation whatever its size, so its blocks are as large as memory allows.
 _CPU_BLOCK = 1 << 20
 MOST_INTERPRETED_PROGRAMS = 1024  # each is a thread
-
-
-def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
-    """The tuning of a device: the architecture's, or for a CPU one that swallows a matrix in few tiles.
-
-    NVIDIA GPUs of any compute capability that host/devices.py lets through have the one measured at 9.0.
-    """
-    if device.type == "cpu":
-        return _cpu_tuning(config)
-    return GFX950 if torch.version.hip else fit_ring(SM_90, config)
 
 
 def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
@@ -373,10 +222,8 @@ def program_count(device: torch.device, tuning: Tuning) -> int:
 
 
 def programs_on(units: int, tuning: Tuning) -> int:
-    """The same for a GPU of so many SMs or CUs."""
-    if tuning.machine.name == "gfx950":
-        units -= units // 16
-    return units * tuning.programs_per_unit
+    """Programs that are resident together on a GPU of so many SMs or CUs."""
+    return -(-units * tuning.used_units // 16) * tuning.programs_per_unit
 
 
 def check_program_count(num_programs: int, device: torch.device, tuning: Tuning) -> None:
@@ -386,41 +233,12 @@ def check_program_count(num_programs: int, device: torch.device, tuning: Tuning)
         raise InputError(f"--num-programs {num_programs}: {device} runs 1 to {most} together")
 
 
-@contextlib.contextmanager
-def compile_errors(device: torch.device) -> Iterator[None]:
-    """What a GPU's compilers say becomes an InputError of one line."""
-    try:
-        yield
-    except InterpreterError:
-        raise
-    except (TritonError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in COMPILERS):
-            raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        line = next((line for line in lines if "; error" in line), lines[-1])
-        raise InputError(f"device {device}: Triton cannot compile the kernels: {line.strip()}") from None
-
-
-def quiet_compilers() -> None:
-    """Keep Triton from printing all of a kernel's PTX, 18,000 lines, when NVIDIA's assembler refuses it."""
-
-    def print_unless_reproducer(*values, **options) -> None:
-        if not any("please share the reproducer" in str(value) for value in values):
-            print(*values, **options)
-
-    nvidia_compiler.print = print_unless_reproducer
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _cpu_tuning(config: ModelConfig) -> Tuning:
     def rows(n_rows: int, block_k: int, least: int = 1) -> int:
-        return max(least, min(next_power_of_2(n_rows), _CPU_BLOCK // block_k))
+        return max(least, min(triton.next_power_of_2(n_rows), _CPU_BLOCK // block_k))
 
-    dense_k = next_power_of_2(max(config.hidden_size, config.q_size))
-    expert_k = max(128, next_power_of_2(max(config.hidden_size, config.intermediate_size)))
+    dense_k = triton.next_power_of_2(max(config.hidden_size, config.q_size))
+    expert_k = max(128, triton.next_power_of_2(max(config.hidden_size, config.intermediate_size)))
     return Tuning(
         machine=cpu.CPU,
         programs_per_unit=1,
@@ -438,7 +256,7 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
             threads_per_row=128,
         ),
         experts=ExpertTuning(
-            norm_block=max(MXFP4_GROUP, next_power_of_2(config.hidden_size)),
+            norm_block=max(MXFP4_GROUP, triton.next_power_of_2(config.hidden_size)),
             gate_up_rows=rows(2 * config.intermediate_size, expert_k),
             gate_up_k=expert_k,
             down_rows=rows(config.hidden_size, expert_k, least=16),
@@ -458,6 +276,31 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
             max_splits=64,
         ),
     )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a kind of device is launched with."""
+
+    tuning: Callable[[ModelConfig], Tuning]  # of the decoding kernel, for a model's sizes
+    blocks: BlockTuning  # of a prompt's kernels
+
+
+LAUNCH_TABLE = {
+    "sm_90": Row(lambda config: fit_ring(SM_90, config), BLOCKS_SM_90),
+    "gfx950": Row(lambda config: GFX950, BLOCKS_GFX950),
+    "cpu": Row(_cpu_tuning, BLOCKS_CPU),
+}
+
+
+def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
+    """What the decoding kernel is launched with on a device. InputError if the launch table has no row for it."""
+    return LAUNCH_TABLE[launch_row(device)].tuning(config)
+
+
+def blocks_for(device: torch.device) -> BlockTuning:
+    """What a prompt's kernels are launched with on a device. InputError if the launch table has no row for it."""
+    return LAUNCH_TABLE[launch_row(device)].blocks
 
 
 def with_small_tiles(tuning: Tuning) -> Tuning:

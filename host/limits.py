@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.config import ModelConfig
 from host.buffers import buffer_bytes
-from host.config import ModelConfig
-from host.errors import InputError
 from host.weights import weight_bytes
+from system.errors import InputError
 
 DEFAULT_CONTEXT = 4096  # positions
 WORKSPACE_BYTES = 256 << 20  # a token's activations, logits, rotary tables and the compiled kernels: generous

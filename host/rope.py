@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from host.config import ModelConfig
+from checkpoints.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
+import triton
 
+from checkpoints.config import MXFP4_GROUP, ModelConfig
 from common.barrier import SYNC_WORDS
 from common.sm90.tile_product import vector_parts
-from host.config import MXFP4_GROUP, ModelConfig
-from host.launch import Tuning, next_power_of_2
 from host.rope import rope_tables
+from host.tuning import Tuning
 
 
 class State(NamedTuple):
@@ -57,7 +58,7 @@ def new_state(
 
     hidden, top_k, inter = config.hidden_size, config.experts_per_token, config.intermediate_size
     cache = (config.n_layers, config.n_kv_heads, max_context, config.head_dim)
-    group = max(tuning.attention.least_group, next_power_of_2(config.n_heads // config.n_kv_heads))
+    group = max(tuning.attention.least_group, triton.next_power_of_2(config.n_heads // config.n_kv_heads))
     splits = (config.n_kv_heads, tuning.attention.max_splits, group)
     expert_in, expert_act = _expert_buffers(config, tuning, quant)
     in_mxfp8 = quant and not tuning.machine.experts.is_packed

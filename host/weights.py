@@ -5,12 +5,13 @@ from typing import NamedTuple
 import torch
 from huggingface_hub.utils import tqdm
 
+from checkpoints.checkpoint import check_unchanged
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, ModelConfig, expected_tensors, scale_name
+from checkpoints.fp8 import quantize_into
+from checkpoints.names import MODEL_TENSORS, tensor_names
 from common.gemv_dense import item_bytes, scale_stride
 from common.sm90.tiles import block_bytes, drop_elements_of_nan, pack_blocks, pack_scales, scale_bytes, tile_count
-from host.checkpoint import check_unchanged
-from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, ModelConfig, expected_tensors, scale_name
-from host.fp8 import quantize_into
-from host.launch import Tuning
+from host.tuning import Tuning
 from host.upload import Uploader
 
 PIECE_BYTES = 32 << 20  # that are packed or quantized at a time
@@ -98,46 +99,6 @@ def _dense_scales(shape: tuple[int, ...], dense_format: str) -> tuple[tuple[int,
 
 def weight_bytes(config: ModelConfig, tuning: Tuning | None = None) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in weight_shapes(config, tuning))
-
-
-# Field of Weights -> the published tensors that it holds, of a model or, stacked, of each layer.
-MODEL_TENSORS = {
-    "embed": ("model.embed_tokens.weight",),
-    "final_norm": ("model.norm.weight",),
-    "lm_head": ("lm_head.weight",),
-}
-LAYER_TENSORS = {
-    "attn_norm": ("input_layernorm.weight",),
-    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-    "sinks": ("self_attn.sinks",),
-    "o": ("self_attn.o_proj.weight",),
-    "o_bias": ("self_attn.o_proj.bias",),
-    "mlp_norm": ("post_attention_layernorm.weight",),
-    "router": ("mlp.router.weight",),
-    "router_bias": ("mlp.router.bias",),
-    "gate_up": ("mlp.experts.gate_up_proj_blocks",),
-    "gate_up_scales": ("mlp.experts.gate_up_proj_scales",),
-    "gate_up_bias": ("mlp.experts.gate_up_proj_bias",),
-    "down": ("mlp.experts.down_proj_blocks",),
-    "down_scales": ("mlp.experts.down_proj_scales",),
-    "down_bias": ("mlp.experts.down_proj_bias",),
-}
-PUBLISHED = MODEL_TENSORS | LAYER_TENSORS
-
-
-def published_names(field: str, n_layers: int) -> list[str]:
-    """The tensors of a field of Weights, in the order in which it holds their values."""
-    if field in MODEL_TENSORS:
-        return list(MODEL_TENSORS[field])
-    return [f"model.layers.{n}.{name}" for n in range(n_layers) for name in LAYER_TENSORS[field]]
-
-
-def tensor_names(field: str, n_layers: int) -> list[str]:
-    """The same, for scales of dense matrices too."""
-    if field in PUBLISHED:
-        return published_names(field, n_layers)
-    return [scale_name(name) for name in published_names(field.removesuffix("_scales"), n_layers)]
 
 
 def weights_in_place(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> dict[str, torch.Tensor]:

@@ -12,10 +12,10 @@ assert not simulation.races
 
 import triton
 
-from host.errors import InputError
-from host.turns import LAUNCHING
 from interpreter.launch import Simulation, simulate
 from interpreter.scheduler import GridDeadlock
+from system.errors import InputError
+from system.turns import LAUNCHING
 
 __all__ = ["GridDeadlock", "Simulation", "install", "simulate"]
 

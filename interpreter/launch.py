@@ -11,10 +11,10 @@ from contextvars import ContextVar
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-from host.errors import ModelInUse
-from host.turns import LAUNCHING
 from interpreter import races
 from interpreter.scheduler import Grid
+from system.errors import ModelInUse
+from system.turns import LAUNCHING
 
 Builder = interpreter.InterpreterBuilder
 _DEADLOCK_LIMIT = 1000

@@ -1,6 +1,6 @@
 """Archives put together with struct and hashlib alone, from the format's description, for comparing and for breaking.
 
-Nothing of host.iris_format is used, so that a mistake there does not show up here as well.
+Nothing of checkpoints.iris_format is used, so that a mistake there does not show up here as well.
 """
 
 import copy
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from host.checkpoint import config_to_dict
-from host.config import BF16 as DENSE_BF16
-from host.config import FP8_ROWS, DenseFormats, ModelConfig
+from checkpoints.checkpoint import config_to_dict
+from checkpoints.config import BF16 as DENSE_BF16
+from checkpoints.config import FP8_ROWS, DenseFormats, ModelConfig
 
 BF16, F32, U8, I32, F8 = range(5)
 ITEM_BYTES = {BF16: 2, F32: 4, U8: 1, I32: 4, F8: 1}

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from checkpoints.config import MXFP4_GROUP, ModelConfig, YarnConfig, expected_tensors
 from common.gfx950 import GFX950
 from common.sm90 import SM_90
-from host.config import MXFP4_GROUP, ModelConfig, YarnConfig, expected_tensors
-from host.launch import RingTuning, Tuning, tuning_for, with_small_tiles
+from host.launch import tuning_for, with_small_tiles
+from host.tuning import RingTuning, Tuning
 from reference import combine_experts, rms_norm
 
 E2M1_RMS = 2.93  # of the sixteen E2M1 values

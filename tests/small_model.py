@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from mutations import MemoryCheckpoint, loud_checkpoint, small_config
 
-from host.checkpoint import write_checkpoint
+from checkpoints.checkpoint import write_checkpoint
 from host.cli import run_main
 from tokenizer_util import BYTE_OF_CHARACTER
 

@@ -18,12 +18,12 @@ from torch.nn.functional import cross_entropy
 import acc_eval
 import gpt_oss_megakernel
 from acc_eval import OpenSide, Plan, Side, Stream, Window, cut, cut_all, evaluate, greedy_stream, open_side
-from host.accuracy import METRICS
-from host.checkpoint import write_checkpoint
+from checkpoints.checkpoint import write_checkpoint
+from checkpoints.config import PRESETS, DenseFormats
 from host.cli import DEFAULT_MODEL, DEMO_CHAT
-from host.config import PRESETS, DenseFormats
-from host.errors import InputError
+from measure.accuracy import METRICS
 from reference import Reference
+from system.errors import InputError
 from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parent.parent

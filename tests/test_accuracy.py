@@ -1,4 +1,4 @@
-"""host/accuracy.py against plain implementations: lists, loops and 60 decimal digits."""
+"""measure/accuracy.py against plain implementations: lists, loops and 60 decimal digits."""
 
 import math
 from decimal import Decimal, localcontext
@@ -6,8 +6,8 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from host import accuracy
-from host.accuracy import (
+from measure import accuracy
+from measure.accuracy import (
     BLOCK_ROWS,
     METRICS,
     Positions,

@@ -6,9 +6,9 @@ import torch
 from mutations import loud_checkpoint, small_config
 
 from gpt_oss_megakernel import MegaModel
-from host.arguments import integer, integers
-from host.errors import InputError
 from reference import Reference
+from system.arguments import integer, integers
+from system.errors import InputError
 
 F32 = torch.float32
 INTEGERS = [5, np.int64(5), np.uint8(5), np.array(5), torch.tensor(5), torch.tensor(5, dtype=torch.uint8)]

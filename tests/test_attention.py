@@ -30,13 +30,13 @@ from common.attention import (
 from common.barrier import ABORT, ARRIVALS
 from common.build import Build
 from common.decode_attention import parts_of_a_step
-from host.errors import MegakernelAborted
 from host.launch import GFX950, SM_90
 from host.phases import barrier_name
-from host.random_cache import fill_cache
 from host.state import new_state
 from interpreter import simulate
 from kernels import attention_kernel
+from measure.random_cache import fill_cache
+from system.errors import MegakernelAborted
 
 G, BLOCK_T = 8, 32
 MAX_SPLITS = 8

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from host import bandwidth
-from host.bandwidth import GRAIN, LEAST, SHAPES, fastest_stream, measure_read_bandwidth, sum_int32
+from measure import bandwidth
+from measure.bandwidth import GRAIN, LEAST, SHAPES, fastest_stream, measure_read_bandwidth, sum_int32
 
 
 @pytest.fixture(scope="module")

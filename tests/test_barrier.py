@@ -18,10 +18,10 @@ from common.gfx950 import GFX950
 from common.machine import Machine
 from common.sm90 import SM_90
 from gpt_oss_megakernel import MegaModel
-from host.errors import MegakernelAborted
 from host.phases import PHASES, barrier_name
-from host.random_cache import fill_cache
 from interpreter import simulate
+from measure.random_cache import fill_cache
+from system.errors import MegakernelAborted
 
 SPINS = 10_000
 SEEDS = range(4)

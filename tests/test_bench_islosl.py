@@ -19,10 +19,11 @@ import bench_islosl
 import convert_to_iris
 import gpt_oss_megakernel
 from bench_islosl import Measurement, Plan, Report, Run, Shape, make_prompts, markdown, plan_for, run_from, ttft_lines
+from checkpoints.config import GENERATION_NAME, DenseFormats
 from gpt_oss_megakernel import MegaModel
-from host import limits, timing
-from host.config import GENERATION_NAME, DenseFormats
-from host.timing import checksum, spread
+from host import limits
+from measure import timing
+from measure.timing import checksum, spread
 from reference import Reference
 
 STOP_ID = 262  # of the small model

@@ -12,17 +12,17 @@ from small_model import assert_rejected, run_script, small_checkpoint, write_mod
 
 import bench_tpot
 from bench_tpot import Measurement, Plan, Report, json_text, markdown, plan_for, write_plot
+from checkpoints.config import GPT_OSS_120B
 from gpt_oss_megakernel import MegaModel
-from host.bandwidth import Bandwidth
 from host.cli import DEFAULT_MODEL
-from host.config import GPT_OSS_120B
-from host.errors import InputError
 from host.limits import required_bytes
-from host.random_cache import fill_cache
-from host.timing import Spread, checksum
-from host.traffic import bytes_per_token
 from load_hf import open_checkpoint
+from measure.bandwidth import Bandwidth
+from measure.random_cache import fill_cache
+from measure.timing import Spread, checksum
+from measure.traffic import bytes_per_token
 from reference import Reference
+from system.errors import InputError
 
 SPREAD_KEYS = {"median", "mean", "min", "p10", "p90", "n"}
 

@@ -1,4 +1,4 @@
-"""host.checkpoint: random values that are reproducible and sane, and folders that transformers loads."""
+"""checkpoints.checkpoint: random values that are reproducible and sane, and folders that transformers loads."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ import torch
 import transformers_model
 from safetensors.torch import load_file
 
-from host.checkpoint import RandomCheckpoint, write_checkpoint
-from host.config import GPT_OSS_120B, ModelConfig, expected_tensors, read_config
-from host.errors import InputError
+from checkpoints.checkpoint import RandomCheckpoint, write_checkpoint
+from checkpoints.config import GPT_OSS_120B, ModelConfig, expected_tensors, read_config
+from system.errors import InputError
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
@@ -78,8 +78,8 @@ def test_a_cut_model_has_the_same_first_layers():
 
 FRESH_PROCESS = """
 import resource
-from host.checkpoint import RandomCheckpoint
-from host.config import GPT_OSS_20B
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import GPT_OSS_20B
 checkpoint = RandomCheckpoint(GPT_OSS_20B)
 print(checkpoint.tensor("model.layers.0.self_attn.sinks").double().sum().item())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

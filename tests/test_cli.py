@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from host import program
-from host.cli import run_main, stream_generation
-from host.errors import InputError, RunsDiffer, printable
-from host.output_file import replacing
-from host.program import ENDING_SIGNALS, signals_deferred
+from host.cli import run_main
+from host.generation import stream_generation
+from system import program
+from system.errors import InputError, RunsDiffer, printable
+from system.output_file import replacing
+from system.program import ENDING_SIGNALS, signals_deferred
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +193,7 @@ FORKS = """
 import argparse, json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
 from host.cli import run_main
-from host.errors import InputError
+from system.errors import InputError
 from huggingface_hub.utils import tqdm
 
 def say():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mutations import small_config
 
-from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
+from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
 from host.launch import GFX950, SM_90, fit_ring, programs_on
 from tools.compile_report import Program
 
@@ -210,7 +210,7 @@ def test_other_sizes_compile():
     """A configuration unlike the published ones, for both targets."""
     config = small_config(hidden_size=416, intermediate_size=224, n_experts=5, experts_per_token=3, head_dim=128)
     script = (
-        "from host.config import DenseFormats, ModelConfig, YarnConfig\n"
+        "from checkpoints.config import DenseFormats, ModelConfig, YarnConfig\n"
         "from tools.compile_report import compile_megakernel\n"
         f"config = {config!r}\n"
         "for target in ('gfx950', 'sm_90'):\n"

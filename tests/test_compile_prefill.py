@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from mutations import small_config
 
-from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B
-from host.launch import BLOCKS_GFX950, BLOCKS_SM_90, BlockTuning, Tile
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B
+from host.launch import BLOCKS_GFX950, BLOCKS_SM_90
+from host.tuning import BlockTuning, Tile
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = {"gfx950": BLOCKS_GFX950, "sm_90": BLOCKS_SM_90}
@@ -129,7 +130,7 @@ def test_other_sizes_compile():
     """A configuration unlike the published ones, for both targets."""
     config = small_config(hidden_size=416, intermediate_size=224, n_experts=5, experts_per_token=3, head_dim=128)
     script = (
-        "from host.config import DenseFormats, ModelConfig, YarnConfig\n"
+        "from checkpoints.config import DenseFormats, ModelConfig, YarnConfig\n"
         "from tools.compile_prefill import compile_launch, recorded_launches\n"
         f"config = {config!r}\n"
         "for target in ('gfx950', 'sm_90'):\n"

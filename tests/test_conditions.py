@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 
-from host import conditions
-from host.conditions import GPU_FIELDS, gpu_fields, parse_gpu_fields
+from measure import conditions
+from measure.conditions import GPU_FIELDS, gpu_fields, parse_gpu_fields
 
 REPLY = "575.57.08, 1980 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W\n"
 

@@ -1,4 +1,4 @@
-"""host.config against the published checkpoint's own files, transformers' reading of them, and bad input."""
+"""checkpoints.config against the published checkpoint's own files, transformers' reading of them, and bad input."""
 
 import copy
 import json
@@ -12,8 +12,8 @@ import torch
 from transformers import GenerationConfig, GptOssConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from host.checkpoint import config_to_dict
-from host.config import (
+from checkpoints.checkpoint import config_to_dict
+from checkpoints.config import (
     FP8_ROWS,
     GPT_OSS_20B,
     GPT_OSS_120B,
@@ -25,8 +25,8 @@ from host.config import (
     expected_tensors,
     read_config,
 )
-from host.errors import InputError
 from host.rope import inverse_frequencies
+from system.errors import InputError
 
 PUBLISHED = Path(__file__).parent / "data" / "gpt-oss-120b"
 ITEM_BYTES = {"BF16": 2, "U8": 1}

@@ -6,7 +6,7 @@ import transformers_model
 from mutations import CHECKPOINT_MUTATIONS, REFERENCE_MUTATIONS, loud_checkpoint, random_token_ids, small_config
 
 import reference
-from host.checkpoint import write_checkpoint
+from checkpoints.checkpoint import write_checkpoint
 from reference import Reference
 
 TOLERANCE = 1e-3  # test_reference.py's

@@ -28,14 +28,14 @@ import convert_to_iris
 import gpt_oss_megakernel
 import run_reference
 import run_triton_phased
+from checkpoints import iris_compare, iris_writer
+from checkpoints.checkpoint import INDEX_NAME, RandomCheckpoint, write_checkpoint
+from checkpoints.config import PRESETS, ModelConfig, expected_tensors
+from checkpoints.iris_writer import write_archive
 from gpt_oss_megakernel import MegaModel
-from host import iris_compare, iris_writer
-from host.checkpoint import INDEX_NAME, RandomCheckpoint, write_checkpoint
-from host.config import PRESETS, ModelConfig, expected_tensors
-from host.iris_writer import write_archive
-from host.output_file import OutputFile
 from load_hf import open_checkpoint as open_folder
 from load_iris import open_archive
+from system.output_file import OutputFile
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "models" / "sonnets"

@@ -13,8 +13,8 @@ import torch
 import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host import cli, devices
-from host.errors import InputError
-from host.launch import compile_errors, quiet_compilers
+from host.compilers import compile_errors, quiet_compilers
+from system.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 NVIDIA = {

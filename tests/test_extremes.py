@@ -12,10 +12,11 @@ from mutations import MemoryCheckpoint, changed, loud_checkpoint, random_token_i
 from test_prefill import SMALL_BLOCKS
 from torch import Tensor
 
+from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig
+from checkpoints.fp8 import dequantize_fp8, quantize_fp8
 from gpt_oss_megakernel import MegaModel
-from host.config import BF16, FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig
-from host.fp8 import dequantize_fp8, quantize_fp8
-from host.launch import Tuning, tuning_for
+from host.launch import tuning_for
+from host.tuning import Tuning
 from reference import Reference
 
 F32 = torch.float32

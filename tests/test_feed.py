@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from mutations import ODD_SIZES, changed, small_config
 
+from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from common.build import Build
 from common.context import Context
 from common.experts import Choice, elements, no_choice
@@ -32,8 +33,8 @@ from common.sm90.feed import (
     tiles_of_layer,
 )
 from common.work import share_work
-from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
-from host.launch import SM_90, Tuning, fit_ring
+from host.launch import SM_90, fit_ring
+from host.tuning import Tuning
 from host.weights import Weights, weight_shapes
 from interpreter import assembly
 

@@ -1,4 +1,4 @@
-"""host.files: whatever stands at a path, reading it ends soon and takes little memory."""
+"""system.files: whatever stands at a path, reading it ends soon and takes little memory."""
 
 import os
 import resource
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from host.errors import InputError
-from host.files import json_value, open_regular, parse_json, read_small
+from system.errors import InputError
+from system.files import json_value, open_regular, parse_json, read_small
 
 DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/tty"]
 
@@ -142,7 +142,7 @@ def test_a_file_that_grows_meanwhile_is_read_as_far_as_it_was_checked(tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", fstat_and_grow)
-        patch.setattr("host.files.open_regular", lambda path: os.open(path, os.O_RDONLY))
+        patch.setattr("system.files.open_regular", lambda path: os.open(path, os.O_RDONLY))
         assert read_small(tmp_path / "x", 100) == b"12345"
 
 

@@ -1,13 +1,13 @@
-"""host.fp8: E4M3 weights against the formats' definitions in float64, with each bfloat16 number that there is."""
+"""checkpoints.fp8: E4M3 weights against the formats' definitions in float64, with each bfloat16 number."""
 
 import math
 
 import pytest
 import torch
 
-from host.config import FP8_GROUPS, FP8_ROWS
-from host.errors import InputError
-from host.fp8 import dequantize_fp8, quantize_fp8
+from checkpoints.config import FP8_GROUPS, FP8_ROWS
+from checkpoints.fp8 import dequantize_fp8, quantize_fp8
+from system.errors import InputError
 
 FORMATS = [FP8_ROWS, FP8_GROUPS]
 GROUP = 32

@@ -15,7 +15,7 @@ from common.cpu import CPU
 from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, split_rows
 from common.sm90 import SM_90
 from common.sm90.tiles import pack_blocks, pack_scales
-from host.launch import Tile
+from host.tuning import Tile
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 NAN_SCALE = 255

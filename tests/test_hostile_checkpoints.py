@@ -28,10 +28,10 @@ from small_model import run_script, write_model
 import convert_to_iris
 import gpt_oss_megakernel
 import run_reference
-from host.checkpoint import RandomCheckpoint, write_checkpoint
-from host.config import expected_tensors
-from host.errors import InputError
+from checkpoints.checkpoint import RandomCheckpoint, write_checkpoint
+from checkpoints.config import expected_tensors
 from load_hf import MAX_HEADER_BYTES, HFCheckpoint, open_checkpoint, resolve
+from system.errors import InputError
 from tools import fuzz_safetensors
 
 ROOT = Path(__file__).parent.parent

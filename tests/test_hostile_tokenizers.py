@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from host import text_process
-from host.checkpoint import MAX_TOKENIZER_BYTES
-from host.errors import InputError
-from host.text_backend import TextBackend
-from host.text_process import TextProcess
-from host.tokenizer_parts import O200K_PATTERN, PUBLISHED, is_known_good
+from checkpoints import text_process
+from checkpoints.checkpoint import MAX_TOKENIZER_BYTES
+from checkpoints.text_backend import TextBackend
+from checkpoints.text_process import TextProcess
+from checkpoints.tokenizer_parts import O200K_PATTERN, PUBLISHED, is_known_good
+from system.errors import InputError
 from tokenizer_util import Tokenizer
 
 SHIPPED = Path(__file__).parent.parent / "models" / "sonnets" / "tokenizer.json"

@@ -1066,7 +1066,7 @@ def test_an_unknown_version_is_refused_in_one_line():
     source = "import triton\ntriton.__version__ = '9.1.0'\nimport interpreter\ninterpreter.install()"
     done = run_python(source, interpret=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("host.errors.InputError: ")
+    assert done.stderr.splitlines()[-1].startswith("system.errors.InputError: ")
     assert "knows Triton 3.6.x, 3.9.x, not 9.1.0" in done.stderr.splitlines()[-1]
 
 

@@ -28,10 +28,9 @@ from iris_files import (
     written_order,
 )
 
-from host.checkpoint import RandomCheckpoint
-from host.config import GPT_OSS_20B, GPT_OSS_120B, MAX_LAYERS, expected_tensors
-from host.errors import InputError
-from host.iris_format import (
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import GPT_OSS_20B, GPT_OSS_120B, MAX_LAYERS, expected_tensors
+from checkpoints.iris_format import (
     MAX_ENTRIES,
     Entry,
     Header,
@@ -43,7 +42,8 @@ from host.iris_format import (
     read_header,
     seal,
 )
-from host.iris_writer import write_archive
+from checkpoints.iris_writer import write_archive
+from system.errors import InputError
 
 DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.int32, torch.float8_e4m3fn)
 CHECKPOINT = RandomCheckpoint(small_config())

@@ -41,12 +41,11 @@ import convert_to_iris
 import gpt_oss_megakernel
 import run_reference
 import run_triton_phased
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, checkpoint_bytes, scale_name
+from checkpoints.fp8 import QuantizedCheckpoint, quantize_fp8
+from checkpoints.iris_writer import write_archive
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import RandomCheckpoint
-from host.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, ModelConfig, checkpoint_bytes, scale_name
-from host.errors import InputError, LogitsNotFinite
-from host.fp8 import QuantizedCheckpoint, quantize_fp8
-from host.iris_writer import write_archive
 from host.launch import tuning_for
 from host.weights import Weights, bytes_to_load, load_weights, weights_in_place
 from kernels import PhasedModel
@@ -54,6 +53,7 @@ from load_hf import open_checkpoint as open_folder
 from load_iris import open_archive
 from load_model import open_checkpoint
 from reference import Reference
+from system.errors import InputError, LogitsNotFinite
 
 CPU = torch.device("cpu")
 SCRIPTS = [gpt_oss_megakernel, run_triton_phased, run_reference]
@@ -117,7 +117,7 @@ def run(monkeypatch, capsys):
 @pytest.mark.parametrize("piece_bytes", [1, 2 * 96 * 5, 1 << 20])
 @each_format
 def test_quantized_checkpoint_has_each_matrix_as_the_quantizer_makes_it(dense, piece_bytes, monkeypatch):
-    monkeypatch.setattr("host.fp8.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("checkpoints.fp8.PIECE_BYTES", piece_bytes)
     checkpoint = small_checkpoint()
     quantized = QuantizedCheckpoint(checkpoint, dense)
     assert quantized.config == dataclasses.replace(checkpoint.config, dense=dense)
@@ -231,7 +231,7 @@ def test_memory_holds_one_matrix_and_a_few_rows(dense, tmp_path, monkeypatch):
         pieces.append(rows.nbytes)
         return quantize_fp8(rows, dense_format)
 
-    monkeypatch.setattr("host.fp8.quantize_fp8", noting_quantizer)
+    monkeypatch.setattr("checkpoints.fp8.quantize_fp8", noting_quantizer)
     config = small_config(vocab_size=200_000, hidden_size=128, n_layers=1, layer_is_sliding=(True,))
     write_archive(RandomCheckpoint(config), tmp_path / "bf16.iris")
     peaks = []
@@ -423,7 +423,7 @@ def test_what_is_copied_is_what_would_be_quantized(dense, n_layers, tmp_path):
     for tuning in (tuning_for(CPU, held), ring_tiles(held)):
         expected = load_weights(loud_cut(checkpoint, n_layers), held, CPU, tuning)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("host.fp8.quantize_fp8", None)
+            patch.setattr("checkpoints.fp8.quantize_fp8", None)
             archive = open_archive(tmp_path / "m.iris", n_layers)
             assert_same(load_weights(archive, archive.config, CPU, tuning), expected)
 

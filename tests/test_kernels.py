@@ -13,13 +13,13 @@ from small_model import small_checkpoint, write_model
 import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host import limits
-from host.errors import InputError
 from host.launch import tuning_for
 from host.phases import PHASES, phases_of_token
-from host.random_cache import fill_cache
 from host.state import State
 from interpreter import simulate
 from kernels import PhasedModel
+from measure.random_cache import fill_cache
+from system.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ from triton.compiler import ASTSource
 from tools.compile_report import TARGETS, TRITON_TYPES
 import kernels
 from common.build import Build
-from host.config import GPT_OSS_120B as config
+from checkpoints.config import GPT_OSS_120B as config
 from host.state import new_state
 from host.weights import Weights, weight_shapes
 

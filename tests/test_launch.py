@@ -6,10 +6,11 @@ import pytest
 import torch
 from mutations import ODD_SIZES, changed, small_config
 
+from checkpoints.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
 from common.sm90.ring import BARRIER_BYTES
-from host.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
-from host.errors import InputError
-from host.launch import LEAST_STAGES, SM_90, Tuning, fit_ring, tuning_for
+from host.launch import LEAST_STAGES, SM_90, fit_ring, tuning_for
+from host.tuning import Tuning
+from system.errors import InputError
 
 RING_BYTES = 8 * 25600
 

@@ -18,11 +18,11 @@ from mutations import loud_checkpoint, small_config, small_tiles
 
 from common.barrier import ARRIVALS, EXITS
 from gpt_oss_megakernel import MegaModel
-from host.errors import GenerationOvertaken, InputError, LogitsNotFinite, ModelInUse, PositionsLost
 from interpreter import GridDeadlock, simulate
 from interpreter.scheduler import Grid
 from kernels import PhasedModel
 from reference import Reference
+from system.errors import GenerationOvertaken, InputError, LogitsNotFinite, ModelInUse, PositionsLost
 
 F32 = torch.float32
 CONTEXT, PROGRAMS, N = 16, 3, 3

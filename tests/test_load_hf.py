@@ -28,16 +28,16 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 import load_hf
-from host import slow_network
-from host.checkpoint import RandomCheckpoint, write_checkpoint
-from host.config import GPT_OSS_120B, ModelConfig, expected_tensors
-from host.errors import InputError
-from host.iris_compare import first_difference
-from host.iris_writer import write_archive
+from checkpoints.checkpoint import RandomCheckpoint, write_checkpoint
+from checkpoints.config import GPT_OSS_120B, ModelConfig, expected_tensors
+from checkpoints.iris_compare import first_difference
+from checkpoints.iris_writer import write_archive
 from host.launch import tuning_for
 from host.weights import load_weights
 from load_iris import open_archive
 from reference import Reference
+from system import slow_network
+from system.errors import InputError
 
 PUBLISHED = Path(__file__).parent / "data" / "gpt-oss-120b"
 INDEX = "model.safetensors.index.json"

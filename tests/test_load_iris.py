@@ -46,17 +46,18 @@ from small_model import run_script
 import convert_to_iris
 import gpt_oss_megakernel
 import load_iris
+from checkpoints.checkpoint import MAX_TOKENIZER_BYTES, Checkpoint, RandomCheckpoint, config_to_dict
+from checkpoints.config import GPT_OSS_20B, MAX_JSON_BYTES, PRESETS, DenseFormats, ModelConfig, expected_tensors
+from checkpoints.fp8 import QuantizedCheckpoint
+from checkpoints.iris_compare import first_difference
+from checkpoints.iris_writer import write_archive
+from checkpoints.names import LAYER_TENSORS, published_names
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import MAX_TOKENIZER_BYTES, Checkpoint, RandomCheckpoint, config_to_dict
-from host.config import GPT_OSS_20B, MAX_JSON_BYTES, PRESETS, DenseFormats, ModelConfig, expected_tensors
-from host.errors import InputError
-from host.fp8 import QuantizedCheckpoint
-from host.iris_compare import first_difference
-from host.iris_writer import write_archive
 from host.launch import tuning_for
-from host.weights import LAYER_TENSORS, load_weights, published_names
+from host.weights import load_weights
 from load_iris import IrisArchive, open_archive
 from reference import Reference
+from system.errors import InputError
 from tokenizer_util import Tokenizer
 from tools import fuzz_iris
 
@@ -743,7 +744,7 @@ def test_small_files_cost_little_memory(good, tmp_path):
 
 LIMITED = """
 import resource, sys
-from host.errors import InputError
+from system.errors import InputError
 from load_iris import open_archive
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (48 << 20),) * 2)

@@ -9,13 +9,13 @@ import bench_tpot
 import gpt_oss_megakernel
 import run_reference
 import run_triton_phased
-from host.config import checkpoint_bytes
-from host.errors import InputError
-from host.iris_writer import write_archive
+from checkpoints.config import checkpoint_bytes
+from checkpoints.iris_writer import write_archive
 from load_hf import HFCheckpoint
 from load_hf import open_checkpoint as open_folder
 from load_iris import IrisArchive, open_archive
 from load_model import is_archive, open_checkpoint, open_tokenizer
+from system.errors import InputError
 
 SCRIPTS = [gpt_oss_megakernel, run_reference, run_triton_phased]
 WORDS = ["--prompt", "Hi", "--max-new-tokens", 2]

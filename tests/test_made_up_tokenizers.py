@@ -9,8 +9,8 @@ import tokenizers
 from made_up_tokenizers import ADDED, TEXTS, WORDS, made_up
 from transformers import PreTrainedTokenizerFast
 
-from host.errors import InputError
-from host.text_process import TextProcess
+from checkpoints.text_process import TextProcess
+from system.errors import InputError
 from tokenizer_util import Tokenizer
 
 os.environ["RUST_BACKTRACE"] = "0"  # a backtrace takes longer than all the rest

@@ -1,4 +1,4 @@
-"""host.mapped: pages of mapped files go back, and a file that shrinks ends the process with one line."""
+"""system.mapped: pages of mapped files go back, and a file that shrinks ends the process with one line."""
 
 import json
 import mmap
@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small_model import small_checkpoint, write_model
 
-from host.errors import InputError
-from host.iris_writer import write_archive
-from host.mapped import _mapped_file, release_pages
+from checkpoints.iris_writer import write_archive
 from load_iris import open_archive
+from system.errors import InputError
+from system.mapped import _mapped_file, release_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 ROOT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ SHRINK = """
 import faulthandler, hashlib, json, mmap, os, sys, threading
 sys.path.insert(0, sys.argv[1])
 import torch
-from host.mapped import name_on_bus_error
+from system.mapped import name_on_bus_error
 
 def by_torch():
     tensor.max()

@@ -19,14 +19,14 @@ from mutations import (
 from triton.runtime.errors import OutOfResources
 
 import reference
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import ModelConfig, expected_tensors
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import RandomCheckpoint
-from host.config import ModelConfig, expected_tensors
-from host.errors import InputError
 from host.launch import LEAST_STAGES, tuning_for
-from host.random_cache import fill_cache
 from interpreter import simulate
+from measure.random_cache import fill_cache
 from reference import Reference
+from system.errors import InputError
 
 CPU = torch.device("cpu")
 TOKENS = 64

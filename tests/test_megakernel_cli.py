@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from small_model import assert_rejected, run_script, small_checkpoint, write_model
 
 import gpt_oss_megakernel
+from checkpoints.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from checkpoints.config import PRESETS
 from common.barrier import ABORT
 from gpt_oss_megakernel import MegaModel, State
 from host import cli, limits
-from host.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from host.config import PRESETS
-from host.errors import InputError, MegakernelAborted
 from load_hf import open_checkpoint
 from reference import Reference
+from system.errors import InputError, MegakernelAborted
 from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -16,15 +16,15 @@ import bench_tpot
 import gpt_oss_megakernel
 import run_reference
 import run_triton_phased
+from checkpoints.checkpoint import write_checkpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import write_checkpoint
-from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats
-from host.errors import InputError
 from host.launch import tuning_for
-from host.random_cache import fill_cache
 from interpreter import simulate
 from kernels import PhasedModel
+from measure.random_cache import fill_cache
 from reference import Reference
+from system.errors import InputError
 
 CPU = torch.device("cpu")
 TOKENS = 8

@@ -1,4 +1,4 @@
-"""host.output_file: a file is there whole or not at all, and one process writes it at a time."""
+"""system.output_file: a file is there whole or not at all, and one process writes it at a time."""
 
 import argparse
 import errno
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from host import output_file
-from host.errors import InputError
-from host.output_file import OutputFile, check_output, output_path, replacing
+from system import output_file
+from system.errors import InputError
+from system.output_file import OutputFile, check_output, output_path, replacing
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_two_writers_in_one_folder(target):
 def test_what_a_process_that_was_killed_leaves_is_removed(target):
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from host.output_file import replacing\n"
+        "from system.output_file import replacing\n"
         "with replacing(Path(sys.argv[2]), 3, False) as file:\n"
         "    file.write(b'half', 0); os.kill(os.getpid(), 9)\n"
     )
@@ -207,7 +207,7 @@ def test_many_writers_at_once(target):
     """Those that come later take nobody's new file for a leftover; the file is one writer's, and whole."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from host.output_file import replacing\n"
+        "from system.output_file import replacing\n"
         "for n in range(40):\n"
         "    with replacing(Path(sys.argv[2]), 3, True, alone=False) as file:\n"
         "        for at in range(0, 50000, 5000): file.write(sys.argv[3].encode() * 5000, at)\n"
@@ -326,7 +326,7 @@ def test_an_input_that_comes_into_the_place_of_the_target(target):
 
 def test_what_stdout_is_written_to_is_not_replaced(target):
     target.write_bytes(b"text")
-    code = "import sys; from pathlib import Path\nfrom host.output_file import check_output\n"
+    code = "import sys; from pathlib import Path\nfrom system.output_file import check_output\n"
     command = [sys.executable, "-c", f"{code}check_output(Path(sys.argv[1]), True)", target]
     with open(target, "ab") as out:
         done = subprocess.run(

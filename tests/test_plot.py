@@ -1,10 +1,10 @@
-"""host.plot: what stands where in a plot."""
+"""measure.plot: what stands where in a plot."""
 
 import fake_matplotlib
 import pytest
 
-from host.plot import plot_times
-from host.timing import Spread
+from measure.plot import plot_times
+from measure.timing import Spread
 
 
 def time(median: float, p10: float = 0.0, p90: float = 0.0) -> Spread:

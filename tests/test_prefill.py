@@ -21,12 +21,13 @@ from test_gemm_fp4 import column_in_tiles
 from test_shipped_model import FOLDER, SONNET_18_START
 
 import reference
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, expected_tensors
 from common.sm90.prompt_tiles import vector_stride
 from gpt_oss_megakernel import MegaModel
 from host.buffers import Buffers, buffer_bytes, buffer_shapes, most_tokens
-from host.checkpoint import RandomCheckpoint
-from host.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, expected_tensors
-from host.launch import BLOCKS_CPU, BLOCKS_GFX950, BLOCKS_SM_90, BlockTuning, Tile, Tuning, tuning_for
+from host.launch import BLOCKS_CPU, BLOCKS_GFX950, BLOCKS_SM_90, tuning_for
+from host.tuning import BlockTuning, Tile, Tuning
 from load_model import open_checkpoint
 from prefill import act_unit, largest_scales
 from reference import Reference

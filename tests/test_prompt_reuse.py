@@ -11,8 +11,8 @@ import torch
 from mutations import loud_checkpoint, random_token_ids, small_config
 
 from gpt_oss_megakernel import MegaModel
-from host.errors import InputError
 from host.launch import BLOCKS_CPU
+from system.errors import InputError
 
 CONTEXT, BLOCK, WINDOW = 28, 6, 8
 PROMPT = 14  # tokens: more than the window and than two blocks

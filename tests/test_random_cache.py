@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from host.random_cache import fill_cache
+from measure.random_cache import fill_cache
 
 LAYERS, HEADS, DIM = 3, 2, 16
 

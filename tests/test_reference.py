@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from mutations import loud_checkpoint, random_token_ids, small_config
 
 import reference
-from host.checkpoint import write_checkpoint
-from host.config import YarnConfig
-from host.errors import InputError
+from checkpoints.checkpoint import write_checkpoint
+from checkpoints.config import YarnConfig
 from load_hf import open_checkpoint
 from reference import Reference, apply_rope, dequantize_mxfp4, mxfp8_bytes, quantize_mxfp8, route, swiglu
+from system.errors import InputError
 from tokenizer_util import Tokenizer
 
 # Two float32 implementations of these models differ by up to 4e-5 in logits of up to 20, and at position 131000, where

@@ -1,4 +1,4 @@
-"""host.report: files that cannot be written are known before the work, and are there whole or not at all after it."""
+"""measure.report: files that cannot be written are known before the work, and are whole or absent after it."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ from pathlib import Path
 import fake_matplotlib
 import pytest
 
-from host.errors import InputError
-from host.report import check_matplotlib, check_output_file, check_report_files, write_file
+from measure.report import check_matplotlib, check_output_file, check_report_files, write_file
+from system.errors import InputError
 
 
 def assert_refused(match: str, function, *args) -> None:
@@ -75,5 +75,5 @@ def test_a_report_never_replaces_an_input(tmp_path):
 def test_matplotlib_that_cannot_draw_is_known_at_once(tmp_path, monkeypatch):
     fake_matplotlib.install(monkeypatch)
     check_matplotlib(tmp_path / "x.png")
-    monkeypatch.setattr("host.report.png", lambda figure: 1 / 0)
+    monkeypatch.setattr("measure.report.png", lambda figure: 1 / 0)
     assert_refused("^--plot .*x.png: matplotlib fails .division by zero", check_matplotlib, tmp_path / "x.png")

@@ -9,8 +9,8 @@ from transformers import GptOssConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from host.checkpoint import config_to_dict
-from host.config import GPT_OSS_120B, ModelConfig, YarnConfig
+from checkpoints.checkpoint import config_to_dict
+from checkpoints.config import GPT_OSS_120B, ModelConfig, YarnConfig
 from host.rope import inverse_frequencies, rope_tables
 
 YARNS = {

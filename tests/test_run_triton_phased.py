@@ -15,8 +15,8 @@ from small_model import assert_rejected, run_script, small_checkpoint, write_mod
 
 import gpt_oss_megakernel
 import run_triton_phased
+from checkpoints.config import PRESETS
 from gpt_oss_megakernel import MegaModel
-from host.config import PRESETS
 from host.phases import PHASE_NAMES, phases_of_token
 from kernels import PhasedModel
 from run_triton_phased import Times, table_rows, table_text, time_phases

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from checkpoints.config import FP8_ROWS, GPT_OSS_120B, DenseFormats
 from common.build import Build
 from common.gemv_dense import item_bytes
 from common.sm90 import ptx
@@ -14,7 +15,6 @@ from common.sm90.feed import scratch_words
 from common.sm90.gemv import load_thread_vector, row_threads
 from common.sm90.ring import BARRIER_BYTES, open_ring
 from common.sm90.spread import spread_vector, spread_words
-from host.config import FP8_ROWS, GPT_OSS_120B, DenseFormats
 from host.launch import SM_90, fit_ring
 
 BEHIND = tl.constexpr(128)  # float32 of shared memory that are nobody's

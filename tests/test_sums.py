@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from mutations import changed
 
+from checkpoints.config import GPT_OSS_120B
 from common.sm90.ring import BARRIER_BYTES, open_ring
 from common.sm90.sums import collect_dense, collect_tiles, leave_dense, leave_tile, sum_words
-from host.config import GPT_OSS_120B
 from host.launch import SM_90, fit_ring
 
 

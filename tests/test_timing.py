@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from host import timing
-from host.timing import DeviceMarks, WallMarks, checksum, device_times_ms, spread
+from measure import timing
+from measure.timing import DeviceMarks, WallMarks, checksum, device_times_ms, spread
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 10, 101])

@@ -3,7 +3,7 @@
 import pytest
 import tokenizers
 
-from host.errors import InputError
+from system.errors import InputError
 from tokenizer_util import BYTE_OF_CHARACTER, Tokenizer, render_chat
 
 SPECIALS = ("<|start|>", "<|message|>", "<|end|>", "<|return|>")

@@ -1,4 +1,4 @@
-"""host/trace.py and host/phases.py: tables and traces of timestamps made by hand, and of an interpreted launch."""
+"""measure/trace.py and host/phases.py: tables and traces of timestamps made by hand, and of an interpreted launch."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ import pytest
 import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host.cli import DEFAULT_MODEL
-from host.errors import InputError
 from host.phases import PHASE_NAMES, barrier_name, phases_of_token
-from host.trace import (
+from load_hf import open_checkpoint
+from measure.trace import (
     HEADER,
     SLICES,
     USUAL_TOKEN,
@@ -27,8 +27,8 @@ from host.trace import (
     table_text,
     token_to_trace,
 )
-from host.traffic import bytes_by_phase, bytes_per_token
-from load_hf import open_checkpoint
+from measure.traffic import bytes_by_phase, bytes_per_token
+from system.errors import InputError
 
 START_NS = 7_000_000_000_000  # of the clock, which began long before the launch
 FUNCTIONS = {

@@ -16,8 +16,8 @@ from test_trace import assert_complete, slices_of
 import gpt_oss_megakernel
 from gpt_oss_megakernel import MegaModel
 from host.phases import PHASE_NAMES
-from host.traffic import bytes_per_token
 from load_hf import open_checkpoint
+from measure.traffic import bytes_per_token
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "models" / "sonnets"

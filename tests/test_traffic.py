@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from mutations import small_config
 
-from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_20B, GPT_OSS_120B, DenseFormats
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_20B, GPT_OSS_120B, DenseFormats
 from host.phases import Phase, phases_of_token
-from host.traffic import bytes_by_phase, bytes_per_token, kv_bytes_per_token, weight_bytes_per_token
+from measure.traffic import bytes_by_phase, bytes_per_token, kv_bytes_per_token, weight_bytes_per_token
 
 # One layer of either: QKV and O with their biases, sinks, two norms, then four experts.
 ATTENTION = 2 * (5120 * 2880 + 5120 + 2880 * 4096 + 2880 + 64 + 2 * 2880)

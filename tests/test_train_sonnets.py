@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from small_model import run_script
 
-from host.errors import InputError
+from system.errors import InputError
 from tokenizer_util import Tokenizer, render_chat
 
 torch = pytest.importorskip("torch")

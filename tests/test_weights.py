@@ -11,10 +11,8 @@ import pytest
 import torch
 from mutations import loud_checkpoint, ring_tiles, small_config
 
-from gpt_oss_megakernel import MegaModel
-from host import limits
-from host.checkpoint import RandomCheckpoint
-from host.config import (
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import (
     FP8_GROUPS,
     FP8_ROWS,
     GPT_OSS_120B,
@@ -23,16 +21,16 @@ from host.config import (
     checkpoint_bytes,
     expected_tensors,
 )
-from host.fp8 import quantize_fp8
-from host.iris_writer import write_archive
+from checkpoints.fp8 import quantize_fp8
+from checkpoints.iris_writer import write_archive
+from checkpoints.names import LAYER_TENSORS, MODEL_TENSORS, published_names
+from gpt_oss_megakernel import MegaModel
+from host import limits
 from host.launch import tuning_for
 from host.weights import (
-    LAYER_TENSORS,
-    MODEL_TENSORS,
     Weights,
     bytes_to_load,
     load_weights,
-    published_names,
     weight_bytes,
     weights_in_place,
 )
@@ -149,7 +147,7 @@ def test_a_cut_archive_is_used_in_place_too(tmp_path):
 
 
 def test_layers_that_lie_apart_are_copied(tmp_path, monkeypatch):
-    import host.iris_writer as writer
+    import checkpoints.iris_writer as writer
 
     place = writer.place_entries
     monkeypatch.setattr(writer, "place_entries", lambda kinds: place(kinds[::-1]))

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
-from host.errors import InputError
+from system.errors import InputError
 from tools.machine_code import ERROR, VERSION
 
 ROOT = Path(__file__).resolve().parent.parent

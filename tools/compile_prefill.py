@@ -12,20 +12,18 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
-
 os.environ.setdefault("TRITON_INTERPRET", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
+import host.start
 
 import torch
 import triton
 from triton.compiler import ASTSource
 
 import prefill
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from common.build import Build
 from host.cli import ArgumentParser, path_name, positive_int, run_main
-from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from host.launch import BLOCKS_GFX950, BLOCKS_SM_90
 from host.state import new_state
 from host.weights import Weights, weight_shapes

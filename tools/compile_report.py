@@ -18,8 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if __name__ == "__main__":
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+import host.start
 
 import torch
 import triton
@@ -28,14 +27,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import gpt_oss_megakernel as mega
+from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from common.build import Build
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from host.cli import ArgumentParser, path_name, run_main
-from host.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
-from host.launch import GFX950, SM_90, Tuning, fit_ring, next_power_of_2, programs_on
-from host.report import check_output_file, write_file
+from host.launch import GFX950, SM_90, fit_ring, programs_on
 from host.state import State, new_state
+from host.tuning import Tuning
 from host.weights import Weights, weight_shapes
+from measure.report import check_output_file, write_file
 
 TARGETS = {"gfx950": (GPUTarget("hip", "gfx950", 64), GFX950), "sm_90": (GPUTarget("cuda", 90, 32), SM_90)}
 PATHS = {"default": False, "quant": True}
@@ -80,7 +80,7 @@ def compile_megakernel(
     names = mega.megakernel.arg_names
     constants = {
         "BUILD": Build(config.compiled(), tuning, quant, trace),
-        "BLOCK_P": next_power_of_2(n_programs),
+        "BLOCK_P": triton.next_power_of_2(n_programs),
     }
     signature = {
         "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),

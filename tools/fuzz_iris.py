@@ -22,15 +22,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
+import host.start
 
 import torch
 
-from host.checkpoint import TOKENIZER_NAME, Checkpoint, RandomCheckpoint
-from host.cli import run_main
-from host.config import (
+from checkpoints.checkpoint import TOKENIZER_NAME, Checkpoint, RandomCheckpoint
+from checkpoints.config import (
     FP8_GROUPS,
     FP8_ROWS,
     GENERATION_NAME,
@@ -39,9 +37,8 @@ from host.config import (
     expected_tensors,
     scale_name,
 )
-from host.errors import InputError
-from host.fp8 import QuantizedCheckpoint, dequantize_fp8
-from host.iris_format import (
+from checkpoints.fp8 import QuantizedCheckpoint, dequantize_fp8
+from checkpoints.iris_format import (
     BLOB_ALIGNMENT,
     DIGEST_BYTES,
     DOCUMENTS,
@@ -53,8 +50,10 @@ from host.iris_format import (
     header_bytes,
     seal,
 )
-from host.iris_writer import write_archive
+from checkpoints.iris_writer import write_archive
+from host.cli import run_main
 from load_iris import open_archive
+from system.errors import InputError
 from tools.fuzzing import JSON_VALUES, MOST_SECONDS, TooSlow, count, parse_arguments
 
 CONFIG = ModelConfig(

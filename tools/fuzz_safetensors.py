@@ -18,17 +18,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
+import host.start
 
 import torch
 
-from host.checkpoint import WEIGHTS_NAME, RandomCheckpoint, write_checkpoint
+from checkpoints.checkpoint import WEIGHTS_NAME, RandomCheckpoint, write_checkpoint
+from checkpoints.config import ModelConfig, expected_tensors
 from host.cli import run_main
-from host.config import ModelConfig, expected_tensors
-from host.errors import InputError
 from load_hf import open_checkpoint
+from system.errors import InputError
 from tools.fuzzing import JSON_VALUES, MOST_SECONDS, TooSlow, count, parse_arguments
 
 CONFIG = ModelConfig(

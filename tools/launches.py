@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 from triton.compiler import CompiledKernel
 
-from host.config import BF16, FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats
-from host.launch import Tuning, fit_ring
+from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats
+from host.launch import fit_ring
+from host.tuning import Tuning
 from tools.compile_prefill import compile_launch, recorded_launches
 from tools.compile_report import PATHS, TARGETS, compile_megakernel
 

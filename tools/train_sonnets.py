@@ -23,9 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
-    import host.start  # noqa: F401 - first, so that no end of the other imports is a traceback
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
+import host.start
 
 import safetensors.torch
 import tokenizers
@@ -37,7 +36,7 @@ except ImportError:
     transformers = None  # --help needs none
 
 from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
-from host.errors import InputError
+from system.errors import InputError
 from tokenizer_util import Tokenizer, render_chat
 
 CORPUS_MEMBER = "package/lib/data/sonnet-data.js"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from host.config import GPT_OSS_120B
-from host.traffic import bytes_per_token
+from checkpoints.config import GPT_OSS_120B
+from measure.traffic import bytes_per_token
 
 ROOT = Path(__file__).parent.parent.parent
 

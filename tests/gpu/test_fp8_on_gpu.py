@@ -15,11 +15,11 @@ from test_megakernel_on_gpu import (
     relative_rms,
 )
 
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
+from checkpoints.fp8 import quantize_fp8
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import RandomCheckpoint
 from host.cli import DEFAULT_MODEL
-from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
-from host.fp8 import quantize_fp8
 from load_hf import open_checkpoint
 from reference import Reference
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import host.upload
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
+from checkpoints.fp8 import QuantizedCheckpoint
+from checkpoints.iris_writer import write_archive
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import RandomCheckpoint
 from host.cli import DEFAULT_MODEL
-from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
-from host.fp8 import QuantizedCheckpoint
-from host.iris_writer import write_archive
 from host.launch import tuning_for
 from host.upload import Uploader
 from host.weights import Weights, load_weights

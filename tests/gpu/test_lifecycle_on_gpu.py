@@ -7,7 +7,7 @@ import torch
 from mutations import loud_checkpoint, small_config
 
 from gpt_oss_megakernel import MegaModel
-from host.errors import GenerationOvertaken, LogitsNotFinite, PositionsLost
+from system.errors import GenerationOvertaken, LogitsNotFinite, PositionsLost
 
 CONTEXT, N = 64, 12
 PROMPT, OTHER = [5, 6, 7, 8, 9, 10], [100, 101, 102]

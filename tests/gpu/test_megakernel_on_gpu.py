@@ -10,14 +10,14 @@ import pytest
 import torch
 from mutations import ODD_SIZES, loud_checkpoint, random_token_ids, small_config
 
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import GPT_OSS_120B, ModelConfig
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import RandomCheckpoint
 from host.cli import DEFAULT_MODEL, DEMO_CHAT
-from host.config import GPT_OSS_120B, ModelConfig
-from host.errors import InputError, MegakernelAborted
 from host.launch import tuning_for
 from load_hf import open_checkpoint
 from reference import Reference
+from system.errors import InputError, MegakernelAborted
 from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent

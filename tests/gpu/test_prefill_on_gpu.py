@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_megakernel_on_gpu import CUDA, F32, endless, relative_rms
 
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
 from gpt_oss_megakernel import MegaModel
-from host.checkpoint import RandomCheckpoint
-from host.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
 
 LENGTHS = [1, 2, 127, 128, 129, 1000, 5000]
 # The experts' vectors are float16, 2^-12 of each element; measured 5e-4 to 3e-3.

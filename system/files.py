@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from host.errors import InputError
+from system.errors import InputError
 
 # What Python makes of JSON takes some 100 bytes a value, however short it is written: `[],` has three.
 MAX_JSON_VALUES = 1_000_000  # a shard that holds all tensors of the largest model that is taken has 400,000

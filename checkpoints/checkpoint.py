@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 
-from host.config import CONFIG_NAME, ModelConfig, expected_tensors
-from host.errors import InputError
+from checkpoints.config import CONFIG_NAME, ModelConfig, expected_tensors
+from system.errors import InputError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ EXPONENT_POWER = sum(4.0**offset for offset in EXPONENT_OFFSETS) / len(EXPONENT_
 
 
 class Checkpoint(Protocol):
-    """Named tensors of one model, in the published layout (`host.config.expected_tensors`)."""
+    """Named tensors of one model, in the published layout (`checkpoints.config.expected_tensors`)."""
 
     config: ModelConfig
     name: str
@@ -41,7 +41,7 @@ class Checkpoint(Protocol):
         """The tensor of this published name, in its published shape and dtype (bfloat16 or uint8).
 
         Norms and sinks may come as float32. A dense matrix that `config.dense` says is FP8 comes as float8_e4m3fn, its
-        scales under host.config.scale_name as float32 or uint8.
+        scales under checkpoints.config.scale_name as float32 or uint8.
         """
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,7 +156,7 @@ def _random_bytes(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
 
 
 def config_to_dict(config: ModelConfig) -> dict:
-    """A `config.json` from which `host.config` and transformers read the same configuration back."""
+    """A `config.json` from which `checkpoints.config` and transformers read the same configuration back."""
     yarn = config.yarn
     rope = {
         "rope_type": "yarn",

@@ -9,15 +9,19 @@ import contextlib
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from host.errors import InputError
-from host.output_file import check_output, replacing
+from host.cli import positive_int
+from host.generation import Generation
 from host.phases import PHASE_NAMES, Phase, phases_of_token
+from measure.traffic import bytes_by_phase
+from system.errors import InputError
+from system.output_file import check_output, output_path, replacing
 
 USUAL_TOKEN = 16  # by then the caches are warm
 SLICES = 20  # of the token's time, for bytes over time
@@ -36,7 +40,7 @@ class Launch:
 
     phases: list[Phase]
     ns: np.ndarray  # int64 [phases, 2, programs] from the first event on: when a program enters a phase and leaves it
-    n_bytes: list[int]  # that each phase reads, see host.traffic.bytes_by_phase
+    n_bytes: list[int]  # that each phase reads, see measure.traffic.bytes_by_phase
 
     @classmethod
     def from_events(cls, events: np.ndarray, n_layers: int, n_bytes: list[int]) -> "Launch":
@@ -178,6 +182,28 @@ def gb_per_s_over_time(launch: Launch, slices: int = SLICES) -> list[float]:
     return (n_bytes / width).tolist()  # bytes per nanosecond
 
 
+def launch_of(model) -> Launch:
+    """What a Decoder's launch at its trace_position noted, once it has ended. ValueError if there was none."""
+    n_bytes = bytes_by_phase(model.config, model.trace_position or 0)
+    return Launch.from_events(model.state.trace.cpu().numpy(), model.config.n_layers, n_bytes)
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """--trace and --trace-token; see token_to_trace."""
+    parser.add_argument(
+        "--trace",
+        metavar="FILE.json",
+        type=output_path,
+        help="time the phases of one token, as a Chrome trace and a table",
+    )
+    parser.add_argument(
+        "--trace-token",
+        metavar="N",
+        type=positive_int,
+        help=f"time the Nth generated token; default: {USUAL_TOKEN}, or the last one",
+    )
+
+
 def token_to_trace(args: argparse.Namespace, n_prompt: int, max_context: int) -> int | None:
     """Which generated token, from 1, --trace and --trace-token ask for; None without --trace.
 
@@ -201,8 +227,8 @@ def token_to_trace(args: argparse.Namespace, n_prompt: int, max_context: int) ->
 
 
 @contextlib.contextmanager
-def trace_writer(path: Path | None, inputs: Sequence[Path] = ()) -> Iterator[Callable[[dict], None] | None]:
-    """A function that writes a trace as JSON, to be called once; without a path it is None.
+def trace_writer(path: Path | None, inputs: Sequence[Path] = ()) -> Iterator[Callable | None]:
+    """A function that writes the trace of a Generation, see write_trace, to be called once; without a path it is None.
 
     InputError if the file cannot be written, at once, is one of `inputs`, or the disk is full.
     """
@@ -211,9 +237,15 @@ def trace_writer(path: Path | None, inputs: Sequence[Path] = ()) -> Iterator[Cal
         return
     check_output(path, True, inputs, "--trace")
 
-    def write(trace: dict) -> None:
-        data = json.dumps(trace, separators=(",", ":")).encode() + b"\n"
+    def write(model, traced: int, generation: Generation) -> None:
+        """Writes what token `traced` of a generation by `model` noted, and prints a table of it on stderr."""
+        if len(generation.token_ids) < traced:
+            raise InputError(f"--trace-token {traced}: the answer ended after {len(generation.token_ids)} tokens")
+        launch = launch_of(model)
+        title = f"token {traced} at position {model.trace_position}: {generation.device}, {generation.path}"
+        data = json.dumps(chrome_trace(launch, title), separators=(",", ":")).encode() + b"\n"
         with replacing(path, len(data), True, inputs=inputs, flag="--trace", alone=False) as file:
             file.write(data, 0)
+        print(f"{title}\n{table_text(table_rows(launch))}", file=sys.stderr)
 
     yield write

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from host.arguments import integer
-from host.errors import InputError
-from host.files import is_there, parse_json, read_small
+from system.arguments import integer
+from system.errors import InputError
+from system.files import is_there, parse_json, read_small
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 MAX_JSON_BYTES = 1 << 20  # of either of them
@@ -60,7 +60,7 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class DenseFormats:
-    """How a device or a file holds each dense matrix: BF16, as published, or one of the others, see host/fp8.py."""
+    """How a device or a file holds each dense matrix: BF16, as published, or a format of checkpoints/fp8.py."""
 
     qkv: str = BF16
     o: str = BF16

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from host.limits import available_bytes
-from host.timing import Spread, device_times_ms, spread
+from measure.timing import Spread, device_times_ms, spread
 
 MOST_BYTES = 8 << 30  # far more than any cache holds
 WARM_UP = 5

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from host.checkpoint import Checkpoint
-from host.errors import InputError
-from host.output_file import check_output, replacing
-from host.plot import png
+from checkpoints.checkpoint import Checkpoint
+from measure.plot import png
+from system.errors import InputError
+from system.output_file import check_output, replacing
 
 
 def check_report_files(args: argparse.Namespace, inputs: Sequence[Path] = ()) -> None:

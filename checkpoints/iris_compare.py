@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.checkpoint import TOKENIZER_NAME, Checkpoint, check_unchanged
+from checkpoints.checkpoint import TOKENIZER_NAME, Checkpoint, check_unchanged
 
 CHUNK = 1 << 24  # elements compared at a time
 

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Set
 from types import UnionType
 
-from host.errors import InputError
+from system.errors import InputError
 
 
 def integer(value, name: str, least: int | None = None) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from huggingface_hub.utils import tqdm
 
-from host.checkpoint import TOKENIZER_NAME, Checkpoint, check_unchanged, config_to_dict
-from host.config import BF16, CONFIG_NAME, GENERATION_NAME, scale_name
-from host.iris_format import Entry, archive_name, archive_tensors, encode_header, place_entries
-from host.output_file import replacing
-from host.weights import LAYER_TENSORS, MODEL_TENSORS, published_names
+from checkpoints.checkpoint import TOKENIZER_NAME, Checkpoint, check_unchanged, config_to_dict
+from checkpoints.config import BF16, CONFIG_NAME, GENERATION_NAME, scale_name
+from checkpoints.iris_format import Entry, archive_name, archive_tensors, encode_header, place_entries
+from checkpoints.names import LAYER_TENSORS, MODEL_TENSORS, published_names
+from system.output_file import replacing
 
 CHUNK = 16 << 20  # bytes that are written and hashed at a time
 QUIET_SECONDS = 10  # between two lines of progress where there is no terminal
@@ -30,7 +30,7 @@ def write_archive(
 ) -> int:
     """Write an archive of version 2, returns its bytes. The host holds one tensor at a time, or a mapped file's pages.
 
-    Dense matrices are written as the checkpoint has them; host.fp8.QuantizedCheckpoint has them in FP8.
+    Dense matrices are written as the checkpoint has them; checkpoints.fp8.QuantizedCheckpoint has them in FP8.
     `check` is called again and again: what it raises ends the writing, with nothing left at `path`.
     InputError, and nothing at `path`, if it is there already (but with `force`), there is no space, or the checkpoint
     is damaged. `inputs` are files that are not replaced by force either.

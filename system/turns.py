@@ -8,7 +8,7 @@ import functools
 import threading
 from collections.abc import Callable
 
-from host.errors import GenerationOvertaken, ModelInUse
+from system.errors import GenerationOvertaken, ModelInUse
 
 # Held while kernels are compiled and launched, whatever the model: neither Triton nor its interpreter is made for
 # several threads at once.

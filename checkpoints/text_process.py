@@ -18,7 +18,7 @@ import weakref
 if __name__ == "__main__":
     sys.path[:] = sys.argv[1:]  # the project's and the package's folders, as the starting process has them
 
-from host.text_backend import TextBackend
+from checkpoints.text_backend import TextBackend
 
 SECONDS = 5  # of processor time for one request, plus
 SECONDS_PER_BYTE = 4e-6  # of the tokenizer.json or text

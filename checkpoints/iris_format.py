@@ -14,8 +14,8 @@ from statistics import mode
 import numpy as np
 import torch
 
-from host.checkpoint import TOKENIZER_NAME
-from host.config import (
+from checkpoints.checkpoint import TOKENIZER_NAME
+from checkpoints.config import (
     CONFIG_NAME,
     FP8_GROUPS,
     FP8_ROWS,
@@ -26,7 +26,7 @@ from host.config import (
     ModelConfig,
     expected_tensors,
 )
-from host.errors import InputError
+from system.errors import InputError
 
 MAGIC = b"IRISMDL1"
 VERSION = 2  # of what is written; 1 is read
@@ -129,7 +129,7 @@ def archive_name(published: str) -> str:
 
 
 def archive_tensors(config: ModelConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name in an archive -> (dtype, shape) of each tensor of a model, in the order of host.config.expected_tensors."""
+    """Name in an archive -> (dtype, shape) of each tensor of a model, in the order of expected_tensors."""
     tensors = {}
     for published, (shape, dtype) in expected_tensors(config).items():
         name = archive_name(published)

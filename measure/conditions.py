@@ -5,7 +5,7 @@ import subprocess
 import torch
 import triton
 
-from host.cli import device_name
+from host.devices import device_name
 
 GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 

@@ -8,7 +8,7 @@ import threading
 
 import torch
 
-from host.errors import EXIT_INPUT_ERROR
+from system.errors import EXIT_INPUT_ERROR
 
 _first = threading.Lock()
 _names: dict[str, None] = {}  # of the files in use, in order

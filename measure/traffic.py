@@ -2,7 +2,7 @@
 
 import math
 
-from host.config import ITEM_BYTES, SCALE_ENDING, ModelConfig, expected_tensors
+from checkpoints.config import ITEM_BYTES, SCALE_ENDING, ModelConfig, expected_tensors
 from host.phases import Phase, phases_of_token
 
 KV_ITEM_BYTES = 2  # bfloat16

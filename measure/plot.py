@@ -3,7 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 
-from host.timing import Spread
+from measure.timing import Spread
 
 Line = Sequence[tuple[int, Spread]]  # (tokens, their time)
 

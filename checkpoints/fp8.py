@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from host.checkpoint import check_unchanged
-from host.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, DenseFormats, held_formats, scale_name
-from host.config import MXFP4_GROUP as GROUP
-from host.errors import InputError
+from checkpoints.checkpoint import check_unchanged
+from checkpoints.config import FP8_GROUPS, FP8_ROWS, SCALE_ENDING, DenseFormats, held_formats, scale_name
+from checkpoints.config import MXFP4_GROUP as GROUP
+from system.errors import InputError
 
 E4M3_MAX = 448.0
 E8M0_NAN = 255

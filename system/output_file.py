@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from host.errors import InputError
+from system.errors import InputError
 
 ENDING = ".{}.part"  # of a file that is not whole, with 16 random hexadecimal digits
 MOST_NAME_BYTES = 255 - len(ENDING.format("0" * 16))

@@ -1,0 +1,38 @@
+"""What Triton's compilers print and raise, made fit for a user."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from triton.backends.nvidia import compiler as nvidia_compiler
+from triton.errors import TritonError
+from triton.runtime.errors import InterpreterError
+
+from system.errors import InputError
+
+COMPILERS = ("PassManager", "LLD")  # in what Triton's raise as RuntimeError, of MLIR and of AMD's linker
+
+
+@contextlib.contextmanager
+def compile_errors(device: torch.device) -> Iterator[None]:
+    """What a GPU's compilers say becomes an InputError of one line."""
+    try:
+        yield
+    except InterpreterError:
+        raise
+    except (TritonError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in COMPILERS):
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        line = next((line for line in lines if "; error" in line), lines[-1])
+        raise InputError(f"device {device}: Triton cannot compile the kernels: {line.strip()}") from None
+
+
+def quiet_compilers() -> None:
+    """Keep Triton from printing all of a kernel's PTX, 18,000 lines, when NVIDIA's assembler refuses it."""
+
+    def print_unless_reproducer(*values, **options) -> None:
+        if not any("please share the reproducer" in str(value) for value in values):
+            print(*values, **options)
+
+    nvidia_compiler.print = print_unless_reproducer

@@ -1,0 +1,203 @@
+"""Take a prompt from the command line, and print and keep what a model makes of it."""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoints.config import ModelConfig, check_token
+from host.cli import DEMO_CHAT
+from host.devices import device_name
+from host.limits import context_length
+from system.errors import InputError
+from system.output_file import check_output, replacing
+
+RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
+def prompt_ids_from(args: argparse.Namespace, tokenizer, config: ModelConfig) -> list[int]:
+    """The prompt that `add_prompt_arguments` describes, the demo's if there is none.
+
+    Without a `tokenizer` (tokenizer_util.Tokenizer) the default is RANDOM_WEIGHTS_PROMPT, and text is refused.
+    InputError if the prompt is empty, does not fit --max-context, or has an id outside the vocabulary.
+    """
+    max_context = context_length(config, args.max_context)
+    flag, ids = _encode_prompt(args, tokenizer)
+    if not ids:
+        raise InputError(f"{flag}: the prompt is empty")
+    for token_id in ids:
+        check_token(token_id, config)
+    if len(ids) > max_context:
+        raise InputError(f"{flag}: {len(ids)} tokens do not fit in a context of {max_context}; see --max-context")
+    return ids
+
+
+def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]:
+    if args.prompt_ids is not None:
+        return "--prompt-ids", args.prompt_ids
+    if args.prompt is not None:
+        return "--prompt", _needed(tokenizer, "--prompt").encode(args.prompt)
+    if args.chat is None and tokenizer is None:
+        return "--prompt-ids", list(RANDOM_WEIGHTS_PROMPT)
+    text = DEMO_CHAT if args.chat is None else args.chat
+    return "--chat", _needed(tokenizer, "--chat").encode_chat(text) if text.strip() else []
+
+
+def _needed(tokenizer, flag: str):
+    if tokenizer is None:
+        raise InputError(f"{flag}: this model has no tokenizer; use --prompt-ids")
+    return tokenizer
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """InputError if --logits-out, or --trace where there is one, could not be written: known before a download."""
+    for flag, path in (("--logits-out", args.logits_out), ("--trace", getattr(args, "trace", None))):
+        if path is not None:
+            check_output(path, True, flag=flag)
+
+
+@contextlib.contextmanager
+def logits_writer(
+    path: Path | None, vocab_size: int, inputs: Sequence[Path] = ()
+) -> Iterator[Callable[[torch.Tensor], None] | None]:
+    """A function that appends logits [vocab_size] to an .npy file; without a path it is None.
+
+    InputError if the file cannot be written, is one of `inputs`, or the disk is full. See system.output_file.
+    """
+    if path is None:
+        yield None
+        return
+    n_rows = 0
+    # NumPy pads the header so that the number of rows can grow in place.
+    start = len(_npy_header(0, vocab_size))
+    with replacing(path, start, True, inputs=inputs, flag="--logits-out", alone=False) as file:
+
+        def append(logits: torch.Tensor) -> None:
+            nonlocal n_rows
+            file.write(logits.float().cpu().numpy().tobytes(), start + n_rows * vocab_size * 4)
+            n_rows += 1
+
+        file.write(_npy_header(0, vocab_size), 0)
+        yield append
+        file.write(_npy_header(n_rows, vocab_size), 0)
+
+
+def _npy_header(n_rows: int, n_columns: int) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (n_rows, n_columns)})
+    return header.getvalue()
+
+
+@dataclass
+class Generation:
+    """What one run produced, and how fast. Times are in milliseconds of wall clock."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]  # a stop id, if one came, is the last
+    text: str | None  # without the stop token; None without a tokenizer
+    ttft_ms: float | None  # time to the first token, the prompt's work included; None if there was none
+    tpot_ms: float | None  # mean time of each further token; None if there was none
+    device: str
+    path: str  # which implementation ran
+
+
+def print_answer(
+    args: argparse.Namespace,
+    model,
+    path: str,
+    prompt_ids: list[int],
+    tokenizer,
+    on_logits: Callable[[torch.Tensor], None] | None,
+) -> Generation:
+    """Generate what the command line asks for, and print it; see stream_generation."""
+    return stream_generation(
+        model.generate(prompt_ids, args.max_new_tokens, on_logits),
+        prompt_ids,
+        tokenizer,
+        model.config,
+        args.max_new_tokens,
+        device=device_name(model.device),
+        path=path,
+        as_json=args.json,
+    )
+
+
+def stream_generation(
+    tokens: Iterable[int],
+    prompt_ids: list[int],
+    tokenizer,
+    config: ModelConfig,
+    max_new_tokens: int,
+    device: str,
+    path: str,
+    as_json: bool,
+) -> Generation:
+    """Draws the tokens and prints them to stdout: text as it appears and a summary line, or one JSON object.
+
+    Without a tokenizer the ids are printed. Control characters of the text are escaped on a terminal, and only there. A
+    sequence that ends before max_new_tokens without a stop id has filled
+    the context; stderr says so.
+    """
+    text, token_ids, arrivals = "", [], []
+    stream = tokenizer.stream() if tokenizer else None
+    start = time.perf_counter()
+    for token in tokens:
+        arrivals.append(time.perf_counter())
+        token_ids.append(token)
+        if stream is None:
+            piece = f"{token} "
+        else:
+            piece = "" if token in config.stop_ids else stream.push(token)
+        text += piece
+        _print_piece(piece, as_json)
+    if stream is not None:
+        tail = stream.flush()
+        text += tail
+        _print_piece(tail, as_json)
+    stopped = bool(token_ids) and token_ids[-1] in config.stop_ids
+    generation = Generation(
+        prompt_ids=prompt_ids,
+        token_ids=token_ids,
+        text=text if tokenizer else None,
+        ttft_ms=(arrivals[0] - start) * 1e3 if arrivals else None,
+        tpot_ms=(arrivals[-1] - arrivals[0]) * 1e3 / (len(arrivals) - 1) if len(arrivals) > 1 else None,
+        device=device,
+        path=path,
+    )
+    print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
+    if len(token_ids) < max_new_tokens and not stopped:
+        held = len(prompt_ids) + len(token_ids) - 1  # the last one is not fed
+        print(f"context full: stopped after {held} tokens", file=sys.stderr)
+    return generation
+
+
+def summary(generation: Generation) -> str:
+    """One line: tokens, time to the first, time per further token, device and path."""
+
+    def ms(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f} ms"
+
+    return (
+        f"[{len(generation.prompt_ids)} prompt + {len(generation.token_ids)} new tokens, "
+        f"TTFT {ms(generation.ttft_ms)}, {ms(generation.tpot_ms)} per token, {generation.device}, {generation.path}]"
+    )
+
+
+def _print_piece(piece: str, as_json: bool) -> None:
+    if piece and not as_json:
+        print(_for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+
+
+def _for_terminal(text: str) -> str:
+    """A model's text without what a terminal would take as a command; lines and tabs stay."""
+    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
