@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from mutations import MemoryCheckpoint, loud_checkpoint, small_config
+from made_up_models import MemoryCheckpoint, loud_checkpoint, small_config
 
 from checkpoints.checkpoint import write_checkpoint
 from host.cli import run_main

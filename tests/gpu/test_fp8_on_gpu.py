@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from mutations import ODD_SIZES, loud_checkpoint, random_token_ids, small_config
+from made_up_models import ODD_SIZES, loud_checkpoint, random_token_ids, small_config
 from test_megakernel_on_gpu import (
     CUDA,
     F32,

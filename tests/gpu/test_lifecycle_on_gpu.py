@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from mutations import loud_checkpoint, small_config
+from made_up_models import loud_checkpoint, small_config
 
 from gpt_oss_megakernel import MegaModel
 from system.errors import GenerationOvertaken, LogitsNotFinite, PositionsLost

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import ODD_SIZES, loud_checkpoint, random_token_ids, small_config
+from made_up_models import ODD_SIZES, loud_checkpoint, random_token_ids, small_config
 
 from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import GPT_OSS_120B, ModelConfig

@@ -1,0 +1,6 @@
+"""What the shipped model says of itself."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "models" / "sonnets"
+SONNET_18_START = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:"
