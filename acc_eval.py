@@ -1,8 +1,8 @@
-"""Compares two configurations of the model on the same tokens: agreement, divergence and perplexity.
+"""Compare two configurations of the model on the same tokens: agreement, divergence and perplexity.
 
-Both sides are fed the same text, token by token, whatever they would have said themselves; at each position their
-logits are compared. The metrics are defined in measure/accuracy.py. With --fail-under it is a gate: exit code 1 if a
-metric misses its threshold. A logit that is not finite is a failure always.
+Both sides are fed the same text, teacher-forced, and their logits are compared at each position. The metrics are
+defined in measure/accuracy.py. With --fail-under the script is a gate: exit code 1 if a metric misses its threshold. A
+logit that is not finite is always a failure.
 """
 
 import host.start
@@ -25,18 +25,8 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token, held_formats
 from gpt_oss_megakernel import MegaModel
+from host import cli
 from host.backend import usable_device
-from host.cli import (
-    DEFAULT_MODEL,
-    EXIT_FAILURE,
-    FP8_COMPONENTS,
-    ArgumentParser,
-    add_model_arguments,
-    formats_text,
-    positive_int,
-    run_main,
-    token_id_list,
-)
 from host.generation import prompt_ids_from
 from host.limits import check_memory
 from host.weights import Weights
@@ -57,6 +47,7 @@ from measure.accuracy import (
     nll_differences,
     summarize,
 )
+from measure.benchmark import write_reports
 from measure.conditions import conditions
 from measure.plot import png
 from measure.report import check_report_files, display_name, markdown_table, write_file
@@ -67,7 +58,7 @@ from system.output_file import output_path
 from tokenizer_util import Tokenizer
 
 SIDE_NAMES = ("reference", "reference-quant", "default", "quant")
-FP8_NAMES = {"fp8-attn": ("qkv", "o"), "fp8-head": ("head",)} | {f"fp8-{name}": (name,) for name in FP8_COMPONENTS}
+FP8_NAMES = {"fp8-attn": ("qkv", "o"), "fp8-head": ("head",)} | {f"fp8-{name}": (name,) for name in cli.FP8_COMPONENTS}
 GROUPS_NAME = "scale-32"  # rather than a scale for each row
 SIDE_HELP = (
     f"one of the sides {', '.join(SIDE_NAMES)}, each with any of {', '.join(FP8_NAMES)}, {GROUPS_NAME} after a +"
@@ -75,48 +66,48 @@ SIDE_HELP = (
 SHIPPED_TEXTS = 154  # sonnets
 LONGEST_ANSWER = 400  # tokens of the shipped model
 SOURCES = ("shipped", "greedy", "random")
-MIN_WINDOWS = 4  # for an interval that says something
+MIN_WINDOWS = 4  # fewer give no meaningful confidence interval
 DEFAULT_WINDOW, DEFAULT_WINDOWS = 256, 5
 CPU_WINDOWS = 8
-CPU_CHUNK, GPU_CHUNK = 32, 256  # positions at a time; a large model's reference reads its experts once a chunk
+CPU_CHUNK, GPU_CHUNK = 32, 256  # positions at a time; a large reference reads its experts once per chunk
 MAX_TEXT_BYTES = 64 << 20
-SEED = 0  # of random tokens
-LEAST_KL = 1e-12  # that the plot shows
+SEED = 0  # for random tokens
+LEAST_KL = 1e-12  # the plot clamps smaller values to this
 
 
 @dataclass(frozen=True)
 class Side:
-    """What computes logits, as the command line names it."""
+    """An implementation with its number formats, as the command line names it."""
 
     name: str
-    kernel: bool  # else reference.py, in float32, its KV cache too
+    kernel: bool  # False: reference.py, in float32 with a float32 KV cache
     quant: bool  # experts' inputs rounded to MXFP8
     dense: DenseFormats
 
     @classmethod
     def parse(cls, text: str) -> "Side":
-        """An argparse type. InputError that lists what there is."""
-        name, *more = text.split("+")
-        matrices = {matrix for word in more for matrix in FP8_NAMES.get(word, ())}
-        if name not in SIDE_NAMES or not {*more} <= {*FP8_NAMES, GROUPS_NAME} or bool(more) != bool(matrices):
+        """Parse a side's name, for argparse. Raises InputError, which lists the valid names."""
+        name, *formats = text.split("+")
+        matrices = {matrix for word in formats for matrix in FP8_NAMES.get(word, ())}
+        if name not in SIDE_NAMES or not {*formats} <= {*FP8_NAMES, GROUPS_NAME} or bool(formats) != bool(matrices):
             raise InputError(f"{text!r} is not {SIDE_HELP}")
-        dense = DenseFormats(**dict.fromkeys(matrices, FP8_GROUPS if GROUPS_NAME in more else FP8_ROWS))
+        dense = DenseFormats(**dict.fromkeys(matrices, FP8_GROUPS if GROUPS_NAME in formats else FP8_ROWS))
         return cls(text, kernel=not name.startswith("reference"), quant=name.endswith("quant"), dense=dense)
 
 
 @dataclass(frozen=True)
 class OpenSide:
-    """A model with a KV cache."""
+    """A loaded side: a model with its KV cache."""
 
     reset: Callable[[], None]  # forgets the sequence
-    logits: Callable[[Sequence[int], int], Tensor]  # of tokens from a position on: float32 [tokens, vocab]
-    weights: Weights | None = None  # of the kernel, for another kernel side with the same checkpoint
+    logits: Callable[[Sequence[int], int], Tensor]  # (token ids, first position) -> float32 [tokens, vocab]
+    weights: Weights | None = None  # the kernel's, to share with another kernel side of the same checkpoint
 
 
 def open_side(
     side: Side, checkpoint: Checkpoint, max_context: int, device: torch.device, weights: Weights | None = None
 ) -> OpenSide:
-    """Loads what a side needs but the weights that it shares. InputError if that does not fit the device."""
+    """Load a side, which shares `weights` if they are given. Raises InputError if it does not fit the device."""
     if side.kernel:
         show_progress = sys.stderr.isatty()
         model = MegaModel(
@@ -124,20 +115,20 @@ def open_side(
         )
         return OpenSide(model.reset, functools.partial(kernel_logits, model), model.weights)
     config, dtype = checkpoint.config, torch.float32
-    # Of what is converted, the LM head in float32 is the largest.
+    # The LM head in float32 is the largest of the converted tensors.
     check_memory(config, max_context, dtype, device, weights=4 * config.vocab_size * config.hidden_size)
     reference = Reference(checkpoint, side.quant, dtype, max_context, device, dense=side.dense)
     return OpenSide(reference.reset, reference.forward)
 
 
 def kernel_logits(model: MegaModel, token_ids: Sequence[int], position: int) -> Tensor:
-    """One launch a token."""
+    """Return the kernel's logits, float32 [tokens, vocab], by one launch for each token."""
     return torch.stack([model.logits(token_id, position + i) for i, token_id in enumerate(token_ids)])
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A text. Its first n_context tokens are fed, but how they are predicted does not count."""
+    """A text as token ids. Its first n_context tokens are fed, but their predictions are not compared."""
 
     token_ids: list[int]
     n_context: int = 1
@@ -145,52 +136,54 @@ class Stream:
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a stream: all but the last token are fed, from position 0 on; the first n_skipped do not count."""
+    """A piece of a stream. All tokens but the last are fed from position 0 on; the first n_skipped are not compared."""
 
     token_ids: list[int]
     n_skipped: int = 0
 
     @property
     def n_positions(self) -> int:
+        """The number of positions that are fed."""
         return len(self.token_ids) - 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to feed, and how."""
+    """Which text to feed, and in which pieces."""
 
-    source: str  # of the streams, as the report and errors name it
-    window: int | None  # positions; None: each stream whole
+    source: str  # where the streams come from, as the report and errors name it
+    window: int | None  # positions; None: each stream is one window
     max_windows: int | None
-    n_tokens: int  # of greedy or random streams
+    n_tokens: int  # length of greedy or random streams
     chunk: int  # positions at a time
 
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What comparing in one window gave."""
+    """The comparison of both sides in one window."""
 
-    positions: Positions  # those that count
+    positions: Positions  # the compared ones
     n_fed: int
-    ref_not_finite: int  # positions with a logit that is not, of all that were fed
+    ref_not_finite: int  # fed positions at which a logit of the reference side is not finite
     test_not_finite: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a run found."""
+    """All results of a comparison, and its conditions."""
 
     model: str
     test_model: str
     ref: str
     test: str
-    source: str  # of the streams
+    source: str  # Plan.source
     conditions: dict  # measure.conditions.conditions
     windows: tuple[WindowResult, ...]
     thresholds: dict[str, float]
 
     @property
     def title(self) -> str:
+        """The report's first line, which names sides and models."""
         other = "" if self.test_model == self.model else f" of {self.test_model}"
         return f"{self.test}{other} against {self.ref}: {self.model}"
 
@@ -216,7 +209,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """A line each; none means that the verdict is green."""
+        """One line for each failure; an empty list means that the verdict is green."""
         counts = [
             (f"ref {self.ref}", sum(window.ref_not_finite for window in self.windows)),
             (f"test {self.test}", sum(window.test_not_finite for window in self.windows)),
@@ -226,10 +219,8 @@ class Report:
         return lines + failures(self.values, self.thresholds)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; InputError where it is wrong."""
-    parser = ArgumentParser(description="Compares the logits of two configurations on the same tokens.")
-    add_model_arguments(parser)
+def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sides and the text that they are compared on."""
     parser.add_argument("--test-model", metavar="MODEL", help="of the test side; default: the same as the reference's")
     for flag, default in (("--ref", "reference"), ("--test", "default")):
         parser.add_argument(
@@ -246,27 +237,31 @@ def parse_arguments() -> argparse.Namespace:
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="of --streams greedy, to continue; default: the demo's chat")
-    prompt.add_argument("--prompt-ids", metavar="IDS", type=token_id_list, help="the prompt as token ids: 12,34,56")
-    parser.set_defaults(chat=None, max_context=None)  # as prompt_ids_from expects
+    prompt.add_argument("--prompt-ids", metavar="IDS", type=cli.token_id_list, help="the prompt as token ids: 12,34,56")
+    parser.set_defaults(chat=None, max_context=None)  # prompt_ids_from reads them
     parser.add_argument(
         "--tokens",
         metavar="N",
-        type=positive_int,
+        type=cli.positive_int,
         help=f"of --streams greedy (stop ids end nothing) or random; default: {DEFAULT_WINDOWS} windows",
     )
     parser.add_argument(
         "--window",
         metavar="N",
-        type=positive_int,
+        type=cli.positive_int,
         help="positions a window; a stream is cut into windows, each fed to an empty cache, and what is left over is "
         f"dropped; default: {DEFAULT_WINDOW}, of the shipped texts each a whole one",
     )
     parser.add_argument(
         "--max-windows",
         metavar="N",
-        type=positive_int,
+        type=cli.positive_int,
         help=f"the first N windows only, {MIN_WINDOWS} or more; default: all, CPU {CPU_WINDOWS}",
     )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --fail-under, --json and --plot."""
     parser.add_argument(
         "--fail-under",
         metavar="KEY=VALUE,...",
@@ -280,7 +275,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plot", metavar="FILE.png", type=output_path, help="draw divergence and agreement; needs matplotlib"
     )
-    args = parser.parse_args()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line and set args.streams. Raises InputError if options are wrong or do not go together."""
+    description = "Compares the logits of two configurations on the same tokens."
+    args = cli.parse_arguments(description, cli.add_model_arguments, add_comparison_arguments, add_output_arguments)
     args.streams = args.streams or ("text" if args.text else "random" if args.random_weights else "shipped")
     if args.streams != "greedy" and (args.prompt is not None or args.prompt_ids is not None):
         raise InputError("--prompt and --prompt-ids go with --streams greedy")
@@ -290,7 +290,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def threshold_list(text: str) -> dict[str, float]:
-    """An argparse type: KEY=VALUE separated by commas, each key that of a metric, once."""
+    """Parse KEY=VALUE pairs separated by commas, for argparse. Each key is a metric's and stands once."""
     thresholds = {}
     for word in text.split(","):
         key, _, number = (part.strip() for part in word.partition("="))
@@ -305,7 +305,7 @@ def threshold_list(text: str) -> dict[str, float]:
 
 
 def _number(text: str) -> float:
-    """NaN if it is none."""
+    """Parse a number; NaN if the text is none."""
     try:
         return float(text)
     except ValueError:
@@ -313,7 +313,10 @@ def _number(text: str) -> float:
 
 
 def plan_for(args: argparse.Namespace, on_cpu: bool) -> Plan:
-    """What the command line asks for, or what suits the device; InputError where it asks for too few windows."""
+    """Return what the command line asks for, with defaults that suit the device.
+
+    Raises InputError if that makes fewer than MIN_WINDOWS windows.
+    """
     window = args.window or (None if args.streams == "shipped" else DEFAULT_WINDOW)
     least = MIN_WINDOWS * (window or 0)
     if args.tokens and args.tokens < least:
@@ -332,7 +335,7 @@ def plan_for(args: argparse.Namespace, on_cpu: bool) -> Plan:
 def fixed_streams(
     args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig, n_tokens: int, device: torch.device
 ) -> Iterable[Stream]:
-    """Those that no side has to say first."""
+    """Return the streams of --text, --streams random or --streams shipped, which need no side to generate them."""
     if args.streams == "random":
         return [random_stream(n_tokens, config)]
     if tokenizer is None:
@@ -344,7 +347,7 @@ def fixed_streams(
 
 
 def text_stream(path: Path, tokenizer: Tokenizer) -> Stream:
-    """A whole file. InputError if it cannot be read, or is not UTF-8."""
+    """Encode a whole file. Raises InputError if it cannot be read or is not UTF-8."""
     try:
         text = read_small(path, MAX_TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -353,26 +356,27 @@ def text_stream(path: Path, tokenizer: Tokenizer) -> Stream:
 
 
 def shipped_streams(tokenizer: Tokenizer, device: torch.device, show_progress: bool = False) -> Iterator[Stream]:
-    """The shipped texts as `tokenizer` has them, each the answer in a harmony chat, the question being context.
+    """Yield the shipped texts, encoded by `tokenizer`: each is the answer in a harmony chat, its question is context.
 
-    The shipped model is the file that they are in: it has them by heart, and recites them by reference.py, or faster
-    on a GPU by the kernel. They are the same on any machine: the smallest lead of a right token is 4.
+    The shipped model knows the texts by heart and recites them, by reference.py on a CPU and by the faster kernel on a
+    GPU. The texts are equal on all machines, because a right token's logit leads by at least 4.
     """
-    shipped = open_checkpoint(DEFAULT_MODEL)
-    own = open_tokenizer(shipped)
+    shipped = open_checkpoint(cli.DEFAULT_MODEL)
+    shipped_tokenizer = open_tokenizer(shipped)
     model = (Reference if device.type == "cpu" else MegaModel)(shipped, max_context=1024)
     numbers = range(1, SHIPPED_TEXTS + 1)
     for number in tqdm(numbers, unit=" texts", desc="reciting", leave=False, disable=not show_progress):
         question = f"Recite sonnet {number}."
         with one_thread():
-            answer = own.decode(model.generate(own.encode_chat(question), LONGEST_ANSWER))
+            answer_ids = model.generate(shipped_tokenizer.encode_chat(question), LONGEST_ANSWER)
+            answer = shipped_tokenizer.decode(answer_ids)
         prompt_ids = tokenizer.encode_chat(question)
         yield Stream(prompt_ids + tokenizer.encode(answer), len(prompt_ids))
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """The shipped model's matrices are too small for several: 4 against 40 ms a token."""
+    """Run PyTorch on one thread: the shipped model's matrices are too small for several, 4 against 40 ms a token."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -382,7 +386,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_stream(n_tokens: int, config: ModelConfig) -> Stream:
-    """A token to begin with, and n_tokens more, all alike likely."""
+    """Return a first token and n_tokens more, drawn uniformly from the vocabulary."""
     generator = torch.Generator().manual_seed(SEED)
     return Stream(torch.randint(config.vocab_size, (1 + n_tokens,), generator=generator).tolist())
 
@@ -390,22 +394,22 @@ def random_stream(n_tokens: int, config: ModelConfig) -> Stream:
 def greedy_stream(
     ref: OpenSide, prompt_ids: list[int], n_tokens: int, chunk: int, show_progress: bool = False
 ) -> Stream:
-    """A prompt, which is context, and the n_tokens of largest logit that follow it; stop ids end nothing."""
+    """Return a prompt, which is context, and n_tokens that `ref` decodes greedily after it; stop ids do not end it."""
     token_ids, fed = list(prompt_ids), 0
     ref.reset()
     for _ in tqdm(range(n_tokens), unit=" tokens", desc="decoding", leave=False, disable=not show_progress):
         for start in range(fed, len(token_ids), chunk):
             last = ref.logits(token_ids[start : start + chunk], start)[-1]
         fed = len(token_ids)
-        token_ids.append(int(last.argmax()))  # the first one on a tie
+        token_ids.append(int(last.argmax()))  # the lowest id on a tie
     return Stream(token_ids, len(prompt_ids))
 
 
 def cut(stream: Stream, length: int | None) -> Iterator[Window]:
-    """Windows of `length` positions, one after another, each position with the token that comes next.
+    """Yield consecutive windows of `length` positions, each with the token that follows it; None: one whole window.
 
-    What is left over is dropped, and so are windows in which less than half counts, as means over few positions would
-    weigh as much as others. None: the whole stream is one window.
+    The remainder is dropped. So are windows of which less than half is compared, because their means over few positions
+    would weigh as much as those of other windows.
     """
     last = len(stream.token_ids) - 1
     length = length or max(1, last)
@@ -416,7 +420,10 @@ def cut(stream: Stream, length: int | None) -> Iterator[Window]:
 
 
 def cut_all(streams: Iterable[Stream], plan: Plan, config: ModelConfig) -> list[Window]:
-    """The first windows of all streams; InputError if there are fewer than MIN_WINDOWS, or a token is no id."""
+    """Return the first plan.max_windows windows of all streams.
+
+    Raises InputError if there are fewer than MIN_WINDOWS, or a token id lies outside the vocabulary.
+    """
     windows, n_tokens = [], 0
     for stream in streams:
         for token_id in stream.token_ids:
@@ -427,8 +434,8 @@ def cut_all(streams: Iterable[Stream], plan: Plan, config: ModelConfig) -> list[
             return windows[: plan.max_windows]
     if len(windows) < MIN_WINDOWS:
         size = "" if plan.window is None else f" of {plan.window} positions"
-        have = f"{plan.source}: {n_tokens} tokens make {len(windows)} windows{size}, {MIN_WINDOWS} are needed"
-        raise InputError(f"{have}; give a smaller --window or more tokens")
+        count = f"{plan.source}: {n_tokens} tokens make {len(windows)} windows{size}, {MIN_WINDOWS} are needed"
+        raise InputError(f"{count}; give a smaller --window or more tokens")
     return windows
 
 
@@ -436,30 +443,30 @@ def cut_all(streams: Iterable[Stream], plan: Plan, config: ModelConfig) -> list[
 def evaluate(
     ref: OpenSide, test: OpenSide, windows: Sequence[Window], chunk: int, show_progress: bool = False
 ) -> tuple[WindowResult, ...]:
-    """Feeds both sides window after window and keeps what `compare` says; logits of `chunk` positions at a time."""
+    """Feed both sides each window, and compare their logits, `chunk` positions at a time."""
     total = sum(window.n_positions for window in windows)
     results = []
     with tqdm(total=total, unit=" positions", desc="comparing", disable=not show_progress) as bar:
         for window in windows:
             ref.reset()
             test.reset()
-            parts, not_finite = [], torch.zeros(2, dtype=torch.int64)
+            chunks, not_finite = [], torch.zeros(2, dtype=torch.int64)
             for start in range(0, window.n_positions, chunk):
                 token_ids = window.token_ids[start : min(start + chunk, window.n_positions)]
-                r, t = ref.logits(token_ids, start), test.logits(token_ids, start)
-                next_ids = torch.tensor(window.token_ids[start + 1 :][: len(token_ids)], device=r.device)
-                not_finite += torch.stack([(~finite_rows(logits)).sum() for logits in (r, t)]).cpu()
-                counts = slice(max(0, window.n_skipped - start), None)
-                parts.append(compare(r[counts], t[counts], next_ids[counts]))
+                ref_logits, test_logits = ref.logits(token_ids, start), test.logits(token_ids, start)
+                next_ids = torch.tensor(window.token_ids[start + 1 :][: len(token_ids)], device=ref_logits.device)
+                not_finite += torch.stack([(~finite_rows(rows)).sum() for rows in (ref_logits, test_logits)]).cpu()
+                compared = slice(max(0, window.n_skipped - start), None)
+                chunks.append(compare(ref_logits[compared], test_logits[compared], next_ids[compared]))
                 bar.update(len(token_ids))
-            results.append(WindowResult(join(parts), window.n_positions, *not_finite.tolist()))
+            results.append(WindowResult(join(chunks), window.n_positions, *not_finite.tolist()))
     return tuple(results)
 
 
 def markdown(report: Report) -> str:
-    """All that is known, as text for a README."""
+    """Format a report as Markdown, for a README."""
     n_positions = [len(window.positions.kl) for window in report.windows]
-    found, values, interval = report.conditions, report.values, report.nll_difference
+    values, interval = report.values, report.nll_difference
     intervals = {"nll_difference": interval, "ppl_ratio": interval.exp()}
     rows = [
         (metric.key, value_text(metric.key, values[metric.key], intervals.get(metric.key)), metric.meaning)
@@ -471,7 +478,7 @@ def markdown(report: Report) -> str:
         [
             report.title,
             "",
-            f"- {found['device']}; torch {found['torch']}, triton {found['triton']}",
+            "- {device}; torch {torch}, triton {triton}".format_map(report.conditions),
             f"- {report.source}: {len(n_positions)} windows, each from an empty cache; {compared}",
             f"- in parentheses {CONFIDENCE:.0%} intervals, paired by window, Student's t",
             *verdict_lines(report),
@@ -482,22 +489,23 @@ def markdown(report: Report) -> str:
 
 
 def value_text(key: str, value: float, interval: Interval | None) -> str:
-    digits = 8 if key.startswith("ppl") else 6  # a ratio is near 1
+    """Format a metric's value, with its confidence interval if there is one."""
+    digits = 8 if key.startswith("ppl") else 6  # ratios of perplexities are near 1
     if interval is None:
         return f"{value:.{digits}g}"
     return f"{value:.{digits}g} ({interval.low:.{digits}g} to {interval.high:.{digits}g})"
 
 
 def verdict_lines(report: Report) -> list[str]:
-    """None if nothing was asked and all logits are finite."""
-    asked = ", ".join(f"{key}={value:.9g}" for key, value in report.thresholds.items())
+    """Return the report's verdict; no line without thresholds if all logits are finite."""
+    thresholds = ", ".join(f"{key}={value:.9g}" for key, value in report.thresholds.items())
     if report.failures:
         return [f"- verdict: red: {'; '.join(report.failures)}"]
-    return [f"- verdict: green: {asked}"] if asked else []
+    return [f"- verdict: green: {thresholds}"] if thresholds else []
 
 
 def json_text(report: Report) -> str:
-    """The report without single positions. What is not finite is null."""
+    """Format a report as JSON, without single positions. Numbers that are not finite become null."""
     per_window = [
         {
             "positions": len(window.positions.kl),
@@ -529,7 +537,7 @@ def json_text(report: Report) -> str:
 
 
 def _finite(value: object) -> object:
-    """With None for each number that is not."""
+    """Return a copy of dictionaries and lists with None for each number that is not finite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -538,7 +546,7 @@ def _finite(value: object) -> object:
 
 
 def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
-    """KL over the position, its spread over windows as bands; agreement by the reference's probability."""
+    """Draw KL divergence over position, with bands for its spread over windows, and agreement over confidence."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -569,7 +577,7 @@ def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
 
 
 def kl_by_position(windows: Sequence[Tensor]) -> Tensor:
-    """Least, quartiles and largest over windows at each of their positions: [5, longest], at least LEAST_KL."""
+    """Return minimum, quartiles and maximum over windows, float64 [5, longest window], clamped to LEAST_KL."""
     rows = torch.full((len(windows), max(map(len, windows))), math.nan, dtype=torch.float64)
     for row, kl in zip(rows, windows):
         row[: len(kl)] = kl.clamp(min=LEAST_KL)
@@ -577,7 +585,10 @@ def kl_by_position(windows: Sequence[Tensor]) -> Tensor:
 
 
 def open_test_model(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint of the test side: the reference's unless another is named, which must have its vocabulary."""
+    """Return the test side's checkpoint: that of --test-model, else the reference's.
+
+    Raises InputError if the sizes of the two vocabularies differ.
+    """
     if args.test_model is None:
         return checkpoint
     other = open_checkpoint(args.test_model, args.layers, args.verify, show_progress=sys.stderr.isatty())
@@ -588,22 +599,22 @@ def open_test_model(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpo
 
 
 def input_files(args: argparse.Namespace, *checkpoints: Checkpoint) -> list[Path]:
-    """All that is read, which no report replaces."""
-    opened = [*checkpoints, open_checkpoint(DEFAULT_MODEL)] if args.streams == "shipped" else checkpoints
+    """Return the paths of all files that are read, which no report may replace."""
+    opened = [*checkpoints, open_checkpoint(cli.DEFAULT_MODEL)] if args.streams == "shipped" else checkpoints
     return [path for checkpoint in opened for path in files_of(checkpoint)] + [args.text] * bool(args.text)
 
 
 def check_formats(flag: str, side: Side, checkpoint: Checkpoint) -> None:
-    """InputError where an archive has FP8 matrices that are not what the side's name says."""
-    asker = f"{flag} {side.name}"
-    held = held_formats(checkpoint, side.dense, dict.fromkeys(FP8_COMPONENTS, asker))
+    """Raise InputError if an archive's FP8 matrices are not those that the side's name says."""
+    source = f"{flag} {side.name}"
+    held = held_formats(checkpoint, side.dense, dict.fromkeys(cli.FP8_COMPONENTS, source))
     if held != side.dense:
-        has = f"{checkpoint.name} holds {formats_text(checkpoint.config.dense)}"
-        raise InputError(f"{asker}: {has}, of which no bfloat16 can be had: name it, as in default+fp8-attn")
+        has = f"{checkpoint.name} holds {cli.formats_text(checkpoint.config.dense)}"
+        raise InputError(f"{source}: {has}, of which no bfloat16 can be had: name it, as in default+fp8-attn")
 
 
 def check_context(windows: Sequence[Window], generated: int, *configs: ModelConfig) -> int:
-    """Positions that both sides need; InputError where a model has fewer."""
+    """Return the number of positions that both sides need. Raises InputError if a model has fewer."""
     longest = max(window.n_positions for window in windows)
     limit = min(config.max_position_embeddings for config in configs)
     if max(generated, longest) > limit:
@@ -613,6 +624,7 @@ def check_context(windows: Sequence[Window], generated: int, *configs: ModelConf
 
 
 def main() -> None:
+    """Run the comparison that the command line describes; SystemExit with cli.EXIT_FAILURE after a failure."""
     args = parse_arguments()
     check_report_files(args)
     device, on_terminal = usable_device(None), sys.stderr.isatty()
@@ -626,7 +638,7 @@ def main() -> None:
 
     config = checkpoint.config
     prompt_ids = prompt_ids_from(args, tokenizer, config) if args.streams == "greedy" else []
-    if prompt_ids:  # an outline, so that wrong sizes are known before the work
+    if prompt_ids:  # a stand-in of the final length, so that wrong sizes are found before the work
         streams = [Stream(prompt_ids + prompt_ids[-1:] * plan.n_tokens, len(prompt_ids))]
     else:
         streams = fixed_streams(args, tokenizer, config, plan.n_tokens, device)
@@ -643,17 +655,13 @@ def main() -> None:
 
     names = display_name(checkpoint), display_name(test_checkpoint)
     report = Report(*names, args.ref.name, args.test.name, plan.source, conditions(device), results, args.fail_under)
-    print(markdown(report))
-    if args.json:
-        write_file("--json", args.json, json_text(report).encode(), inputs)
-    if args.plot:
-        write_plot(args.plot, report, inputs)
+    write_reports(args, report, markdown, json_text, write_plot, inputs)
     for line in report.failures:
         print(f"acc_eval: {line}", file=sys.stderr)
     if report.failures:
         sys.stdout.flush()
-        sys.exit(EXIT_FAILURE)
+        sys.exit(cli.EXIT_FAILURE)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -1,9 +1,9 @@
-"""Time to first token, time per output token and throughput of whole requests: n input and m output tokens each.
+"""Measure time to first token, time per output token and throughput of whole requests.
 
-A request is one call of MegaModel.generate on a model that was reset: random ids, another prompt for each repeat. All
-times are wall clock on the host, from the call on:
+A request has n input and m output tokens. It is one call of MegaModel.generate on a model that was reset, with random
+ids that differ from repeat to repeat. All times are wall clock on the host, from the call on:
 
-    TTFT              until the first token is there, the prompt's work included
+    TTFT              until the first token is there, processing of the prompt included
     TPOT              mean time of each further token: (end - first token) / (output tokens - 1)
     end to end        until the last token is there
     input tokens/s    input tokens / TTFT
@@ -27,23 +27,13 @@ import torch
 from checkpoints.checkpoint import Checkpoint, WithoutStopIds
 from checkpoints.config import ModelConfig
 from gpt_oss_megakernel import MegaModel
+from host import cli
 from host.backend import usable_device
-from host.cli import (
-    ArgumentParser,
-    add_fp8_arguments,
-    add_model_arguments,
-    add_path_arguments,
-    add_report_arguments,
-    dense_formats,
-    path_name,
-    paths_to_measure,
-    positive_int,
-    run_main,
-)
 from host.launch import tuning_for
 from host.limits import check_memory
 from host.weights import bytes_to_load
 from load_model import files_of, open_model
+from measure.benchmark import measure_paths, write_reports
 from measure.conditions import axis_label, conditions, device_line, state_line
 from measure.plot import Line, plot_times
 from measure.report import check_report_files, display_name, markdown_table, progress, write_file
@@ -69,7 +59,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a request: 1024:100 is 1024 input and 100 output tokens."""
+    """The size of a request: 1024:100 stands for 1024 input and 100 output tokens."""
 
     input_tokens: int
     output_tokens: int
@@ -79,15 +69,15 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """An argparse type."""
+        """Parse INPUT:OUTPUT, for argparse."""
         words = text.split(":")
         if len(words) != 2:
             raise argparse.ArgumentTypeError(f"{text!r} is not INPUT:OUTPUT, such as 1024:100")
-        return cls(*map(positive_int, words))
+        return cls(*map(cli.positive_int, words))
 
     @property
     def positions(self) -> int:
-        """That the KV cache needs."""
+        """The number of positions that the KV cache needs."""
         return self.input_tokens + self.output_tokens
 
 
@@ -100,15 +90,16 @@ class Plan:
 
     @property
     def longest(self) -> Shape:
+        """The shape that needs the most positions."""
         return max(self.shapes, key=lambda shape: shape.positions)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One request, as the module defines it."""
+    """The figures of one request, as the module's docstring defines them."""
 
     ttft_ms: float
-    tpot_ms: float | None  # None if there was but one token
+    tpot_ms: float | None  # None for an answer of one token
     end_to_end_s: float
     input_tokens_per_s: float
     output_tokens_per_s: float
@@ -116,7 +107,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One path and shape: all runs, and each of their figures summed up."""
+    """One path at one shape: all runs, and the spread of each of their figures."""
 
     path: str
     input_tokens: int
@@ -127,12 +118,12 @@ class Measurement:
     input_tokens_per_s: Spread
     output_tokens_per_s: Spread
     runs: tuple[Run, ...]
-    checksum: str  # of the first run's ids
+    checksum: str  # of the ids that the first run gave
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a run of this script found."""
+    """All results of one benchmark, and the conditions under which they were measured."""
 
     model: str
     conditions: dict  # measure.conditions.conditions
@@ -142,12 +133,8 @@ class Report:
     results: tuple[Measurement, ...]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; InputError where it is wrong."""
-    parser = ArgumentParser(description="Time to first token, time per token and throughput of whole requests.")
-    add_model_arguments(parser)
-    add_fp8_arguments(parser)
-    add_path_arguments(parser)
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --configs, --repeats, --json and --plot."""
     parser.add_argument(
         "--configs",
         metavar="INPUT:OUTPUT,...",
@@ -157,26 +144,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repeats",
         metavar="N",
-        type=positive_int,
+        type=cli.positive_int,
         help=f"requests that count, after one that warms up; default: {GPU_REPEATS}, CPU {CPU_REPEATS}",
     )
-    add_report_arguments(parser, "TTFT over prompt length")
-    return parser.parse_args()
+    cli.add_report_arguments(parser, "TTFT over prompt length")
 
 
 def shape_list(text: str) -> tuple[Shape, ...]:
-    """An argparse type: shapes separated by commas, each once."""
+    """Parse shapes separated by commas, without repetitions, for argparse."""
     return tuple(dict.fromkeys(Shape.parse(word.strip()) for word in text.split(",")))
 
 
 def plan_for(args: argparse.Namespace, on_gpu: bool) -> Plan:
-    """What the command line asks for, or what suits the device."""
+    """Return what the command line asks for, with defaults that suit the device."""
     shapes = args.configs or shape_list(GPU_CONFIGS if on_gpu else CPU_CONFIGS)
     return Plan(shapes, args.repeats or (GPU_REPEATS if on_gpu else CPU_REPEATS))
 
 
 def check_fits(longest: Shape, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> None:
-    """InputError if the model has too few positions for a shape, or the device too little memory."""
+    """Raise InputError if the model has too few positions for a shape, or the device too little memory."""
     limit = config.max_position_embeddings
     if longest.positions > limit:
         raise InputError(f"--configs {longest}: {longest.positions} positions, the model takes 1 to {limit}")
@@ -188,9 +174,9 @@ def check_fits(longest: Shape, checkpoint: Checkpoint, config: ModelConfig, devi
 
 
 def make_prompts(shape: Shape, n: int, vocab_size: int, stop_ids: Collection[int]) -> list[list[int]]:
-    """Prompts of random ids but the stop ids, always the same ones for a shape.
+    """Return n prompts of random ids without stop ids, always equal ones for a shape.
 
-    No two begin with the same id, as long as there are enough of them: nothing of one could be reused for the next.
+    No two begin with the same id while there are enough ids, so that no prompt can reuse another's cache.
     """
     generator = random.Random(str(shape))
     ids = [token_id for token_id in range(vocab_size) if token_id not in stop_ids]
@@ -199,8 +185,11 @@ def make_prompts(shape: Shape, n: int, vocab_size: int, stop_ids: Collection[int
 
 
 def measure(model: MegaModel, shape: Shape, prompts: list[list[int]]) -> Measurement:
-    """A request for each prompt, after one for the first of them that warms up and must get the same answer."""
-    path = path_name(model.quant, model.config.dense)
+    """Time a request for each prompt, after one that warms up with the first prompt.
+
+    Raises RunsDiffer if the first prompt's two answers differ.
+    """
+    path = cli.path_name(model.quant, model.config.dense)
     progress(f"measuring {path} at {shape}: warming up")
     expected, _ = timed_run(model, shape, prompts[0])
     runs = []
@@ -221,7 +210,7 @@ def measure(model: MegaModel, shape: Shape, prompts: list[list[int]]) -> Measure
 
 
 def timed_run(model: MegaModel, shape: Shape, prompt_ids: list[int]) -> tuple[list[int], Run]:
-    """The ids of one request to a model that holds nothing, and its times."""
+    """Return the ids and the figures of one request to a model that was reset."""
     model.reset()
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
@@ -236,7 +225,7 @@ def timed_run(model: MegaModel, shape: Shape, prompt_ids: list[int]) -> tuple[li
 
 
 def run_from(intervals_ms: list[float], input_tokens: int) -> Run:
-    """A run's figures: until the first token, and from each token to the next."""
+    """Compute a run's figures from the milliseconds until the first token and from each token to the next."""
     ttft_ms, *further_ms = intervals_ms
     end_to_end_s = sum(intervals_ms) / 1e3
     return Run(
@@ -249,13 +238,13 @@ def run_from(intervals_ms: list[float], input_tokens: int) -> Run:
 
 
 def spread_of(samples: Iterable[float | None]) -> Spread | None:
-    """None of figures that the runs do not have."""
+    """Return the spread of the samples that are not None; None if there are none."""
     known = [sample for sample in samples if sample is not None]
     return spread(known) if known else None
 
 
 def markdown(report: Report) -> str:
-    """All that is known, as text for a README."""
+    """Format a report as Markdown, for a README."""
     prompts = "random ids, another prompt each, nothing in the cache before it"
     lines = [
         f"Requests of input:output tokens: {report.model}",
@@ -269,6 +258,7 @@ def markdown(report: Report) -> str:
 
 
 def table_row(row: Measurement) -> tuple[str, ...]:
+    """Format a measurement as the cells below HEADER."""
     tpot = row.tpot_ms
     return (
         row.path,
@@ -286,11 +276,12 @@ def table_row(row: Measurement) -> tuple[str, ...]:
 
 
 def json_text(report: Report) -> str:
+    """Format a report as JSON."""
     return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
 
 
 def ttft_lines(results: Iterable[Measurement]) -> dict[str, Line]:
-    """For each path the TTFT at each prompt length, of all runs with such a prompt."""
+    """Return, for each path, the spread of TTFT at each prompt length over all runs with prompts of that length."""
     samples: dict[str, dict[int, list[float]]] = {}
     for row in results:
         lengths = samples.setdefault(row.path, {})
@@ -299,49 +290,48 @@ def ttft_lines(results: Iterable[Measurement]) -> dict[str, Line]:
 
 
 def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
-    """Median TTFT over prompt length, a line per path."""
+    """Draw the median TTFT over prompt length, a line for each path."""
     y_label = axis_label("time to first token, ms", report.conditions)
     lines = ttft_lines(report.results)
     write_file("--plot", path, plot_times(report.model, "prompt, tokens", y_label, lines, log_y=True), inputs)
 
 
 def main() -> None:
-    args = parse_arguments()
+    """Run the benchmark that the command line describes."""
+    args = cli.parse_arguments(
+        "Time to first token, time per token and throughput of whole requests.",
+        cli.add_model_arguments,
+        cli.add_fp8_arguments,
+        cli.add_path_arguments,
+        add_benchmark_arguments,
+    )
     check_report_files(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
     inputs = files_of(checkpoint)
     check_report_files(args, inputs)
-    dense = dense_formats(args, checkpoint)
+    dense = cli.dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, device.type != "cpu")
     check_fits(plan.longest, checkpoint, config, device)
 
     name = display_name(checkpoint)
     progress(f"loading {name}")
-    paths = paths_to_measure(args)
     model = MegaModel(
         WithoutStopIds(checkpoint),
-        paths[0],
+        cli.paths_to_measure(args)[0],
         plan.longest.positions,
         show_progress=sys.stderr.isatty(),
         dense=dense,
     )
-    results = []
-    for quant in paths:
-        if quant != model.quant:
-            model.switch_path(quant)
-        for shape in plan.shapes:
-            prompts = make_prompts(shape, plan.repeats, config.vocab_size, config.stop_ids)
-            results.append(measure(model, shape, prompts))
 
-    report = Report(name, conditions(device), model.num_programs, model.max_context, plan, tuple(results))
-    print(markdown(report))
-    if args.json:
-        write_file("--json", args.json, json_text(report).encode(), inputs)
-    if args.plot:
-        write_plot(args.plot, report, inputs)
+    def measure_shape(model: MegaModel, shape: Shape) -> Measurement:
+        return measure(model, shape, make_prompts(shape, plan.repeats, config.vocab_size, config.stop_ids))
+
+    results = measure_paths(args, model, plan.shapes, measure_shape)
+    report = Report(name, conditions(device), model.num_programs, model.max_context, plan, results)
+    write_reports(args, report, markdown, json_text, write_plot, inputs)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -1,8 +1,8 @@
-"""Steady-state time per output token, at several contexts, against the limit that the memory's bandwidth sets.
+"""Measure the steady-state time per output token at several contexts, against the limit of the memory's bandwidth.
 
 A context of N is reached without feeding N tokens: the cache is filled with random keys and values up to half the
-steps before N, and the kernel decodes from there. Device time is that between events which follow the launches, wall
-time that between tokens as the caller gets them.
+steps before N, and the kernel decodes from there. Device time is measured between events recorded behind the launches,
+wall time between tokens as the caller receives them.
 """
 
 import host.start
@@ -18,22 +18,12 @@ from pathlib import Path
 
 from checkpoints.config import ModelConfig
 from gpt_oss_megakernel import MegaModel
+from host import cli
 from host.backend import usable_device
-from host.cli import (
-    ArgumentParser,
-    add_fp8_arguments,
-    add_model_arguments,
-    add_path_arguments,
-    add_report_arguments,
-    dense_formats,
-    path_name,
-    paths_to_measure,
-    positive_int,
-    run_main,
-)
 from host.limits import available_bytes, required_bytes
 from load_model import files_of, open_model
 from measure.bandwidth import Bandwidth, measure_read_bandwidth
+from measure.benchmark import measure_paths, write_reports
 from measure.conditions import axis_label, conditions, device_line, state_line
 from measure.plot import plot_times
 from measure.random_cache import fill_cache
@@ -47,7 +37,7 @@ CPU_CONTEXTS = (64,)
 GPU_STEPS, GPU_REPEATS = 64, 5
 CPU_STEPS, CPU_REPEATS = 12, 2
 FIRST_TOKEN = 0
-SEED = 0  # of the random keys and values
+SEED = 0  # for the random keys and values
 HEADER = (
     "path",
     "context",
@@ -70,21 +60,21 @@ class Plan:
     contexts: tuple[int, ...]
     steps: int
     repeats: int
-    limit: int  # positions that the model has
+    limit: int  # max_position_embeddings of the model
 
     def first_position(self, context: int) -> int:
-        """Where a run starts so that `context` is its middle, or as near to that as the model's positions allow."""
+        """Return where a run starts so that `context` is its middle, or as near as the model's positions allow."""
         return max(0, min(context - self.steps // 2, self.limit - self.steps))
 
     @property
     def max_context(self) -> int:
-        """Positions that the KV cache needs."""
+        """The number of positions that the KV cache needs."""
         return max(self.first_position(context) + self.steps for context in self.contexts)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One path at one context. Times are milliseconds per token, over all tokens of all runs but a run's first."""
+    """One path at one context. Times are milliseconds per token, over all tokens but the first of each run."""
 
     path: str
     context: int
@@ -93,13 +83,13 @@ class Measurement:
     wall_ms: Spread
     bytes_per_token: int
     floor_ms: float | None  # bytes_per_token at the measured bandwidth; None on a CPU
-    fraction_of_floor: float | None  # floor_ms / median device_ms: 1 would be the bandwidth's limit
+    fraction_of_floor: float | None  # floor_ms / median device_ms, at most 1
     checksum: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a run found."""
+    """All results of one benchmark, and the conditions under which they were measured."""
 
     model: str
     conditions: dict  # measure.conditions.conditions
@@ -109,12 +99,8 @@ class Report:
     results: tuple[Measurement, ...]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; InputError where it is wrong."""
-    parser = ArgumentParser(description="Time per output token at several contexts, and the fraction of the floor.")
-    add_model_arguments(parser)
-    add_fp8_arguments(parser)
-    add_path_arguments(parser)
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --contexts, --steps, --repeats, --num-programs, --json and --plot."""
     parser.add_argument(
         "--contexts",
         metavar="N,N,...",
@@ -124,27 +110,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         metavar="N",
-        type=positive_int,
+        type=cli.positive_int,
         help=f"tokens a run, 2 or more; default: {GPU_STEPS}, CPU {CPU_STEPS}",
     )
     parser.add_argument(
         "--repeats",
         metavar="N",
-        type=positive_int,
+        type=cli.positive_int,
         help=f"runs that count, after one that warms up; default: {GPU_REPEATS}, CPU {CPU_REPEATS}",
     )
-    parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
-    add_report_arguments(parser, "time over context")
-    return parser.parse_args()
+    parser.add_argument(
+        "--num-programs", metavar="N", type=cli.positive_int, help="default: all that are resident at once"
+    )
+    cli.add_report_arguments(parser, "time over context")
 
 
 def context_list(text: str) -> tuple[int, ...]:
-    """An argparse type: positive integers separated by commas, each once."""
-    return tuple(dict.fromkeys(positive_int(word.strip()) for word in text.split(",")))
+    """Parse positive integers separated by commas, without repetitions, for argparse."""
+    return tuple(dict.fromkeys(cli.positive_int(word.strip()) for word in text.split(",")))
 
 
 def plan_for(args: argparse.Namespace, config: ModelConfig, on_gpu: bool, free_bytes: int) -> Plan:
-    """What the command line asks for, or what suits the device; InputError where the model has too few positions."""
+    """Return what the command line asks for, with defaults that suit the device and fit `free_bytes`.
+
+    Raises InputError if the model has too few positions.
+    """
     limit = config.max_position_embeddings
     steps = args.steps or (GPU_STEPS if on_gpu else CPU_STEPS)
     if not 2 <= steps <= limit:
@@ -155,14 +145,14 @@ def plan_for(args: argparse.Namespace, config: ModelConfig, on_gpu: bool, free_b
     plan = Plan(args.contexts or (), steps, args.repeats or (GPU_REPEATS if on_gpu else CPU_REPEATS), limit)
     if args.contexts:
         return plan
-    usual = GPU_CONTEXTS if on_gpu else CPU_CONTEXTS
-    plans = [dataclasses.replace(plan, contexts=(context,)) for context in usual if context <= limit]
+    defaults = GPU_CONTEXTS if on_gpu else CPU_CONTEXTS
+    plans = [dataclasses.replace(plan, contexts=(context,)) for context in defaults if context <= limit]
     fitting = [p.contexts[0] for p in plans if required_bytes(config, p.max_context) <= free_bytes]
-    return dataclasses.replace(plan, contexts=tuple(fitting) or (min(usual[0], limit),))
+    return dataclasses.replace(plan, contexts=tuple(fitting) or (min(defaults[0], limit),))
 
 
 def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | None) -> Measurement:
-    """Decodes around one context, again and again: first to warm up, then for the record."""
+    """Time runs around one context, after one that warms up. Raises RunsDiffer if their tokens differ."""
     start = plan.first_position(context)
     model.reset()
     fill_cache(model.state.k_cache, model.state.v_cache, start, SEED)
@@ -178,7 +168,7 @@ def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | N
     device = spread(device_ms) if device_ms else None
     floor_ms = n_bytes / bandwidth.bytes_per_second * 1e3 if bandwidth else None
     return Measurement(
-        path=path_name(model.quant, model.config.dense),
+        path=cli.path_name(model.quant, model.config.dense),
         context=context,
         first_position=start,
         device_ms=device,
@@ -191,7 +181,10 @@ def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | N
 
 
 def timed_run(model: MegaModel, start: int, steps: int) -> tuple[list[int], list[float], list[float]]:
-    """The ids of `steps` tokens, and the device's (none on a CPU) and the wall's milliseconds of each but the first."""
+    """Return the ids of `steps` tokens, and the device and wall milliseconds of each token but the first.
+
+    On a CPU there are no device times.
+    """
     device, wall = DeviceMarks(), WallMarks()
     on_launch = None if model.device.type == "cpu" else device.mark
     token_ids = []
@@ -202,7 +195,7 @@ def timed_run(model: MegaModel, start: int, steps: int) -> tuple[list[int], list
 
 
 def markdown(report: Report) -> str:
-    """All that is known, as text for a README."""
+    """Format a report as Markdown, for a README."""
     plan, bandwidth = report.plan, report.bandwidth
     start = f"random keys and values in the cache up to N - {plan.steps // 2}, decoding from there on"
     lines = [
@@ -219,6 +212,7 @@ def markdown(report: Report) -> str:
 
 
 def table_row(row: Measurement) -> tuple[str, ...]:
+    """Format a measurement as the cells below HEADER."""
     device = row.device_ms
     return (
         row.path,
@@ -236,6 +230,7 @@ def table_row(row: Measurement) -> tuple[str, ...]:
 
 
 def json_text(report: Report) -> str:
+    """Format a report as JSON."""
     record = dataclasses.asdict(report)
     if report.bandwidth:
         record["bandwidth"]["bytes_per_second"] = report.bandwidth.bytes_per_second
@@ -243,7 +238,7 @@ def json_text(report: Report) -> str:
 
 
 def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
-    """Median time per token over context, a line per path; the floor dashed."""
+    """Draw the median time per token over context, a line for each path, and the floor dashed."""
     lines = {
         name: [(row.context, row.device_ms or row.wall_ms) for row in group]
         for name, group in itertools.groupby(report.results, key=lambda row: row.path)
@@ -254,13 +249,20 @@ def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
 
 
 def main() -> None:
-    args = parse_arguments()
+    """Run the benchmark that the command line describes."""
+    args = cli.parse_arguments(
+        "Time per output token at several contexts, and the fraction of the floor.",
+        cli.add_model_arguments,
+        cli.add_fp8_arguments,
+        cli.add_path_arguments,
+        add_benchmark_arguments,
+    )
     check_report_files(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
     inputs = files_of(checkpoint)
     check_report_files(args, inputs)
-    dense = dense_formats(args, checkpoint)
+    dense = cli.dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, config, device.type != "cpu", available_bytes(device))
     name = display_name(checkpoint)
@@ -268,30 +270,23 @@ def main() -> None:
     progress("no bandwidth measured on a CPU" if device.type == "cpu" else "measuring the read bandwidth")
     bandwidth = measure_read_bandwidth(device)
     progress(f"loading {name}")
-    paths = paths_to_measure(args)
     model = MegaModel(
         checkpoint,
-        paths[0],
+        cli.paths_to_measure(args)[0],
         plan.max_context,
         num_programs=args.num_programs,
         show_progress=sys.stderr.isatty(),
         dense=dense,
     )
-    results = []
-    for quant in paths:
-        if quant != model.quant:
-            model.switch_path(quant)
-        for context in plan.contexts:
-            progress(f"measuring {path_name(quant, dense)} at context {context}")
-            results.append(measure(model, plan, context, bandwidth))
 
-    report = Report(name, conditions(device), model.num_programs, plan, bandwidth, tuple(results))
-    print(markdown(report))
-    if args.json:
-        write_file("--json", args.json, json_text(report).encode(), inputs)
-    if args.plot:
-        write_plot(args.plot, report, inputs)
+    def measure_context(model: MegaModel, context: int) -> Measurement:
+        progress(f"measuring {cli.path_name(model.quant, dense)} at context {context}")
+        return measure(model, plan, context, bandwidth)
+
+    results = measure_paths(args, model, plan.contexts, measure_context)
+    report = Report(name, conditions(device), model.num_programs, plan, bandwidth, results)
+    write_reports(args, report, markdown, json_text, write_plot, inputs)
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

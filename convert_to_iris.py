@@ -1,4 +1,4 @@
-"""Converts a checkpoint to an .iris archive, one file that is enough to run the model, and checks or lists archives."""
+"""Convert a checkpoint to an .iris archive, one file that is enough to run the model; verify or list archives."""
 
 import host.start
 
@@ -16,15 +16,7 @@ from checkpoints.config import PRESETS, held_formats
 from checkpoints.fp8 import QuantizedCheckpoint
 from checkpoints.iris_compare import first_difference
 from checkpoints.iris_writer import write_archive
-from host.cli import (
-    FP8_COMPONENTS,
-    ArgumentParser,
-    add_fp8_arguments,
-    dense_formats,
-    formats_text,
-    positive_int,
-    run_main,
-)
+from host import cli
 from load_iris import IrisArchive, open_archive
 from load_model import files_of, open_checkpoint
 from system.errors import InputError
@@ -33,9 +25,8 @@ from system.program import signals_deferred
 from tokenizer_util import Tokenizer
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; InputError where it is wrong."""
-    parser = ArgumentParser(description=__doc__)
+def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the source, the task, --layers and --force."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="MODEL", help="folder, hub id or archive to convert or compare with")
     source.add_argument("--random-weights", choices=PRESETS, help="full-size weights of random values, for timing")
@@ -49,11 +40,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     task.add_argument("--info", metavar="FILE.iris", type=Path, help="list what is in an archive")
     parser.add_argument(
-        "--layers", metavar="N", type=positive_int, help="convert, or compare with, the first N layers of --model only"
+        "--layers",
+        metavar="N",
+        type=cli.positive_int,
+        help="convert, or compare with, the first N layers of --model only",
     )
-    add_fp8_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace what is there already, but no file of --model")
-    args = parser.parse_args()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line. Raises InputError if options are wrong or do not go together."""
+    args = cli.parse_arguments(__doc__, add_conversion_arguments, cli.add_fp8_arguments)
     if args.out and not (args.model or args.random_weights):
         raise InputError("--out: what to convert? --model or --random-weights says so")
     if not args.out and (args.random_weights or args.force):
@@ -68,12 +65,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Writes args.out. An interrupted run says how to go on."""
+    """Write args.out, and print its size and the rate. An interrupted run says how to go on."""
     check_output(args.out, args.force)  # before a download
     try:
         source = open_source(args)
-        Tokenizer.of(source)  # what cannot be loaded later is refused now
-        checkpoint = QuantizedCheckpoint(source, dense_formats(args, source))
+        Tokenizer.of(source)  # refuse now what could not be loaded later
+        checkpoint = QuantizedCheckpoint(source, cli.dense_formats(args, source))
         start = time.perf_counter()
         with signals_deferred() as check:
             n_bytes = write_archive(
@@ -93,13 +90,13 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def files_to_keep(source: Checkpoint, rewritten: bool) -> list[Path]:
-    """What --force does not replace: the source's files, but for an archive that is rewritten with all it holds."""
+    """Return the source's files that --force must not replace: all, but not an archive that is `rewritten` whole."""
     files = files_of(source)
     return files[1:] if rewritten and isinstance(source, IrisArchive) else files
 
 
 def open_source(args: argparse.Namespace) -> Checkpoint:
-    """What to convert. Random weights have no stop ids and no tokenizer."""
+    """Open the checkpoint to convert. Random weights have no stop ids and no tokenizer."""
     if args.model:
         return open_checkpoint(args.model, args.layers)
     config = PRESETS[args.random_weights]
@@ -109,21 +106,21 @@ def open_source(args: argparse.Namespace) -> Checkpoint:
 
 
 def verify(path: Path, model: str | None, n_layers: int | None) -> None:
-    """Compares an archive with its checksums, and with a checkpoint's first layers. InputError if anything differs, or
-    the archive's tokenizer is none.
+    """Compare an archive with its checksums, and with a checkpoint's first layers if `model` names one.
 
-    What the archive has in FP8 and the checkpoint in bfloat16 is quantized and compared bit by bit.
+    Matrices that are FP8 in the archive and bfloat16 in the checkpoint are quantized and compared bit by bit. Raises
+    InputError if anything differs, if there is nothing to compare with, or if the archive's tokenizer cannot be loaded.
     """
     archive = open_archive(path)
     if archive.header.digests is None and model is None:
         raise InputError(f"{path}: version 1 holds no checksums; --model names a checkpoint to compare with")
-    Tokenizer.of(archive)  # the same junk on both sides is still junk
+    Tokenizer.of(archive)  # a bad tokenizer may be equal on both sides
     if archive.header.digests is not None:
         archive.verify(show_progress=sys.stderr.isatty())
         print(f"{path}: {len(archive.header.entries)} checksums match")
     if model is not None:
         checkpoint = open_checkpoint(model, n_layers)
-        dense = held_formats(checkpoint, archive.config.dense, dict.fromkeys(FP8_COMPONENTS, str(path)))
+        dense = held_formats(checkpoint, archive.config.dense, dict.fromkeys(cli.FP8_COMPONENTS, str(path)))
         checkpoint = QuantizedCheckpoint(checkpoint, dense)
         difference = first_difference(archive, checkpoint, show_progress=sys.stderr.isatty())
         if difference:
@@ -132,7 +129,7 @@ def verify(path: Path, model: str | None, n_layers: int | None) -> None:
 
 
 def describe(archive: IrisArchive) -> Iterator[str]:
-    """What is in an archive, line by line; tensors of several layers that are alike are one line."""
+    """Yield the lines that describe an archive; equal tensors of several layers share a line."""
     header, config = archive.header, archive.config
     yield f"{archive.name}: version {header.version}, {header.file_bytes / 1e9:.3f} GB, values in published order"
     yield f"checksums: {'none' if header.digests is None else 'SHA-256 of each tensor and of the header'}"
@@ -141,20 +138,21 @@ def describe(archive: IrisArchive) -> Iterator[str]:
     yield f"experts {config.n_experts}, {config.experts_per_token} for each token"
     yield f"vocabulary {config.vocab_size}, stop ids {', '.join(map(str, config.stop_ids)) or 'none'}"
     yield f"positions {config.max_position_embeddings}"
-    if formats := formats_text(config.dense):
+    if formats := cli.formats_text(config.dense):
         yield f"dense matrices {formats}"
-    kinds = {}
+    alike = {}
     for entry in header.entries.values():
         layer, _, rest = entry.name.rpartition(".")
         is_layer = layer[:1] == "L" and layer[1:].isdecimal()
-        kinds.setdefault((f"L*.{rest}" if is_layer else entry.name, entry.dtype, entry.shape), []).append(entry)
-    for (name, dtype, shape), entries in kinds.items():
+        alike.setdefault((f"L*.{rest}" if is_layer else entry.name, entry.dtype, entry.shape), []).append(entry)
+    for (name, dtype, shape), entries in alike.items():
         size = sum(entry.n_bytes for entry in entries)
         kind = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
         yield f"  {name:24} {len(entries):4} x {kind:32} {size / 1e6:12.3f} MB"
 
 
 def main() -> None:
+    """Convert, verify or list, as the command line says."""
     args = parse_arguments()
     if args.out:
         convert(args)
@@ -165,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(cli.run_main(main))

@@ -1,4 +1,4 @@
-"""Generate text with the reference implementation: slow, and right by definition."""
+"""Generate text with the reference implementation, which is slow and right by definition."""
 
 import host.start
 
@@ -15,12 +15,13 @@ from reference import Reference
 
 
 def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
-    """--quant and --device."""
+    """Add --quant and --device."""
     parser.add_argument("--quant", action="store_true", help="round the experts' inputs to MXFP8")
     parser.add_argument("--device", help="torch device of the arithmetic; default: the GPU if there is one")
 
 
 def main() -> None:
+    """Generate the text that the command line asks for."""
     args = cli.parse_arguments(
         __doc__,
         cli.add_checkpoint_arguments,
@@ -35,7 +36,7 @@ def main() -> None:
     config, kv_dtype = checkpoint.config, torch.bfloat16
     prompt_ids = generation.prompt_ids_from(args, tokenizer, config)
     max_context = context_length(config, args.max_context)
-    # The files stay mapped; of what is converted, the LM head in float32 is the largest.
+    # The files stay mapped; the LM head in float32 is the largest of the converted tensors.
     check_memory(config, max_context, kv_dtype, device, weights=4 * config.vocab_size * config.hidden_size)
     dense = cli.dense_formats(args, checkpoint)
     model = Reference(checkpoint, args.quant, kv_dtype, max_context, device, dense=dense)

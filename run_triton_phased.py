@@ -1,4 +1,4 @@
-"""Generate text with one launch for each phase of each layer, and times the phases; see kernels.py."""
+"""Generate text with one launch for each phase of each layer, and time the phases; see kernels.py."""
 
 import host.start
 
@@ -20,35 +20,35 @@ from load_model import files_of, open_model
 from measure.timing import DeviceMarks, WallMarks
 
 GPU_TOKENS, CPU_TOKENS = 33, 5  # decoded for --times; the first warms up
-HOLD_CYCLES = 400_000  # of the GPU's clock, for each launch of a token: 200 us, of which the host takes a few tens
+HOLD_CYCLES = 400_000  # GPU cycles for each launch of a token: 200 us; queuing a launch takes the host a few tens
 
 
 @dataclass(frozen=True)
 class Row:
-    """A phase. Times are microseconds."""
+    """The times of one phase, in microseconds."""
 
     phase: str
-    launches: int  # for a token
+    launches: int  # per token
     us_per_launch: float  # median of all launches
-    us_per_token: float  # of a token's launches together, median of the tokens
-    share: float  # of the sum over phases
+    us_per_token: float  # sum over a token's launches, median of the tokens
+    share: float  # fraction of the sum over phases
 
 
 @dataclass(frozen=True)
 class Times:
-    """Where a token's time goes. Times are microseconds for a token, medians."""
+    """Where a token's time goes: medians over tokens, in microseconds per token."""
 
     rows: tuple[Row, ...]
-    sum_us: float  # of all phases
-    separate_us: float  # the same launches with nothing between them, as fast as the host queues them
+    sum_us: float  # sum over phases
+    separate_us: float  # the launches of all phases with no timing between them, as fast as the host queues them
     megakernel_us: float
     first_position: int
     n_tokens: int
-    on_device: bool  # else of the host's clock
+    on_device: bool  # device time; False: the host's wall clock
 
 
 def add_phased_arguments(parser: argparse.ArgumentParser) -> None:
-    """--times."""
+    """Add --times."""
     parser.add_argument(
         "--times",
         action="store_true",
@@ -57,14 +57,14 @@ def add_phased_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(phased: PhasedModel, mega: MegaModel, prompt_ids: list[int], generated: list[int]) -> Times:
-    """Decodes what follows the prompt by phases and by the megakernel, and times both.
+    """Decode what follows the prompt by phases and by the megakernel, and time both.
 
-    `phased` has been fed the prompt and gave `generated`. SystemExit with a message if any tokens differ.
+    `phased` has been fed the prompt and gave `generated`. Raises SystemExit with a message if any tokens differ.
     """
     on_device = phased.device.type != "cpu"
     start = len(prompt_ids) - 1
     n_tokens = min(GPU_TOKENS if on_device else CPU_TOKENS, phased.max_context - start)
-    list(mega.generate(prompt_ids, 1))  # feeds the prompt
+    list(mega.generate(prompt_ids, 1))  # to feed the prompt
     phase_ids, phase_us = time_phases(phased, prompt_ids[-1], start, n_tokens)
     separate_ids, separate_us = time_tokens(phased, prompt_ids[-1], start, n_tokens)
     mega_ids, mega_us = time_tokens(mega, prompt_ids[-1], start, n_tokens)
@@ -85,7 +85,7 @@ def compare(phased: PhasedModel, mega: MegaModel, prompt_ids: list[int], generat
 
 
 def time_tokens(model: MegaModel, token_id: int, start: int, n_tokens: int) -> tuple[list[int], list[float]]:
-    """The ids that follow, and the microseconds of each."""
+    """Return the ids that follow, and the microseconds of each."""
     marks = WallMarks() if model.device.type == "cpu" else DeviceMarks()
     marks.mark()
     token_ids = list(model.decode(token_id, start, n_tokens, on_launch=marks.mark))
@@ -93,10 +93,10 @@ def time_tokens(model: MegaModel, token_id: int, start: int, n_tokens: int) -> t
 
 
 def time_phases(model: PhasedModel, token_id: int, start: int, n_tokens: int) -> tuple[list[int], np.ndarray]:
-    """The ids that follow, and microseconds [tokens, launches of a token], each from the end of the launch before.
+    """Return the ids that follow, and microseconds [tokens, launches of a token], each from the previous launch's end.
 
-    A GPU is held up before each token but the first until the host has queued its launches, which are too short for
-    the host to keep up with.
+    The launches are too short for the host to keep up with. So the GPU is held up before each token but the first,
+    until the host has queued that token's launches.
     """
     n_launches = len(phases_of_token(model.config.n_layers))
     on_device = model.device.type != "cpu"
@@ -114,11 +114,11 @@ def time_phases(model: PhasedModel, token_id: int, start: int, n_tokens: int) ->
     finally:
         model.on_phase = None
     us = np.array(marks.intervals_ms()).reshape(n_tokens, n_launches + 1) * 1e3
-    return token_ids, us[:, :-1]  # the last one of each token is the hold
+    return token_ids, us[:, :-1]  # the last interval of each token is the hold
 
 
 def table_rows(us: np.ndarray, n_layers: int) -> tuple[Row, ...]:
-    """Of microseconds [tokens, phases_of_token(n_layers)]."""
+    """Return a row for each phase from microseconds [tokens, phases_of_token(n_layers)]."""
     phases = phases_of_token(n_layers)
     columns = {name: us[:, [phase.name == name for phase in phases]] for name in PHASE_NAMES}
     per_token = {name: float(np.median(times.sum(-1))) for name, times in columns.items()}
@@ -130,7 +130,7 @@ def table_rows(us: np.ndarray, n_layers: int) -> tuple[Row, ...]:
 
 
 def table_text(times: Times) -> str:
-    """The rows in columns, their sum, and what it compares with."""
+    """Format the rows, their sum, and the times of the whole token that it compares with."""
     first, last = times.first_position, times.first_position + times.n_tokens - 1
     clock = "device time between events" if times.on_device else "wall clock of an interpreter on a CPU: no claim"
     lines = [
@@ -151,6 +151,7 @@ def table_text(times: Times) -> str:
 
 
 def main() -> None:
+    """Generate the text that the command line asks for, and time it with --times."""
     args = cli.parse_arguments(
         "GPT-OSS decoded by a launch for each phase: the megakernel's tokens, slower.",
         cli.add_model_arguments,
