@@ -1,4 +1,4 @@
-"""The committed figures are what tools/draw_figures.py draws, and show what they should; the README's paths exist."""
+"""The committed figures are what tools/draw_figures.py draws and show what they should; paths in documents exist."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,6 +10,7 @@ from host.phases import PHASE_NAMES, barrier_name, phases_of_token
 from tools import draw_figures
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("system", "checkpoints", "common", "interpreter", "host", "measure", "tools")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SVG = "{http://www.w3.org/2000/svg}"
 TIMES = """
@@ -76,7 +77,7 @@ def test_links_scripts_and_flags_of_a_document_exist(document):
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("http") or (document.parent / target).exists(), target
-    sources = [*ROOT.glob("*.py"), *(ROOT / "host").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    sources = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     known = "".join(source.read_text(encoding="utf-8") for source in sources)
     for command in re.findall(r"^\.venv/bin/python (.*?)(?: {2,}#.*)?$", text, re.MULTILINE):
         script, *arguments = command.split()
@@ -87,6 +88,12 @@ def test_links_scripts_and_flags_of_a_document_exist(document):
         assert (ROOT / script).is_file(), command
         flags = [word for word in arguments if word.startswith("--")]
         assert [flag for flag in flags if f'"{flag}"' not in known] == [], command
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_source_files_that_a_document_names_exist(document):
+    names = re.findall(r"[\w./-]+\.py\b", document.read_text(encoding="utf-8"))
+    assert [name for name in names if not (ROOT / name).is_file()] == []
 
 
 def test_readme_is_short():
