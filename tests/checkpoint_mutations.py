@@ -1,7 +1,7 @@
 """Mutate checkpoints: one mutation for each convention of the model.
 
-A mutated checkpoint makes a right implementation compute what one with that mistake computes from the original. So
-whatever runs a checkpoint (reference, kernel) can show that its comparison would have noticed the mistake.
+A right implementation computes from a mutated checkpoint what an implementation with that mistake computes from the
+original. So a test of any implementation (reference or kernel) can show that its comparison would notice the mistake.
 """
 
 import math
@@ -29,12 +29,12 @@ def gate_and_up_swapped(ckpt: MemoryCheckpoint) -> MemoryCheckpoint:
 
 
 def gate_up_in_halves(ckpt: MemoryCheckpoint) -> MemoryCheckpoint:
-    """Gate in the first half of the rows, up in the second."""
+    """Put gate in the first half of the rows and up in the second."""
     return _permute_gate_up(ckpt, torch.arange(2 * ckpt.config.intermediate_size).view(2, -1).T.flatten())
 
 
 def up_without_one(ckpt: MemoryCheckpoint) -> MemoryCheckpoint:
-    """One less in the bias of up, which equals up instead of up + 1 within the clamp's limits."""
+    """Subtract one from the bias of up, so that up + 1 becomes up within the clamp's limits."""
 
     def change(name: str, tensor: Tensor) -> Tensor:
         if not name.endswith("gate_up_proj_bias"):
@@ -47,7 +47,7 @@ def up_without_one(ckpt: MemoryCheckpoint) -> MemoryCheckpoint:
 
 
 def interleaved_rope(ckpt: MemoryCheckpoint) -> MemoryCheckpoint:
-    """Element 2i paired with 2i + 1: a reordering of each head's rows of q and k."""
+    """Pair element 2i with 2i + 1, by a permutation of each head's rows of q and k."""
     head = torch.arange(ckpt.config.head_dim).view(-1, 2).T.flatten()
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def interleaved_rope(ckpt: MemoryCheckpoint) -> MemoryCheckpoint:
 
 
 def kv_heads_interleaved(ckpt: MemoryCheckpoint) -> MemoryCheckpoint:
-    """Query head h reads KV head h % n_kv_heads instead of h // (n_heads / n_kv_heads)."""
+    """Let query head h read KV head h % n_kv_heads instead of h // (n_heads / n_kv_heads)."""
     config = ckpt.config
     heads = torch.arange(config.n_heads).view(-1, config.n_kv_heads).T.flatten()
     rows = (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()

@@ -1,6 +1,7 @@
-"""Kernels run in Triton's CPU interpreter, but for tests/gpu, which is collected when nothing else is asked for.
+"""Run kernels in Triton's CPU interpreter, except in tests/gpu, which is collected only when asked for alone.
 
-Triton binds one or the other when a module with kernels is imported, so that one process cannot have both.
+Triton binds either the interpreter or the compiler when a module with kernels is imported, so that one process cannot
+have both.
 """
 
 import os

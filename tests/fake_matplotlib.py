@@ -1,4 +1,4 @@
-"""Stands in for matplotlib, which need not be installed: notes what is drawn."""
+"""A stand-in for matplotlib, which need not be installed: it notes what is drawn."""
 
 import sys
 from types import ModuleType
@@ -10,7 +10,7 @@ PNG = b"\x89PNG of nothing"
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
-    """For one test; returns the axes of all figures, whose calls can be looked at."""
+    """Install the stand-in for one test; return the axes of all figures, whose calls can be inspected."""
     axes = MagicMock()
 
     class Figure:

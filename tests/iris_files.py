@@ -1,6 +1,6 @@
-"""Archives put together with struct and hashlib alone, from the format's description, for comparing and for breaking.
+"""Archives put together with struct and hashlib alone, from the format's description, to compare with and to break.
 
-Nothing of checkpoints.iris_format is used, so that a mistake there does not show up here as well.
+Nothing of checkpoints.iris_format is used, so that a mistake there does not appear here as well.
 """
 
 import copy
@@ -57,7 +57,7 @@ WRITTEN_TOGETHER = (("norm_attn",), ("w_q", "w_k", "w_v"), ("b_q", "b_k", "b_v")
 
 
 def row_kinds(n_layers: int, dense: DenseFormats | None = None) -> dict[str, tuple[str, int]]:
-    """Name in an archive -> (published name, dtype), layer by layer; scales at the end."""
+    """Return name in an archive -> (published name, dtype), layer by layer, scales at the end."""
     kinds = {short: (published, dtype) for short, published, dtype in MODEL_ROWS}
     for n in range(n_layers):
         kinds |= {f"L{n}.{short}": (f"model.layers.{n}.{rest}", dtype) for short, rest, dtype in LAYER_ROWS}
@@ -70,12 +70,12 @@ def row_kinds(n_layers: int, dense: DenseFormats | None = None) -> dict[str, tup
 
 
 def format_of(name: str, dense: DenseFormats | None) -> str:
-    """That of a tensor of this name in an archive."""
+    """Return the format of the tensor of this name in an archive."""
     return getattr(dense or DenseFormats(), DENSE_ROWS.get(name.rpartition(".")[2], ""), DENSE_BF16)
 
 
 def written_order(n_layers: int, dense: DenseFormats | None = None) -> list[str]:
-    """The tensors of an archive in the order in which they are written: kind by kind, all layers of each."""
+    """Return the tensors of an archive in the order of writing: all layers of one kind, then the next kind."""
     kinds = [[short] for short, _, _ in MODEL_ROWS]
     kinds += [[f"L{n}.{short}" for n in range(n_layers) for short in together] for together in WRITTEN_TOGETHER]
     names = []
@@ -87,7 +87,7 @@ def written_order(n_layers: int, dense: DenseFormats | None = None) -> list[str]
 
 @dataclass
 class Row:
-    """A line of the table, as it says, true or not."""
+    """A row of the table as the file states it, true or not."""
 
     name: bytes
     offset: int
@@ -108,7 +108,7 @@ class Row:
 
 @dataclass
 class ArchiveBytes:
-    """A file in its parts. Changing a row changes what the header says, not where the blobs are."""
+    """An archive in its parts. Changing a row changes the header, not where the blobs are."""
 
     version: int
     rows: list[Row]
@@ -134,7 +134,7 @@ class ArchiveBytes:
         return header_bytes(self.version, len(self.rows))
 
     def header(self) -> bytes:
-        """With the right checksum, if it has one."""
+        """Return the header's bytes, with the right checksum if the version has one."""
         count = len(self.rows) if self.count is None else self.count
         data = struct.pack("<8sII", self.magic, self.version, count) + b"".join(row.encode() for row in self.rows)
         if self.version != 1:
@@ -143,7 +143,7 @@ class ArchiveBytes:
         return sealed(data, self.version, self.header_bytes)
 
     def encode(self) -> bytes:
-        """The whole file."""
+        """Return the bytes of the whole file."""
         return self.header() + self.body
 
 
@@ -155,7 +155,7 @@ def sealed(header: bytes, version: int, n_bytes: int) -> bytes:
 
 
 def sealed_again(data: bytes) -> bytes:
-    """A file whose header was changed, with the checksum of what it is now."""
+    """Return the file with the right checksum of its changed header."""
     _, version, count = struct.unpack_from("<8sII", data)
     n_bytes = header_bytes(version, count)
     if version == 1 or n_bytes > len(data):
@@ -187,9 +187,9 @@ def config_json(checkpoint, **changes) -> bytes:
 def archive_of(
     checkpoint, version: int = 2, documents: dict[str, bytes] | None = None, names: list[str] | None = None
 ) -> ArchiveBytes:
-    """A checkpoint as an archive, in the order of `names`, layer by layer if there are none.
+    """Make an archive of a checkpoint, in the order of `names`, or layer by layer without them.
 
-    Version 2 holds `documents`, only the configuration if there are none; version 1 never does.
+    Version 2 holds `documents`, by default the configuration alone; version 1 holds none.
     """
     kinds = row_kinds(checkpoint.config.n_layers, checkpoint.config.dense)
     if documents is None:
@@ -210,7 +210,7 @@ def archive_of(
 
 
 def small_config(**changes) -> ModelConfig:
-    """Three layers with 4 experts, 170 KB."""
+    """Return a configuration of three layers with 4 experts, 170 KB."""
     sizes = {
         "n_layers": 3,
         "n_experts": 4,
@@ -231,12 +231,12 @@ Change = Callable[[ArchiveBytes], None]
 
 
 def header_changes(**values) -> Change:
-    """Sets fields of the archive; a function gives the new value for the old one."""
+    """Set fields of the archive; a function gives the new value for the old one."""
     return lambda archive: _set(archive, values)
 
 
 def row_changes(index: int, **values) -> Change:
-    """Sets fields of a row likewise."""
+    """Set fields of a row; a function gives the new value for the old one."""
     return lambda archive: _set(archive.rows[index], values)
 
 
@@ -246,7 +246,7 @@ def _set(target: ArchiveBytes | Row, values: dict) -> None:
 
 
 def sized(index: int, n_bytes: int | Callable[[int], int]) -> Change:
-    """Makes a row uint8 of that many bytes, which its shape and byte count agree on."""
+    """Make a row uint8 of that many bytes; its shape and byte count agree."""
 
     def change(archive: ArchiveBytes) -> None:
         row_changes(index, n_bytes=n_bytes, dtype=U8, n_dims=1)(archive)
@@ -267,7 +267,7 @@ def both(first: Change, second: Change) -> Change:
 
 
 def product_that_overflows(archive: ArchiveBytes) -> None:
-    """Sizes whose product is the right one in 64 bits."""
+    """Return sizes whose product is right only modulo 2^64."""
     row = archive.rows[-1]
     row.dtype, row.n_dims = U8, 2
     row.shape = (row.n_bytes * pow(3, -1, 2**64) % 2**64, 3)

@@ -16,7 +16,7 @@ CLEAR_SEED = 16
 
 
 class MemoryCheckpoint:
-    """A checkpoint that is a dictionary: published name -> tensor."""
+    """A checkpoint in a dictionary: published name -> tensor."""
 
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], name: str = "memory"):
         self.config, self.name, self._tensors = config, name, tensors
@@ -28,7 +28,7 @@ class MemoryCheckpoint:
         yield from self._tensors.items()
 
     def document(self, name: str) -> None:
-        """There are none."""
+        """Return None: this checkpoint has no documents."""
 
     def with_config(self, **changes) -> "MemoryCheckpoint":
         return MemoryCheckpoint(dataclasses.replace(self.config, **changes), self._tensors, self.name)
@@ -37,12 +37,12 @@ class MemoryCheckpoint:
         return self.with_config(yarn=dataclasses.replace(self.config.yarn, **changes))
 
     def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> "MemoryCheckpoint":
-        """`change(name, tensor)` is asked for each tensor."""
+        """Return a checkpoint with `change(name, tensor)` in the place of each tensor."""
         return MemoryCheckpoint(self.config, {n: change(n, t) for n, t in self.tensors()}, self.name)
 
 
 def small_config(**changes) -> ModelConfig:
-    """Three layers with window 20, 8 query heads, 2 KV heads of 64, 8 experts of which 4 are used."""
+    """Return three layers with window 20, 8 query heads, 2 KV heads of 64, 8 experts of which 4 are used."""
     sizes = {
         "n_layers": 3,
         "n_experts": 8,
@@ -81,9 +81,9 @@ def random_token_ids(n: int, config: ModelConfig, seed: int = 5) -> list[int]:
 
 
 def loud_checkpoint(config: ModelConfig, seed: int = CLEAR_SEED) -> MemoryCheckpoint:
-    """Random weights under which small mistakes show.
+    """Make random weights under which small mistakes show.
 
-    The embeddings are small (eps matters), queries and keys point somewhere, sinks and biases are of the size of what
+    The embeddings are small (eps matters), queries and keys have a direction, sinks and biases are of the size of what
     they are added to, and gate and up exceed the clamp about once in eight.
     """
     rng = torch.Generator().manual_seed(seed)

@@ -36,7 +36,7 @@ TEXTS = [
 
 
 def made_up(seed: int) -> dict:
-    """The content of a tokenizer.json; most, not all, are ones that the package takes."""
+    """Make up the content of a tokenizer.json; the package accepts most, not all."""
     draw = random.Random(seed)
     raw = {
         "version": "1.0",
@@ -74,7 +74,7 @@ def _truncation(draw: random.Random) -> dict:
 
 
 def _padding(draw: random.Random, token: dict) -> dict:
-    """With an added token: any other would become one in transformers, with an id of its own."""
+    """Make a padding section with an added token; transformers would give any other token an id of its own."""
     strategy = draw.choice(["BatchLongest", {"Fixed": 12}])
     return {
         "strategy": strategy,

@@ -1,4 +1,4 @@
-"""Mutate the reference's code: mistakes that no change of a checkpoint stands for, or only nearly."""
+"""Mutate the reference's code: mistakes that no mutated checkpoint stands for, or only approximately."""
 
 import torch
 

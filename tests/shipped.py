@@ -1,4 +1,4 @@
-"""What the shipped model says of itself."""
+"""Facts about the shipped model."""
 
 from pathlib import Path
 

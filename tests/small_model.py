@@ -16,12 +16,15 @@ SPECIALS = ("<|start|>", "<|message|>", "<|end|>")
 
 
 def small_checkpoint() -> MemoryCheckpoint:
-    """Its vocabulary is the 256 bytes, the special tokens, and ids that no token has; no stop id but 262."""
+    """Make a checkpoint whose vocabulary is the 256 bytes, the special tokens and unused ids.
+
+    Its only stop id is 262.
+    """
     return loud_checkpoint(small_config(n_layers=2, layer_is_sliding=(True, False), vocab_size=264, stop_ids=(262,)))
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """One token per byte, its id being the byte, then the special tokens."""
+    """Make a tokenizer of one token per byte, whose id is the byte, and the special tokens."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(BYTE_OF_CHARACTER), merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -38,7 +41,7 @@ def write_model(folder: Path, shards: int = 1) -> Path:
 def run_script(
     main: Callable[[], None], words: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> tuple[int, str, str]:
-    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    """Run a command line in this process; return (exit code, stdout, stderr)."""
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["script", *map(str, words)])
@@ -47,7 +50,7 @@ def run_script(
 
 
 def assert_rejected(result: tuple[int, str, str], *culprits: str) -> None:
-    """Exit code 2, nothing on stdout, one line on stderr that names each culprit."""
+    """Assert exit code 2, nothing on stdout, and one line on stderr that names each culprit."""
     code, out, err = result
     assert (code, out) == (2, "")
     assert err.startswith("error: ")

@@ -10,7 +10,7 @@ from transformers import DynamicCache, GptOssForCausalLM, Mxfp4Config
 
 
 def load(folder) -> GptOssForCausalLM:
-    """A checkpoint folder in float32, MXFP4 dequantized by transformers itself."""
+    """Load a checkpoint folder in float32; transformers itself dequantizes MXFP4."""
     model = GptOssForCausalLM.from_pretrained(
         folder,
         quantization_config=Mxfp4Config(dequantize=True),
@@ -23,7 +23,7 @@ def load(folder) -> GptOssForCausalLM:
 
 @torch.no_grad()
 def logits(model: GptOssForCausalLM, token_ids: list[int], position: int = 0) -> Tensor:
-    """float32 [tokens, vocab_size]; the tokens stand at position.., after keys and values of zero."""
+    """Return float32 [tokens, vocab_size]; the tokens stand at position.., after keys and values of zero."""
     cache = DynamicCache(config=model.config)
     if position:
         config = model.config

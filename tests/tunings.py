@@ -1,4 +1,4 @@
-"""Tunings under which a small model has several tiles in each phase, in the manner of each machine."""
+"""Tunings under which a small model has several tiles in each phase, one tuning in the manner of each machine."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from host.tuning import RingTuning, Tuning
 
 
 def changed(tuning: Tuning, **subjects) -> Tuning:
-    """A tuning with other values: changed(tuning, num_warps=2, attention=dict(split_t=16))."""
+    """Return a tuning with other values: changed(tuning, num_warps=2, attention=dict(split_t=16))."""
     values = {
         name: dataclasses.replace(getattr(tuning, name), **value) if isinstance(value, dict) else value
         for name, value in subjects.items()
@@ -21,17 +21,17 @@ def changed(tuning: Tuning, **subjects) -> Tuning:
 
 
 def small_tiles(config: ModelConfig, **changes) -> Tuning:
-    """Of the CPU, but every phase of a small model has several tiles. Changes: see `changed`."""
+    """Return the CPU's tuning with several tiles in every phase of a small model. Changes: see `changed`."""
     return changed(with_small_tiles(tuning_for(torch.device("cpu"), config)), **changes)
 
 
 def ahead_tiles(config: ModelConfig, **changes) -> Tuning:
-    """Small tiles of dense matrices loaded one ahead, as on gfx950."""
+    """Return small tiles of dense matrices that are loaded one ahead, as on gfx950."""
     return small_tiles(config, **({"machine": GFX950} | changes))
 
 
 def ring_tiles(config: ModelConfig, **changes) -> Tuning:
-    """Small tiles through a ring, experts packed for the tensor cores of two warps: as on sm_90."""
+    """Return small tiles through a ring, experts packed for the tensor cores of two warps, as on sm_90."""
     streamed = small_tiles(
         config,
         machine=SM_90,

@@ -38,7 +38,7 @@ EXPERT_ROWS = "model.layers.1.mlp.experts.{}_proj_{}"
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float64 [..., K] by the definition of MXFP4: the low nibble is the even element."""
+    """Return float64 [..., K] by the definition of MXFP4: the low nibble is the even element."""
     elements = np.stack([E2M1[blocks & 15], E2M1[blocks >> 4]], axis=-1).reshape(*blocks.shape[:-1], 32)
     return (elements * np.exp2(scales.astype(np.float64) - 127)[..., None]).reshape(*blocks.shape[:-2], -1)
 
@@ -102,7 +102,7 @@ def test_another_process_draws_the_same_and_needs_no_second_copy():
 
 @pytest.fixture(scope="module")
 def wide() -> RandomCheckpoint:
-    """One expert of the published sizes, so that rows are as long as they are there."""
+    """Make one expert of the published sizes, so that its rows have the published length."""
     return RandomCheckpoint(dataclasses.replace(GPT_OSS_120B, n_experts=1, experts_per_token=1, vocab_size=1000))
 
 
@@ -188,7 +188,7 @@ def test_write_checkpoint_refuses_a_folder_with_weights(tmp_path):
 
 
 def test_transformers_finds_the_same_values(tmp_path):
-    """Names, layout and MXFP4 element order, by transformers' own loader and dequantiser."""
+    """The loader and the dequantizer of transformers agree on names, layout and the order of MXFP4 elements."""
     checkpoint = RandomCheckpoint(SMALL)
     model = transformers_model.load(write_checkpoint(checkpoint, tmp_path, 3))
     loaded = dict(model.named_parameters())

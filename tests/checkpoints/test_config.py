@@ -55,7 +55,7 @@ def published_dict() -> dict:
 
 
 def write_config(folder: Path, raw: object, generation: object = None) -> Path:
-    """A folder with these as config.json and generation_config.json; strings are written as they are."""
+    """Make a folder with these as config.json and generation_config.json; strings are written unchanged."""
     for name, content in (("config.json", raw), ("generation_config.json", generation)):
         if content is not None:
             (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
@@ -115,7 +115,7 @@ def test_config_to_dict_round_trips(config, tmp_path):
 
 
 def test_transformers_reads_config_to_dict_alike():
-    """`to_dict` of what transformers read holds transformers' view of every key, in its own spelling."""
+    """`to_dict` of the configuration that transformers read holds its view of every key, in its own spelling."""
     read = GptOssConfig(**config_to_dict(SMALL)).to_dict()
     assert config_from_dict(read, "transformers") == SMALL
     assert read["rope_parameters"]["rope_theta"] == 10000.0
@@ -152,7 +152,7 @@ def test_layer_types_default_to_alternating_from_sliding():
     "generation", [None, {"eos_token_id": [5, 200002]}, {"eos_token_id": 9}, {"eos_token_id": None}, {}]
 )
 def test_stop_ids_are_those_of_transformers(tmp_path, eos, generation):
-    """Which reads generation_config.json, and config.json only where there is none."""
+    """transformers reads generation_config.json, and config.json only where there is no such file."""
     folder = write_config(tmp_path, published_dict() | {"eos_token_id": eos}, generation)
     if generation is None:
         theirs = GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
@@ -163,7 +163,7 @@ def test_stop_ids_are_those_of_transformers(tmp_path, eos, generation):
 
 
 def made_up(rng: random.Random) -> dict:
-    """A configuration that says things twice, or differently from the published one."""
+    """Make up a configuration that repeats or contradicts itself, or differs from the published one."""
 
     def rope() -> dict | None:
         keys = {
@@ -208,7 +208,7 @@ def made_up(rng: random.Random) -> dict:
 
 
 def test_made_up_configurations_are_refused_or_what_transformers_makes_of_them():
-    """Of the model's numbers, and of its RoPE as the model computes it when it is built."""
+    """The model's numbers are compared, and its RoPE as transformers computes it when it builds the model."""
     rng, accepted = random.Random(16), 0
     for number in range(800):
         raw = made_up(rng)
@@ -296,7 +296,7 @@ def test_missing_keys(tmp_path, key):
 @pytest.mark.parametrize("key", ["rms_norm_eps", "swiglu_limit", "rope_theta"])
 @pytest.mark.parametrize("value", NOT_A_NUMBER, ids=lambda value: repr(value)[:12])
 def test_numbers_of_a_wrong_kind(tmp_path, key, value):
-    """json writes and reads NaN and Infinity, though the standard has neither."""
+    """NaN and Infinity are not JSON, but Python's json reads and writes them."""
     assert_rejected(write_config(tmp_path, published_dict() | {key: value}), "config.json", key)
 
 

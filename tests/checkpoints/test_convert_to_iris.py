@@ -1,4 +1,4 @@
-"""convert_to_iris.py as its user meets it: what it writes, what it refuses, what is left when it is stopped."""
+"""convert_to_iris.py from its user's side: what it writes and refuses, and what remains when it is stopped."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ SINKS = "model.layers.1.self_attn.sinks"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A small model in two shards, with a tokenizer; not to be changed."""
+    """A small model in two shards, with a tokenizer. Tests must not change it."""
     return write_model(tmp_path_factory.mktemp("small") / "model", shards=2)
 
 
@@ -55,7 +55,7 @@ def own_folder(folder, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(folder) -> Path:
-    """Of `folder`; not to be changed."""
+    """An archive of `folder`. Tests must not change it."""
     path = folder.parent / "small.iris"
     write_archive(open_folder(folder), path)
     return path
@@ -68,20 +68,20 @@ def own_archive(archive, tmp_path) -> Path:
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """Where to write, alone in its folder."""
+    """A path to write to, alone in its folder."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "m.iris"
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    """Run the command line in this process; return (exit code, stdout, stderr)."""
     return lambda *words: run_script(convert_to_iris.main, list(words), monkeypatch, capsys)
 
 
 @pytest.fixture
 def convert(run, out):
-    """A conversion in which nothing goes wrong: the path of the archive."""
+    """Convert without errors; return the path of the archive."""
 
     def convert(*words) -> Path:
         code, told, err = run(*words, "--out", out)
@@ -95,7 +95,7 @@ def convert(run, out):
 
 
 def assert_same_model(path: Path, checkpoint) -> None:
-    """An archive holds each tensor bit by bit, norms and sinks as the same values in float32."""
+    """Assert that an archive holds each tensor bit by bit, norms and sinks as equal values in float32."""
     ours = open_archive(path, verify=True)
     assert ours.config == checkpoint.config
     tensors = dict(ours.tensors())
@@ -160,7 +160,7 @@ def test_an_archive_of_an_archive_is_the_same_file(convert, archive):
 
 @pytest.fixture
 def version_1(folder, tmp_path) -> Path:
-    """An archive of version 1, in a folder with the model's other files."""
+    """Write an archive of version 1 in a folder with the model's other files."""
     path = tmp_path / "v1" / "model.iris"
     path.parent.mkdir()
     path.write_bytes(archive_of(small_checkpoint(), version=1).encode())
@@ -290,7 +290,7 @@ def test_verify_finds_a_tensor_that_is_not_the_checkpoints(run, archive, own_fol
 
 
 def test_verify_takes_no_nan_for_another(run, own_folder, out):
-    """A NaN is not equal to itself, and two of them are not the same bits."""
+    """Tensors are compared by bits: a NaN is not equal to itself, and two NaNs may have different bits."""
 
     def with_nan(bits: int):
         def change(tensor: torch.Tensor) -> torch.Tensor:
@@ -344,7 +344,7 @@ def test_version_1_has_no_checksums_but_can_be_compared(run, version_1, folder):
 
 
 def listed(text: str) -> dict[str, tuple[int, str, list[int], float]]:
-    """The table: name -> (how many, dtype, shape, MB)."""
+    """Parse the table of --info: name -> (count, dtype, shape, MB)."""
     rows = re.findall(r"^  (\S+) +(\d+) x (\w+) (\[[\d, ]+\]) +([\d.]+) MB$", text, re.MULTILINE)
     return {name: (int(count), dtype, json.loads(shape), float(mb)) for name, count, dtype, shape, mb in rows}
 
@@ -408,7 +408,7 @@ def test_progress_has_rate_and_time_left(run, folder, out, monkeypatch):
 
 
 def test_progress_is_quiet_where_there_is_no_terminal(run, folder, out):
-    """A line at the start and one at the end, rather than ten a second in a log."""
+    """A log gets a line at the start and one at the end, rather than ten a second."""
     assert run("--model", folder, "--out", out)[2].count("%|") <= 4
 
 
@@ -479,7 +479,7 @@ def test_a_target_that_is_a_device(run, folder, device):
 
 @pytest.mark.parametrize("make", [as_folder, as_pipe, as_link])
 def test_what_else_is_beside_the_target_is_left_alone(run, folder, out, make):
-    """A link would have been followed, a pipe waited for."""
+    """Other entries of the folder are not opened: a link would be followed, a pipe would block."""
     part = Path(f"{out}.part")
     make(part)
     assert run("--model", folder, "--out", out)[0] == 0
@@ -558,7 +558,7 @@ def test_too_little_space_is_told_before_anything_is_written(run, folder, archiv
 
 
 def full_at(monkeypatch, room: int) -> None:
-    """Writes beyond so many bytes find no space, the last one before them writes a part."""
+    """Make writes beyond a number of bytes find no space left; the last write before them is partial."""
     pwrite = os.pwrite
 
     def limited(descriptor: int, data, offset: int) -> int:
@@ -612,7 +612,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(run, folder, archive,
 
 
 def test_a_damaged_checkpoint_leaves_nothing(run, own_folder, out, monkeypatch):
-    """Its second shard is replaced after the first was converted."""
+    """The second shard is replaced after the first was converted."""
     (first, second) = sorted(own_folder.glob("*.safetensors"))
     write = OutputFile.write
 
@@ -695,7 +695,7 @@ class Forks:
         self.process = subprocess.Popen([sys.executable, "-c", FORKS, str(ROOT)], **pipes)
 
     def start(self, *words, delay: float = 0, file_limit: int = 0) -> int:
-        """The run's process id. It waits `delay` seconds before each of its writes."""
+        """Start the run, which waits `delay` seconds before each write; return its process id."""
         self.process.stdin.write(json.dumps([list(map(str, words)), str(self._log), delay, file_limit]) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
@@ -719,7 +719,7 @@ def forks(tmp_path_factory) -> Iterator[Forks]:
 
 
 def random_folder(folder: Path, n_layers: int, shards: int) -> Path:
-    """Of 15 MB a layer."""
+    """Make a model folder of 15 MB a layer."""
     config = small_config(
         n_layers=n_layers,
         layer_is_sliding=(True,) * n_layers,
@@ -734,7 +734,7 @@ def random_folder(folder: Path, n_layers: int, shards: int) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """130 MB in 174 tensors."""
+    """A model of 130 MB in 174 tensors."""
     return random_folder(tmp_path_factory.mktemp("large") / "model", 9, 2)
 
 
@@ -746,7 +746,7 @@ def wait_for(condition) -> None:
 
 
 def unfinished(out: Path) -> list[Path]:
-    """What writers of `out` have written so far."""
+    """Return the temporary files that writers of `out` have begun."""
     return list(out.parent.glob(f"{out.name}.*.part"))
 
 
@@ -757,14 +757,14 @@ def is_writing(out: Path) -> bool:
 
 
 def start_and_see_it_write(forks: Forks, large: Path, out: Path, *words) -> int:
-    """Its process id. It goes on for a second and more."""
+    """Start a conversion that goes on for a second or more, and return its process id once it writes."""
     pid = forks.start("--model", large, "--out", out, *words, delay=0.01)
     wait_for(lambda: is_writing(out))
     return pid
 
 
 class Interrupted:
-    """A checkpoint in whose third tensor a signal comes, to code that takes an exception for an error of its own."""
+    """A checkpoint whose third tensor raises a signal inside code that treats exceptions as errors of its own."""
 
     def __init__(self, checkpoint, number: signal.Signals):
         self._checkpoint, self._number = checkpoint, number
@@ -783,7 +783,7 @@ class Interrupted:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_breaks_into_no_other_code(run, folder, out, monkeypatch, number, code):
-    """Within torch it has become "could not determine the shape of object type 'torch.storage.UntypedStorage'"."""
+    """torch turned such an interrupt into its own error 'could not determine the shape of object type ...'."""
     monkeypatch.setattr(convert_to_iris, "open_checkpoint", lambda *_: Interrupted(open_folder(folder), number))
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     exit_code, told, err = run("--model", folder, "--out", out)
@@ -823,7 +823,7 @@ def test_an_interrupt_leaves_the_old_file_and_says_how_to_go_on(forks, large, ou
 
 
 def test_a_kill_at_any_moment_leaves_no_bad_file(forks, large, archive, out):
-    """Of ten, half the time where there was another archive before."""
+    """Ten runs are killed, half of them over an earlier archive."""
     whole = out.parent / "whole.iris"
     words = ("--model", large, "--out", out, "--force")
     delay = 0.003  # lets a run take about the same time whatever else the machine does
@@ -921,7 +921,10 @@ MOST_ANONYMOUS, MOST_DIFFERENCE = 24 << 20, 12 << 20
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("source", ["one shard", "four shards", "archive"])
 def test_memory_does_not_grow_with_the_model(forks, out, tmp_path, source):
-    """From 45 MB to 300 MB. Even the mapped pages, which are the page cache's, are given back."""
+    """Memory is flat from 45 MB to 300 MB of model.
+
+    Even mapped pages, which belong to the page cache, are given back.
+    """
     ended = []
     for n_layers in (3, 20):
         model = random_folder(tmp_path / str(n_layers), n_layers, 4 if source == "four shards" else 1)

@@ -17,14 +17,14 @@ SMALL = FINITE[FINITE.abs() <= 448]
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
-    """float64 to the nearest E4M3 number, the even one of two: three bits behind the first, none below 2^-9."""
+    """Round float64 to the nearest E4M3 number, ties to even: three bits behind the first, none below 2^-9."""
     exponent = torch.floor(torch.log2(x.abs().clamp(min=2.0**-6)))
     step = torch.exp2(exponent - 3)
     return torch.round(x / step) * step  # which rounds half to even
 
 
 def beside(values: torch.Tensor, other: float) -> torch.Tensor:
-    """A row or group for each value: the other one first, the value, then zeros."""
+    """Make a row or group for each value: the other value first, then the value, then zeros."""
     matrix = torch.zeros(len(values), GROUP, dtype=torch.bfloat16)
     matrix[:, 0], matrix[:, 1] = other, values
     return matrix
@@ -35,7 +35,7 @@ def group_factors(scales: torch.Tensor) -> torch.Tensor:
 
 
 def random_matrix(rows: int, k: int) -> torch.Tensor:
-    """Magnitudes of many binades, rows and groups of different ones."""
+    """Make a matrix whose magnitudes span many binades, with different ones in each row and group."""
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-20, 3, (rows, k), generator=generator) + torch.randint(-30, 30, (rows, 1))
     return (torch.randn(rows, k, generator=generator) * torch.exp2(exponents.float())).bfloat16()
@@ -43,7 +43,7 @@ def random_matrix(rows: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dense_format", FORMATS)
 def test_each_bfloat16_number_rounds_to_the_nearest(dense_format):
-    """448 beside it makes the scale 1, so that an element is the number itself, rounded: as torch does, and by hand."""
+    """A 448 beside each number makes the scale 1, so that the element is the number rounded, as by torch and `e4m3`."""
     elements, scales = quantize_fp8(beside(SMALL, 448.0), dense_format)
     assert (scales == (1 if dense_format == FP8_ROWS else 127)).all()
     assert (elements[:, 0].float() == 448).all()
@@ -53,7 +53,7 @@ def test_each_bfloat16_number_rounds_to_the_nearest(dense_format):
 
 
 def test_a_row_s_scale_makes_its_largest_448():
-    """Whatever it is; below 2^-126 * 448 the scale itself is a subnormal float32 and as exact as those are."""
+    """This holds for any largest value. Below 2^-126 * 448 the scale is a subnormal float32, with its precision."""
     values = FINITE[FINITE != 0]
     elements, scales = quantize_fp8(values[:, None], FP8_ROWS)
     assert torch.equal(scales, (values.double().abs() / 448).float())
@@ -111,7 +111,7 @@ def test_groups(shape):
 
 @pytest.mark.parametrize("dense_format", FORMATS)
 def test_errors_are_bounded(dense_format):
-    """A normal number's by half a step of three bits, 2^-4 of it; a subnormal's by half of the least one."""
+    """A normal number errs by at most half a step of three bits, 2^-4 of it; a subnormal by half of the least one."""
     matrix = random_matrix(40, 960)
     elements, scales = quantize_fp8(matrix, dense_format)
     exact, found = matrix.double(), dequantize_fp8(elements, scales).double()
@@ -126,7 +126,7 @@ def test_errors_are_bounded(dense_format):
 
 @pytest.mark.parametrize("dense_format", FORMATS)
 def test_zeros(dense_format):
-    """A row, or group, of zeros stays that, of both signs, with a scale of 1."""
+    """A row or group of zeros keeps its zeros, of both signs, and gets a scale of 1."""
     matrix = torch.zeros(2, 64, dtype=torch.bfloat16)
     matrix[0, 40], matrix[1, 3] = 3.0, -0.0
     elements, scales = quantize_fp8(matrix, dense_format)
@@ -139,7 +139,7 @@ def test_zeros(dense_format):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dense_format", FORMATS)
 def test_what_is_no_number_stays_visible(dense_format, value):
-    """As NaN in its place; other rows, and other groups, are as without it."""
+    """NaN and infinity become NaN in their place; other rows and groups do not change."""
     matrix = random_matrix(3, 96)
     expected = dequantize_fp8(*quantize_fp8(matrix, dense_format))
     matrix[1, 40] = value
@@ -151,7 +151,7 @@ def test_what_is_no_number_stays_visible(dense_format, value):
 
 
 def test_what_a_file_may_hold_besides():
-    """Scales that the quantizer never makes: NaN spreads over its group or row, the others are factors."""
+    """Scales that the quantizer never makes are data: NaN makes its group or row NaN, the others are factors."""
     elements = torch.tensor([[1.0] * 32 + [-2.0] * 32] * 4).to(torch.float8_e4m3fn)
     elements.view(torch.uint8)[2, 3] = 0x7F
     found = dequantize_fp8(elements, torch.tensor([[255, 0], [254, 127], [127, 127], [127, 255]], dtype=torch.uint8))

@@ -1,6 +1,6 @@
-"""Checkpoint folders that were made to do harm: each is refused in one line, soon, in little memory, without a hang.
+"""Checkpoint folders made to do harm: each is refused in one line, soon, in little memory, without a hang.
 
-tests/test_load_hf.py has what an accident does to a folder.
+tests/checkpoints/test_load_hf.py tests accidental damage.
 """
 
 import functools
@@ -44,7 +44,7 @@ SMALL = small_config()
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> dict[int, Path]:
-    """Number of shards -> folder; not to be changed."""
+    """Number of shards -> folder. Tests must not change it."""
     root = tmp_path_factory.mktemp("written")
     return {shards: write_checkpoint(RandomCheckpoint(SMALL), root / str(shards), shards) for shards in (1, 2)}
 
@@ -61,7 +61,7 @@ def sharded(written, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def a_limit_on_time_and_memory():
-    """Neither an endless device nor a large file may be read as far as memory goes."""
+    """Fail the test if an endless device or a large file is read without limit."""
     peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("still not done"))
     signal.alarm(60)
@@ -135,7 +135,7 @@ def test_a_link_that_leads_nowhere(written, tmp_path, shards, name, target):
 @pytest.mark.parametrize(("shards", "name"), PLACES)
 @pytest.mark.parametrize("bytes_before", [0, 1, None], ids=["empty", "one byte", "whole"])
 def test_files_of_10_gb(written, tmp_path, shards, name, bytes_before):
-    """Holes, behind the file or a part of it."""
+    """The files are mostly holes, behind the contents or behind a part of them."""
     folder = Path(shutil.copytree(written[shards], tmp_path / "folder"))
     if name in (GENERATION, TOKENIZER) or not (folder / name).exists():
         (folder / name).write_text("{}")
@@ -155,7 +155,7 @@ def test_empty_files(single, name):
 
 
 def parts_of(path: Path) -> tuple[bytes, bytes]:
-    """Header and tensors, by the format's definition: 8 bytes of length come first."""
+    """Split a file into header and tensors, by the format's definition: 8 bytes of length come first."""
     data = path.read_bytes()
     end = 8 + struct.unpack_from("<Q", data)[0]
     return data[8:end], data[end:]
@@ -180,7 +180,7 @@ def test_headers_of_every_false_length(single):
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 90 << 20])
 def test_a_header_that_is_as_large_as_it_says(single, length):
-    """safetensors would take one of 100 MB, and a good part of a minute and 2 GB for it."""
+    """safetensors would accept one of 100 MB, and take much of a minute and 2 GB for it."""
     entry = b'"x%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
     header = b"{" + b"".join(entry % i for i in range(20_000)) + b'"__metadata__":{"a":"' + b" " * length
     write_shard(single / SINGLE, header[:length], b"")
@@ -188,7 +188,7 @@ def test_a_header_that_is_as_large_as_it_says(single, length):
 
 
 def test_an_index_of_many_tensors(sharded):
-    """Which would take hours if the time went with the square of their number."""
+    """The test would take hours if the time grew with the square of the number of tensors."""
     pairs = [f'"x{i}": "{SHARD_1}"' for i in range(300_000)]
     for doubles, culprit in (([], "unknown tensor 'x0'"), (pairs[-1:], "'x299999' is there twice")):
         (sharded / INDEX).write_text(f'{{"weight_map": {{{", ".join(pairs + doubles)}}}}}')
@@ -292,7 +292,7 @@ NO_NUMBERS = (0.5, 1e308, None, True, "8", [], {}, [[0, 8]])
 
 @pytest.fixture
 def changed(written, single):
-    """changed(change): the folder of one shard whose header's entries, as a dictionary, were changed."""
+    """Return changed(change): a one-shard folder whose header's entries, as a dictionary, were changed."""
 
     def changed(change: Callable[[dict], object]) -> Path:
         header, data = parts_of(written[1] / SINGLE)
@@ -305,7 +305,7 @@ def changed(written, single):
 
 
 def put(new: object, *keys: str | int) -> Callable[[dict], object]:
-    """Sets what lies behind these keys of dictionaries and lists."""
+    """Set the value behind a path of dictionary keys and list indices."""
 
     def change(entries: dict) -> None:
         *outer, last = keys
@@ -383,7 +383,7 @@ def test_places_that_overlap_or_leave_gaps(changed, change):
 
 
 def test_tensors_in_any_order_are_read_by_their_places(changed, written):
-    """Two sinks of one size that have changed places, in a header in alphabetical order."""
+    """Two sinks of one size have swapped places, in a header in alphabetical order."""
     first = "model.layers.0.self_attn.sinks"
     read = read_all(changed(swap("data_offsets", first, SINKS)))
     original = open_checkpoint(written[1])
@@ -529,7 +529,7 @@ def test_scripts_tell_in_one_line(tmp_path, monkeypatch, capsys, main, words, na
 
 
 def test_random_damage_of_headers(tmp_path):
-    """python -m tools.fuzz_safetensors does more of it."""
+    """tools/fuzz_safetensors.py runs more cases of this."""
     folder = write_checkpoint(RandomCheckpoint(fuzz_safetensors.CONFIG), tmp_path / "model")
     whole = (folder / SINGLE).read_bytes()
     accepted = 0

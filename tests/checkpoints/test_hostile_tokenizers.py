@@ -67,7 +67,7 @@ def shipped(**changes) -> bytes:
 
 @pytest.fixture(autouse=True)
 def short_time(monkeypatch):
-    """What only its limits end takes a second or two."""
+    """Shorten the time limits, so that cases which only a limit ends take a second or two."""
     monkeypatch.setattr(text_process, "SECONDS", 1)
     monkeypatch.setattr(text_process, "MEMORY", 1 << 29)
 
@@ -103,7 +103,7 @@ def test_tokens_that_cannot_be_decoded_are_an_input_error(name):
 
 
 def test_sections_that_transformers_ignores_do_nothing():
-    """However large: 2e8 tokens of padding, multiples of 2^40, a stride beyond the length."""
+    """Their sizes do not matter: 2e8 tokens of padding, multiples of 2^40, a stride beyond the length."""
     expected = Tokenizer.from_json(shipped(), "FILE").encode("Shall I compare thee")
     padding = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
     truncation = {"direction": "Right", "strategy": "LongestFirst"}

@@ -54,7 +54,7 @@ BROKEN_IN_VERSION_2 = {what: change for version, what, change, _ in BROKEN if ve
 
 @pytest.fixture(scope="module")
 def good() -> dict[int, ArchiveBytes]:
-    """Version -> archive, not to be changed."""
+    """Version -> archive. Tests must not change it."""
     return {version: archive_of(CHECKPOINT, version, DOCUMENTS) for version in (1, 2)}
 
 
@@ -84,7 +84,7 @@ def entry_of(row: Row) -> Entry:
 
 
 def assert_sound(header: Header, n_bytes: int) -> None:
-    """Every entry lies within the file and where it may, none over another."""
+    """Assert that every entry lies within the file where it may, and overlaps no other."""
     assert header.version in (1, 2)
     assert header.file_bytes == n_bytes
     assert 1 <= len(header.entries) <= MAX_ENTRIES
@@ -289,7 +289,7 @@ def test_truncation_at_every_boundary(good, version):
 
 
 def test_file_that_gives_less_than_its_size(good):
-    """As one that is cut short while it is being read."""
+    """A file that is cut short while it is read gives less than its size."""
     for archive in good.values():
         header = archive.header()
         for n in (0, 15, 16, 4096, len(header) - 1):
@@ -389,7 +389,7 @@ def test_random_places_of_rows_that_agree_with_themselves(good, version, sizes):
     sealed=st.booleans(),
 )
 def test_random_bytes(good, version, edits, sealed):
-    """Some bytes of the header replaced by as many or, so that all behind them moves, by more or fewer."""
+    """Some bytes of the header are replaced by equally many, or by more or fewer, which moves all bytes behind them."""
     data = bytearray(good[version].encode())
     for fraction, new, removed in edits:
         at = int(fraction * len(good[version].header()))

@@ -1,5 +1,6 @@
-"""Archives with dense matrices in FP8: how they are written, that they decode like what is quantized at load, and what
-is refused. What the quantizer makes of a matrix is tests/test_fp8.py's.
+"""Archives with dense matrices in FP8: writing them, decoding from them, and what is refused.
+
+They must decode like matrices that are quantized at load. tests/checkpoints/test_fp8.py tests the quantizer itself.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ each_format = pytest.mark.parametrize("dense", EACH.values(), ids=EACH)
 
 @pytest.fixture(autouse=True)
 def former_signals():
-    """convert_to_iris.py takes over SIGTERM."""
+    """Restore the signal handlers: convert_to_iris.py takes over SIGTERM."""
     former = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, former)
@@ -95,7 +96,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(folder) -> Callable[[DenseFormats], Path]:
-    """A function: the folder's model with its dense matrices in these formats, not to be changed."""
+    """Return a function: the folder's model with dense matrices in these formats. Tests must not change it."""
 
     def archive(dense: DenseFormats) -> Path:
         path = folder.parent / f"{'-'.join(dense.__dict__.values())}.iris"
@@ -108,7 +109,7 @@ def archive(folder) -> Callable[[DenseFormats], Path]:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(script, words...): (exit code, stdout, stderr)."""
+    """Return run(script, words...) -> (exit code, stdout, stderr)."""
     return lambda script, *words: run_script(script.main, list(words), monkeypatch, capsys)
 
 
@@ -158,7 +159,7 @@ def test_every_byte_is_as_the_format_says(run, folder, tmp_path, words, dense):
 
 
 def open_archive_bytes(folder: Path, tmp_path: Path) -> int:
-    """Of the same model in bfloat16."""
+    """Return an archive of the same model in bfloat16, in its parts."""
     write_archive(open_folder(folder), tmp_path / "bf16.iris")
     return (tmp_path / "bf16.iris").stat().st_size
 
@@ -225,7 +226,7 @@ def test_writing_ends_at_each_check(folder, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="looks into /proc")
 @pytest.mark.parametrize("dense", [in_fp8(FP8_ROWS, "head"), in_fp8(FP8_GROUPS, "head")], ids=FORMATS)
 def test_memory_holds_one_matrix_and_a_few_rows(dense, tmp_path, monkeypatch):
-    """The LM head has 51 MB in bfloat16, which are mapped, and 26 MB in FP8; as float32 it would have 102 MB."""
+    """The LM head has 51 MB in bfloat16, which are mapped, and 26 MB in FP8; in float32 it would have 102 MB."""
     pieces = []
 
     def noting_quantizer(rows: torch.Tensor, dense_format: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,7 +264,7 @@ def logits_of(model: MegaModel, token_ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("quant", [False, True], ids=["default", "quant"])
 @each_format
 def test_the_same_logits_as_quantized_at_load(folder, archive, dense, quant):
-    """Bit by bit, by the kernel and by the reference, and with the formats asked for as well as found."""
+    """Logits agree bit by bit, for kernel and reference, whether the formats are asked for or found in the archive."""
     checkpoint, ids = open_folder(folder), [65, 66, 67]
     expected = logits_of(MegaModel(checkpoint, quant, 8, dense=dense), ids)
     model = MegaModel.from_pretrained(archive(dense), quant, 8)
@@ -417,7 +418,7 @@ def assert_same(actual: Weights, expected: Weights) -> None:
 @each_format
 @pytest.mark.parametrize("n_layers", [1, 3])
 def test_what_is_copied_is_what_would_be_quantized(dense, n_layers, tmp_path):
-    """Where layers lie apart and sizes are odd, packed for a GPU as well, and never quantized again."""
+    """Layers lie apart, sizes are odd, and weights may be packed for a GPU; nothing is quantized twice."""
     checkpoint = loud_checkpoint(small_config(hidden_size=544))
     held = dataclasses.replace(checkpoint.config, dense=dense).cut(n_layers)
     (tmp_path / "m.iris").write_bytes(archive_of(QuantizedCheckpoint(checkpoint, dense)).encode())  # layer by layer
@@ -485,7 +486,7 @@ SHORT = ["--streams", "random", "--window", 3, "--max-windows", 4, "--tokens", 1
 
 @pytest.mark.parametrize("test", ["default+fp8-attn", "reference+fp8-attn"])
 def test_accuracy_of_an_archive_against_its_folder(run, folder, archive, tmp_path, test):
-    """As of the folder against itself with the same matrices quantized at load."""
+    """The result is that of the folder against itself with the same matrices quantized at load."""
 
     def metrics(*words) -> dict:
         words = [*SHORT, "--model", folder, "--test", test, "--json", tmp_path / "report.json", *words]
@@ -540,7 +541,7 @@ def test_verify_quantizes_what_it_compares_with(run, folder, archive, dense):
 
 @pytest.mark.parametrize("name", ["L1.w_k", "L0.w_o_scales", "lm_head", "lm_head_scales", "L1.w_v_scales"])
 def test_verify_finds_a_bit_that_is_not_the_quantizers(run, folder, archive, tmp_path, name):
-    """The file's checksums being those of what it holds."""
+    """The file's checksums are right for the flipped bit."""
     checkpoint = QuantizedCheckpoint(open_folder(folder), MIXED)
     for bits in (1, 0x80):
         data = archive_with(checkpoint, name, bits)
@@ -562,7 +563,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def archive_with(checkpoint, name: str, bits: int) -> ArchiveBytes:
-    """With some bits of a blob's byte flipped, and the right checksums."""
+    """Flip some bits of a blob's byte, and correct the checksums."""
     documents = {CONFIG: config_json(checkpoint), TOKENIZER: checkpoint.document(TOKENIZER)}
     tensors = dict(checkpoint.tensors())
     published = checkpoint_name(name)
@@ -601,7 +602,7 @@ FP8_NAMES = [f"L{n}.{name}" for n in (0, 2) for name in ("w_q", "w_k", "w_v", "w
 
 @pytest.fixture(scope="module")
 def good() -> dict[str, ArchiveBytes]:
-    """Format -> archive with all dense matrices in it, not to be changed."""
+    """Format -> archive with all dense matrices in it. Tests must not change it."""
     return {name: archive_of(QuantizedCheckpoint(SMALL, in_fp8(name, *COMPONENTS))) for name in FORMATS}
 
 
@@ -617,7 +618,7 @@ def assert_refused(archive: ArchiveBytes, folder: Path, *culprits: str) -> None:
 
 
 def add_row(archive: ArchiveBytes, name: str, dtype: int, shape: tuple[int, ...]) -> None:
-    """With zeros at the end of the file."""
+    """Add a row of the table, with zeros at the end of the file as its blob."""
     data = bytes(math.prod(shape) * ITEM_BYTES[dtype])
     before = archive.header_bytes
     archive.body += bytes(-len(archive.body) % 256)
@@ -636,7 +637,7 @@ def remove_row(archive: ArchiveBytes, name: str) -> None:
 
 
 def retype(archive: ArchiveBytes, name: str, dtype: int, shape: tuple[int, ...]) -> None:
-    """Another kind, at the end of the file."""
+    """Give a row another dtype, and a blob at the end of the file."""
     remove_row(archive, name)
     add_row(archive, name, dtype, shape)
 
@@ -713,7 +714,7 @@ def test_unknown_scales(good, tmp_path, name):
 
 
 def test_groups_that_are_not_whole(tmp_path):
-    """17 heads of 16: rows of 272 elements, 8 groups and a half."""
+    """17 heads of 16 make rows of 272 elements, which are 8 groups and a half."""
     checkpoint = RandomCheckpoint(small_config(n_heads=17, n_kv_heads=1, head_dim=16))
     for n_groups in (8, 9):
         archive = archive_of(QuantizedCheckpoint(checkpoint, in_fp8(FP8_ROWS, "o")))
@@ -748,7 +749,7 @@ HOSTILE = {
 
 
 def hostile_archive(component: str, what: str, path: Path) -> None:
-    """One row's elements or scales in the last layer, or in the LM head."""
+    """Replace elements or scales of one row in the last layer or in the LM head."""
     dtype, bits = HOSTILE[what]
     checkpoint = QuantizedCheckpoint(small_checkpoint(), in_fp8(FP8_GROUPS if dtype == U8 else FP8_ROWS, component))
     name = {"qkv": "self_attn.v_proj", "o": "self_attn.o_proj", "router": "mlp.router"}.get(component)
@@ -763,9 +764,9 @@ def hostile_archive(component: str, what: str, path: Path) -> None:
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_values_are_data(tmp_path, component, what):
-    """Tokens stay in the vocabulary, or end where logits are not finite.
+    """Tokens stay in the vocabulary, or decoding ends where logits are not finite.
 
-    What a number that overflows becomes may depend on the order of sums.
+    The result of a number that overflows may depend on the order of sums.
     """
     hostile_archive(component, what, tmp_path / "m.iris")
     archive, ids = open_archive(tmp_path / "m.iris", verify=True), [65, 66]
@@ -784,14 +785,14 @@ def test_hostile_values_are_data(tmp_path, component, what):
 
 
 def stored_logits(model: MegaModel, token: int, position: int) -> torch.Tensor:
-    """What the kernel stored, finite or not."""
+    """Return the logits that the kernel stored, finite or not."""
     with contextlib.suppress(LogitsNotFinite):
         model.logits(token, position)
     return model.state.logits.clone()
 
 
 def spoken(model: MegaModel, n_tokens: int) -> tuple[list[int], bool]:
-    """(what follows token 65, whether it ended because logits are not finite)."""
+    """Return (tokens that follow token 65, whether decoding ended because logits are not finite)."""
     tokens = []
     try:
         for token in model.generate([65], n_tokens):

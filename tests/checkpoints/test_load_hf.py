@@ -61,7 +61,7 @@ SINKS = "model.layers.1.self_attn.sinks"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> dict[int, Path]:
-    """Number of shards -> folder; not to be changed."""
+    """Number of shards -> folder. Tests must not change it."""
     root = tmp_path_factory.mktemp("written")
     return {shards: write_checkpoint(SMALL_RANDOM, root / str(shards), shards) for shards in (1, 4)}
 
@@ -103,7 +103,7 @@ def shard_of(folder: Path, name: str) -> Path:
 
 
 def header_of(path: Path) -> dict:
-    """The header of a safetensors file, by the format's definition: 8 bytes of length, then JSON."""
+    """Return the header of a safetensors file by the format's definition: 8 bytes of length, then JSON."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return json.loads(file.read(length))
@@ -152,7 +152,7 @@ def test_cut_asks_for_the_first_layers_only(written, shards):
 
 
 def test_cut_needs_no_shard_of_the_other_layers(single):
-    """The same tensors in two shards, the second of which holds layers 1 and 2 and is absent."""
+    """Of two shards with equal tensors, the second holds layers 1 and 2 and is absent."""
     tensors = load_file(single / SINGLE)
     first = {name for name in tensors if not name.startswith(("model.layers.1.", "model.layers.2."))}
     save_file({name: tensors[name].clone() for name in first}, single / "a.safetensors")
@@ -181,7 +181,7 @@ def test_a_shard_may_be_a_link_to_elsewhere(single):
 
 
 def write_sparse_published(folder: Path) -> Path:
-    """The published checkpoint, with its true headers and no data: 65 GB of holes that take some KB on disk."""
+    """Write the published checkpoint with its true headers and no data: 65 GB of holes that take some KB on disk."""
     for name in ("config.json", "generation_config.json"):
         shutil.copy(PUBLISHED / name, folder)
     index = gzip.decompress((PUBLISHED / f"{INDEX}.gz").read_bytes())
@@ -223,7 +223,7 @@ def mapped_shards() -> list[str]:
 
 
 def anonymous_bytes() -> int:
-    """What this process holds in memory beyond files that are mapped."""
+    """Return the bytes that this process holds in memory beyond mapped files."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
 
@@ -339,7 +339,7 @@ def test_tensor_in_two_shards(sharded):
 
 
 def test_what_an_index_does_not_name_is_ignored_with_one_line(sharded, caplog):
-    """As transformers does, be it a tensor or a file."""
+    """transformers ignores such tensors and files too."""
     shard = shard_of(sharded, SINKS)
     change_shard(shard, lambda tensors: tensors.update({"extra": torch.zeros(4), "x\x1b[2J": torch.zeros(1)}))
     save_file({SINKS: torch.zeros(4)}, sharded / "other.safetensors")
@@ -364,7 +364,7 @@ def test_folders_without_anything_else_say_nothing(written, caplog):
 
 @pytest.fixture
 def both(sharded) -> Path:
-    """The single file holds new sinks; the index and its shards are old."""
+    """Make a folder whose single file holds new sinks; its index and shards are old."""
     tensors = {}
     for path in sharded.glob("*.safetensors"):
         tensors |= {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -375,7 +375,7 @@ def both(sharded) -> Path:
 
 @pytest.mark.parametrize("old_shards", ["all", "some", "none"])
 def test_a_single_file_counts_whatever_an_index_says(both, old_shards):
-    """Which is what transformers 5.17 opens: its _get_resolved_checkpoint_files asks for the single file first."""
+    """transformers 5.17 opens the single file too: _get_resolved_checkpoint_files asks for it first."""
     for path in list(both.glob("model-*"))[: {"all": 0, "some": 2, "none": None}[old_shards]]:
         path.unlink()
     theirs, _ = _get_resolved_checkpoint_files(str(both), None, None, None, None, False)
@@ -404,7 +404,7 @@ SCALES = [name for name in expected_tensors(SMALL) if name.endswith("_scales")]
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_norms_sinks_and_biases_in_float32(written, tmp_path, shards):
-    """Norms and sinks stay what they are; biases are rounded to bfloat16, halves to even, as torch does it."""
+    """Norms and sinks stay as they are; biases are rounded to bfloat16, halves to even, as torch rounds."""
     folder = Path(shutil.copytree(written[shards], tmp_path / "folder"))
     sinks = [name for name in expected_tensors(SMALL) if name.endswith("sinks")]
     values = {}
@@ -453,7 +453,7 @@ def test_scales_stored_as_e8m0(written, tmp_path, shards):
 
 
 def overwrite(path: Path, keep_times: bool) -> None:
-    """Other weights in the same place; perhaps with the old time of modification, as some copying programs leave it."""
+    """Write other weights in place, perhaps with the old modification time, as some copying programs leave it."""
     before = path.stat()
     with open(path, "r+b") as file:
         file.seek(before.st_size - 64)
@@ -626,7 +626,7 @@ ONE_LAYER = SMALL.cut(1)
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
-    """A folder whose files the damage below rewrites."""
+    """A folder whose files the tests below damage."""
     return write_checkpoint(RandomCheckpoint(ONE_LAYER), tmp_path_factory.mktemp("damaged") / "folder", 2)
 
 
@@ -637,7 +637,7 @@ def read_all(folder: Path) -> None:
 
 
 def only_input_errors(folder: Path, name: str, content: bytes) -> None:
-    """Whatever the file holds, reading succeeds or raises an InputError of one line."""
+    """Assert that reading succeeds or raises an InputError of one line, whatever the file holds."""
     original = (folder / name).read_bytes()
     try:
         (folder / name).write_bytes(content)
@@ -670,7 +670,7 @@ def test_random_truncation(damaged, name, fraction, in_header):
     edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=6), st.integers(0, 6)), min_size=1, max_size=4),
 )
 def test_random_edits(damaged, name, edits):
-    """Some bytes replaced by others, mostly in the header; the length may change."""
+    """Some bytes, mostly of the header, are replaced by others; the length may change."""
     content = bytearray((damaged / name).read_bytes())
     for fraction, new, removed in edits:
         at = int(fraction * min(len(content), 3000))
@@ -686,7 +686,7 @@ JSON_TEXT = st.sampled_from(
 @FUZZ
 @given(name=FILES, position=st.integers(0, 400), new=JSON_TEXT)
 def test_random_values(damaged, name, position, new):
-    """One value of a JSON text replaced by another that may be of another kind; the header's length is kept right."""
+    """One value of a JSON text is replaced by another, perhaps of another type; the header's length is kept right."""
     content = (damaged / name).read_bytes()
     is_shard = name == SHARD_1
     start, end = (8, 8 + struct.unpack("<Q", content[:8])[0]) if is_shard else (0, len(content))
@@ -699,7 +699,7 @@ def test_random_values(damaged, name, position, new):
 
 
 def json_values(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each number, string, true, false, null and list of numbers that is a value in a JSON text."""
+    """Return (start, end) of each value in a JSON text: numbers, strings, true, false, null and lists of numbers."""
     for match in re.finditer(r'(?<=[:\[,])\s*("[^"]*"|[\d.e+-]+|true|false|null)(?=\s*[,\]}])|\[[\d,\s]+\]', text):
         yield match.span()
 
@@ -711,7 +711,7 @@ REPO = "some-org/small.model"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty hub cache, and no way to the network."""
+    """Make the hub's cache empty and the network unreachable."""
     folder = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(load_hf, "snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
@@ -787,7 +787,7 @@ def test_newest_snapshot_is_taken_where_none_is_main(cache, written):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The part of the hub's protocol that a download uses; `files` is what the one repository holds."""
+    """The part of the hub's protocol that a download uses; `files` is the content of its one repository."""
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -867,7 +867,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """serve(files) is a hub that the hub client talks to, with an empty cache."""
+    """Return serve(files), which starts a hub that the hub client talks to, with an empty cache."""
     hubs = []
 
     def start(files: dict[str, bytes], failure: tuple[int, str] | None = None) -> Hub:
@@ -995,7 +995,7 @@ def test_hub_that_sends_a_byte_now_and_then(serve, written, impatient, part):
 
 
 def test_slow_answers_of_a_hub_that_brings_enough(serve, written, impatient):
-    """Each waits for nearly as long as it may; together they take longer."""
+    """Each answer waits for nearly as long as it may; together they take longer."""
     hub = serve(repository(written[4]))
     hub.pause = 0.2
     load_hf.open_checkpoint(REPO)

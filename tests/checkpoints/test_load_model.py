@@ -1,4 +1,4 @@
-"""Which reader a path goes to, and the flags that all scripts take for it."""
+"""Which reader opens a path, and the flags that all scripts take for it."""
 
 import os
 
@@ -34,7 +34,7 @@ def archive(folder):
 
 @pytest.fixture
 def damaged(archive, tmp_path):
-    """A bit of the last weight is another."""
+    """Flip a bit of the last weight."""
     data = bytearray(archive.read_bytes())
     data[-1] ^= 1
     (tmp_path / "damaged.iris").write_bytes(data)

@@ -19,7 +19,7 @@ FAILED = "failed"
 
 
 def package(raw: dict) -> tokenizers.Tokenizer:
-    """The package's tokenizer without the sections that transformers ignores."""
+    """Return the package's tokenizer without the sections that transformers ignores."""
     backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
     backend.no_truncation()
     backend.no_padding()
@@ -35,7 +35,7 @@ def encoded(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def attempt(function, *arguments, **options):
-    """What it returns, or FAILED: the package raises and panics where parts do not go together."""
+    """Return a call's result, or FAILED: the package raises and panics on parts that do not fit together."""
     try:
         return function(*arguments, **options)
     except BaseException as error:
@@ -45,7 +45,7 @@ def attempt(function, *arguments, **options):
 
 
 def some_ids(seed: int, backend: tokenizers.Tokenizer) -> list[list[int]]:
-    """Sequences of ids, of tokens that decoders look at and of any, a few beyond the vocabulary."""
+    """Make sequences of ids: of tokens that decoders look at, of any tokens, and a few beyond the vocabulary."""
     draw = random.Random(seed)
     known = [token_id for token in WORDS + ADDED if (token_id := backend.token_to_id(token)) is not None]
     n_ids = backend.get_vocab_size() + 3

@@ -31,7 +31,10 @@ TEXTS = ["", "plain", "naïve e\u0301", "日本語\n", "😀 👩‍👩‍👧 
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """One token per byte (its id is the byte), one merge that ends inside a character, then the special tokens."""
+    """Make a tokenizer of one token per byte, whose id is the byte.
+
+    A merge that ends inside a character and special tokens follow.
+    """
     vocabulary = {character: byte for character, byte in BYTE_OF_CHARACTER.items()}
     character_of_byte = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
     first, second = (character_of_byte[byte] for byte in "日".encode()[:2])

@@ -42,7 +42,7 @@ def exchange_kernel(
     SPINS: tl.constexpr,
     MACHINE: tl.constexpr,
 ):
-    """Each round every program writes its slot, and after a barrier counts the slots that are not this round's."""
+    """Write the program's slot each round, and count after a barrier the slots that are not this round's."""
     program = tl.program_id(0)
     for i in range(N_ROUNDS):
         tl.store(slots_ptr + program, i + 1)
@@ -58,7 +58,7 @@ def exchange_kernel(
 def exchange(
     machine: Machine, n_programs: int, n_rounds: int, grid: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(wrong counts, sync words) after one launch."""
+    """Return (wrong counts, sync words) after one launch."""
     slots = torch.zeros(n_programs, dtype=torch.int32)
     wrong = torch.zeros(n_programs, dtype=torch.int32)
     sync = torch.zeros(barrier.SYNC_WORDS, dtype=torch.int32)
@@ -87,7 +87,7 @@ def test_many_rounds(machine):
 
 
 def mutated(module, tmp_path: Path, old: str, new: str):
-    """A module with one piece of its text replaced, as a module of its own."""
+    """Import a copy of a module with one piece of its text replaced."""
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert source.count(old) == 1
     path = tmp_path / "mutated.py"
@@ -99,7 +99,7 @@ def mutated(module, tmp_path: Path, old: str, new: str):
 
 
 def with_sync(machine: Machine, **changes) -> Machine:
-    """A machine that orders its programs in another way."""
+    """Make a machine that synchronizes its programs in another way."""
     return dataclasses.replace(machine, sync=machine.sync._replace(**changes))
 
 
@@ -162,7 +162,7 @@ def test_a_missing_barrier_is_caught(monkeypatch):
 
 @with_polls
 def test_a_program_that_never_arrives_ends_the_launch(machine):
-    """Seven programs of eight: all give up, at the first barrier, which the record names."""
+    """Seven programs of eight give up, at the first barrier, which the record names."""
     with simulate(deadlock_limit=None):
         _, sync = exchange(machine, 8, n_rounds=3, grid=7)
     assert sync[barrier.ABORT.value] == 1
@@ -179,9 +179,9 @@ def halves_kernel(
     EARLY: tl.constexpr,
     MACHINE: tl.constexpr,
 ):
-    """Between a barrier's halves each program stores to a place of its own; after them it reads all that came before.
+    """Store to a place of its own between a barrier's halves, and read afterwards all that came before.
 
-    With EARLY it reads between the halves instead, when the others may not have stored yet.
+    With EARLY the program reads between the halves instead, when others may not have stored yet.
     """
     program = tl.program_id(0)
     tl.store(slots_ptr + program, 1)
@@ -242,7 +242,7 @@ def counted_kernel(
     MISSING: tl.constexpr,
     MACHINE: tl.constexpr,
 ):
-    """Sums of parts: each program makes parts, then takes sums, once all of a sum's parts are counted. No barrier.
+    """Make parts of sums, then take sums whose parts have all been counted, without a barrier.
 
     One arrival for sum MISSING is left out; -1: none.
     """
@@ -264,7 +264,7 @@ SUMS = torch.arange(1, 1 + N_SUMS * N_PARTS).view(N_SUMS, N_PARTS).sum(-1).tolis
 
 
 def count(machine: Machine, n_programs: int, missing: int = -1) -> tuple[list[int], list[int], torch.Tensor]:
-    """(sums, counters, sync words) after one launch."""
+    """Return (sums, counters, sync words) after one launch."""
     parts, sums, counters = (torch.zeros(n, dtype=torch.int32) for n in (N_SUMS * N_PARTS, N_SUMS, N_SUMS))
     sync = torch.zeros(barrier.SYNC_WORDS, dtype=torch.int32)
     counted_kernel[(n_programs,)](
@@ -324,7 +324,7 @@ def races_of_count(machine: Machine) -> list[str]:
 @pytest.mark.parametrize("n_programs", [1, 5])
 @pytest.mark.parametrize("missing", range(N_SUMS))
 def test_a_missing_arrival_makes_the_wait_give_up(missing, n_programs, machine):
-    """It records the number that it was called with; the other counts complete, and all barriers are open."""
+    """The record holds the number that the wait was called with; the other counts complete, and all barriers open."""
     with simulate(deadlock_limit=None):
         sums, counters, sync = count(machine, n_programs, missing)
     assert sync[barrier.ABORT.value] == 7 + missing
@@ -338,7 +338,7 @@ def test_a_missing_arrival_makes_the_wait_give_up(missing, n_programs, machine):
 def stuck_kernel(
     counter_ptr, sync_ptr, n_programs, SPINS: tl.constexpr, FEW_SPINS: tl.constexpr, MACHINE: tl.constexpr
 ):
-    """Program 0 waits for a count that nothing makes, the others at barrier 1, then at barrier 2."""
+    """Let program 0 wait for a count that nothing makes, and the others at barrier 1, then at barrier 2."""
     if tl.program_id(0) == 0:
         barrier.wait_for(counter_ptr, 1, sync_ptr, 7, FEW_SPINS, MACHINE)
     barrier.grid_barrier(sync_ptr, 1, n_programs, SPINS, MACHINE)
@@ -348,7 +348,7 @@ def stuck_kernel(
 
 @with_machines
 def test_a_wait_that_gives_up_opens_the_barriers(machine):
-    """The record is of who gave up first, until it is cleared; then the next launch is as any."""
+    """The record names the first wait that gave up, until it is cleared; the next launch is then normal."""
     counter, sync = torch.zeros(1, dtype=torch.int32), torch.zeros(barrier.SYNC_WORDS, dtype=torch.int32)
     with simulate(deadlock_limit=None):
         stuck_kernel[(5,)](counter, sync, 5, SPINS=SPINS, FEW_SPINS=50, MACHINE=machine)
@@ -413,9 +413,9 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
 def model_with_cache(request):
-    """Two layers, several tiles a phase, with POSITION positions in the cache.
+    """Make two layers with several tiles a phase and POSITION positions in the cache.
 
-    Five programs: of four, each would have one expert to itself, and need no barrier between gate-up and down.
+    There are five programs: of four, each would have one expert to itself and need no barrier between gate-up and down.
     """
     quant, tiles, changes = request.param
     config = small_config(n_layers=2, layer_is_sliding=(True, False))
@@ -432,7 +432,7 @@ def model_with_cache(request):
 
 @pytest.fixture
 def model(model_with_cache):
-    """As if each launch so far had ended well."""
+    """Return the model in the state that good launches leave."""
     model_with_cache.state.sync.zero_()
     model_with_cache.state.split_arrivals.zero_()
     return model_with_cache
@@ -446,7 +446,7 @@ def test_the_megakernel_has_no_race(model, seed):
 
 
 def leave_out(barriers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both halves of these barriers of the megakernel, and renumber the rest."""
+    """Remove both halves of these barriers from the megakernel, and renumber the rest."""
     arrive, wait = gpt_oss_megakernel.arrive, gpt_oss_megakernel.wait
 
     def arrive_unless_left_out(ctx, barrier, *rest):

@@ -65,7 +65,7 @@ with_quant = pytest.mark.parametrize("quant", [False, True], ids=["", "quant"])
 
 
 class Share(NamedTuple):
-    """A program's common.work.Work, flat."""
+    """A program's common.work.Work as flat fields."""
 
     qkv_first: int
     qkv: int
@@ -83,7 +83,7 @@ class Share(NamedTuple):
 
 @triton.jit
 def work_kernel(out_ptr, n_programs, BUILD: tl.constexpr):
-    """out [programs, fields of Share]."""
+    """Write out [programs, fields of Share]."""
     program = tl.program_id(0)
     work = share_work(program, n_programs, BUILD)
     down = work.down
@@ -98,13 +98,13 @@ def work_kernel(out_ptr, n_programs, BUILD: tl.constexpr):
 
 @triton.jit
 def open_context(w, n_layers, want_head, program, n_programs, BUILD: tl.constexpr):
-    """A program's Context, without what the feed does not read."""
+    """Make a program's Context without what the feed does not read."""
     return Context(w, (), 0, 0, n_layers, want_head, program, n_programs, share_work(program, n_programs, BUILD))
 
 
 @triton.jit
 def load_choice(experts_ptr, layer, BUILD: tl.constexpr):
-    """The Choice of a layer, of experts [layers, power of two]."""
+    """Load the Choice of a layer from experts [layers, power of two]."""
     TOP_K: tl.constexpr = BUILD.config.experts_per_token
     BLOCK: tl.constexpr = triton.next_power_of_2(TOP_K)
     return Choice(elements(tl.load(experts_ptr + layer * BLOCK + tl.arange(0, BLOCK)), TOP_K), 0)
@@ -112,9 +112,9 @@ def load_choice(experts_ptr, layer, BUILD: tl.constexpr):
 
 @triton.jit
 def locate_kernel(out_ptr, w, experts_ptr, program_ptr, first_ptr, layer, n_layers, n_programs, BUILD: tl.constexpr):
-    """out [tiles, 4]: what locate gives for all tiles of a layer. Layer n_layers is the LM head.
+    """Write out [tiles, 4]: what locate gives for all tiles of a layer. Layer n_layers is the LM head.
 
-    A program's tiles are from number first[program] on.
+    A program's tiles begin at number first[program].
     """
     BLOCK: tl.constexpr = 64
     program = tl.load(program_ptr + tl.program_id(0))
@@ -132,7 +132,7 @@ def locate_kernel(out_ptr, w, experts_ptr, program_ptr, first_ptr, layer, n_laye
 
 @triton.jit
 def note(log_ptr, event, feed):
-    """log [events, 10] int32: tiles asked for, tiles taken, and room for the description of what was taken, 0."""
+    """Append to log [events, 10] int32: tiles asked for, tiles taken, and room for the taken tile's description."""
     word = tl.arange(0, 8)
     tl.store(log_ptr + 10 * event, feed.asked)
     tl.store(log_ptr + 10 * event + 1, feed.taken)
@@ -142,7 +142,7 @@ def note(log_ptr, event, feed):
 
 @triton.jit
 def take_all(log_ptr, event, n, feed, ctx, choice, BUILD: tl.constexpr):
-    """In steps, as the phases do."""
+    """Take tiles in steps, as the phases do."""
     word = tl.arange(0, 8)
     for i in range(n):
         if i % BUILD.tuning.dense.step_tiles == 0:
@@ -157,7 +157,7 @@ def take_all(log_ptr, event, n, feed, ctx, choice, BUILD: tl.constexpr):
 
 @triton.jit
 def decode_kernel(log_ptr, n_events, w, experts_ptr, n_layers, want_head, n_programs, BUILD: tl.constexpr):
-    """log [programs, n_events, 10]: a token as the megakernel decodes it, an event for each filling and each tile."""
+    """Run a token's feed like the megakernel. Log [programs, n_events, 10] gets an event for each filling and tile."""
     program = tl.program_id(0)
     log_ptr += program * 10 * n_events
     ctx = open_context(w, n_layers, want_head, program, n_programs, BUILD)
@@ -181,7 +181,7 @@ def decode_kernel(log_ptr, n_events, w, experts_ptr, n_layers, want_head, n_prog
 
 
 def copy_description(_barrier: np.ndarray, stage: np.ndarray, description: np.ndarray) -> list[np.ndarray]:
-    """Instead of interpreter.assembly.copy_tile: to the stage goes where the tile's bytes are, not those."""
+    """Copy a tile's description, instead of its bytes, to the stage; replaces interpreter.assembly.copy_tile."""
     at, place = int(description.item()), int(stage.item())
     shared = assembly.memory(np.uint8)
     shared[place : place + 32] = shared[at : at + 32]
@@ -190,12 +190,12 @@ def copy_description(_barrier: np.ndarray, stage: np.ndarray, description: np.nd
 
 @pytest.fixture
 def copies(monkeypatch):
-    """The copy engine copies descriptions."""
+    """Make the copy engine copy descriptions."""
     monkeypatch.setitem(assembly.BY_TEXT, ptx.COPY.value, copy_description)
 
 
 class Tile(NamedTuple):
-    """What is copied into a stage. `more` is 0 where there is no second piece."""
+    """The description that is copied into a stage. `more` is 0 where there is no second piece."""
 
     at: int
     n_bytes: int
@@ -208,13 +208,16 @@ def tuned(config: ModelConfig, **changes) -> Tuning:
 
 
 def experts_of(config: ModelConfig, layer: int) -> list[int]:
-    """What a router might choose, in no order."""
+    """Make choices that a router might make, in no order."""
     order = torch.randperm(config.n_experts, generator=torch.Generator().manual_seed(layer))
     return order[: config.experts_per_token].tolist()
 
 
 def expert_table(config: ModelConfig, n_layers: int) -> torch.Tensor:
-    """As load_choice reads it, a row for the LM head too; what it must not take are experts that do not exist."""
+    """Make the table that load_choice reads, with a row for the LM head.
+
+    Unused places name experts that do not exist.
+    """
     table = torch.full((n_layers + 1, triton.next_power_of_2(config.experts_per_token)), 1 << 20, dtype=torch.int32)
     for layer in range(n_layers):
         table[layer, : config.experts_per_token] = torch.tensor(experts_of(config, layer))
@@ -222,7 +225,7 @@ def expert_table(config: ModelConfig, n_layers: int) -> torch.Tensor:
 
 
 class Schedule:
-    """The tiles of a model and whose they are, counted from the weights' shapes and from what common/work.py says."""
+    """A model's tiles and the program of each, counted from the weights' shapes and the rules of common/work.py."""
 
     def __init__(self, config: ModelConfig, tuning: Tuning, n_programs: int, quant: bool):
         self.config, self.tuning, self.n_programs, self.quant = config, tuning, n_programs, quant
@@ -236,7 +239,7 @@ class Schedule:
         return getattr(self.bases, name) + part.storage_offset() * part.element_size(), part.nbytes
 
     def _dense(self, name: str, m: int, *layer: int) -> list[Tile]:
-        """With their scales, if those are of groups."""
+        """Return the tiles of a dense matrix, with their scales if those are of groups."""
         n_rows = getattr(self._weights, name).shape[-2]
         pieces = [name] + [f"{name}_scales"] * (getattr(self._weights, f"{name}_scales").dtype == torch.uint8)
         return [
@@ -252,7 +255,7 @@ class Schedule:
         ]
 
     def tiles(self, layer: int) -> dict[str, list]:
-        """All tiles of a layer, those of the chosen experts in the order of choice."""
+        """Return all tiles of a layer, those of the chosen experts in the order of choice."""
         chosen = experts_of(self.config, layer)
         return {
             "qkv": self._dense("qkv", self.tuning.dense.qkv_rows, layer),
@@ -265,12 +268,12 @@ class Schedule:
         return self._dense("lm_head", self.tuning.dense.head_rows)
 
     def _consecutive(self, tiles: list[Tile]) -> list[list[Tile]]:
-        """By program."""
+        """Deal tiles out in consecutive runs, by program."""
         ends = [program * len(tiles) // self.n_programs for program in range(self.n_programs + 1)]
         return [tiles[first:end] for first, end in pairwise(ends)]
 
     def of_layer(self, layer: int) -> list[dict[str, list[Tile]]]:
-        """By program: its tiles of each phase in order."""
+        """Return each program's tiles of each phase in order."""
         tiles = self.tiles(layer)
         programs = [
             {"qkv": qkv, "o": o, "gate_up": [], "down": []}
@@ -305,7 +308,7 @@ def shares(name: str, n_programs: int, quant: bool) -> list[Share]:
 
 @cache
 def located(name: str, n_programs: int, quant: bool, layer: int, programs=None) -> list[list[Tile]]:
-    """By program, of `programs` or all; the LM head's tiles where the layer is the number of layers."""
+    """Return the located tiles by program, of `programs` or all; the layer number n_layers stands for the LM head."""
     model, config = schedule(name, n_programs, quant), CONFIGS[name]
     programs = programs or range(n_programs)
     mine = [shares(name, n_programs, quant)[program] for program in programs]
@@ -338,7 +341,7 @@ def flat(share: dict[str, list[Tile]]) -> list[Tile]:
 @with_programs
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shares(name, n_programs, quant):
-    """Of each matrix as many tiles as the model deals out, and what says where they are."""
+    """Each program has as many tiles of each matrix as the model deals out, and knows where they are."""
     config, model = CONFIGS[name], schedule(name, n_programs, quant)
     found, of_head = shares(name, n_programs, quant), model.of_head()
     ranks = min(n_programs, config.experts_per_token)
@@ -362,7 +365,7 @@ def test_shares(name, n_programs, quant):
 @with_programs
 @pytest.mark.parametrize("name", SMALL)
 def test_every_tile_of_a_layer_is_one_program_s(name, n_programs, quant):
-    """Exactly once, blocks with their scales, nothing else; and each program has its own in the model's order."""
+    """Blocks appear exactly once, with their scales, and each program has its own in the model's order."""
     layer = CONFIGS[name].n_layers - 1
     found, model = located(name, n_programs, quant, layer), schedule(name, n_programs, quant)
     tiles = model.tiles(layer)
@@ -381,7 +384,7 @@ def test_every_tile_of_the_head_is_one_program_s(name, n_programs):
 
 @with_quant
 def test_the_published_sizes(quant):
-    """Of a few programs: the last layer's tiles lie gigabytes behind the first's."""
+    """The last layer's tiles lie gigabytes behind the first's; a few programs are checked."""
     programs, layer = (0, 57, 131), GPT_OSS_120B.n_layers - 1
     expected = schedule("120b", 132, quant).of_layer(layer)
     assert located("120b", 132, quant, layer, programs) == [flat(expected[program]) for program in programs]
@@ -394,7 +397,7 @@ def test_the_head_of_published_sizes():
 
 
 def test_a_head_of_more_than_two_gigabytes(monkeypatch):
-    """As a hidden size of 8192 makes it with the published vocabulary."""
+    """A hidden size of 8192 with the published vocabulary makes such an LM head."""
     monkeypatch.setitem(CONFIGS, "wide", replace(GPT_OSS_120B, hidden_size=8192))
     model = schedule("wide", 132, False)
     expected = model.of_head()[131]
@@ -405,7 +408,7 @@ def test_a_head_of_more_than_two_gigabytes(monkeypatch):
 @with_programs
 @pytest.mark.parametrize("name", SMALL)
 def test_tiles_that_share_a_scale_are_consecutive_in_one_program(name, n_programs):
-    """With quant 64 rows, four tiles, make the 32 outputs of an MXFP8 scale."""
+    """With --quant four tiles, 64 rows, make the 32 outputs of an MXFP8 scale."""
     layer = CONFIGS[name].n_layers - 1
     number = {}
     for expert in schedule(name, n_programs, True).tiles(layer)["gate_up"]:
@@ -432,7 +435,7 @@ class Event(NamedTuple):
 
 
 def expected_events(model: Schedule, program: int, n_layers: int, want_head: bool) -> list[Event]:
-    """What decode_kernel should log of a program."""
+    """Return the events that decode_kernel should log for a program."""
     distance, stages = model.tuning.ring.prefetch_distance, model.tuning.ring.stages
     events, asked, taken = [], 0, 0
     layers = [model.of_layer(layer)[program] for layer in range(n_layers)]
@@ -469,7 +472,7 @@ def expected_events(model: Schedule, program: int, n_layers: int, want_head: boo
 
 
 def decode(model: Schedule, n_layers: int, want_head: bool) -> list[list[Event]]:
-    """What decode_kernel logs, by program."""
+    """Return the events that decode_kernel logs, by program."""
     config = model.config
     expected = [expected_events(model, program, n_layers, want_head) for program in range(model.n_programs)]
     n_events = max(map(len, expected))
@@ -512,14 +515,14 @@ def decode(model: Schedule, n_layers: int, want_head: bool) -> list[list[Event]]
     ],
 )
 def test_a_token_takes_its_tiles_in_order(name, n_programs, quant, changes, copies):
-    """From the first layer to the LM head, asked for as far ahead as may be and no further."""
+    """From the first layer to the LM head, tiles are asked for as far ahead as allowed and no further."""
     config = CONFIGS[name]
     model = Schedule(config, tuned(config, **changes), n_programs, quant)
     decode(model, 2, want_head=True)
 
 
 def test_programs_without_a_tile_of_any_layer(copies):
-    """They still have their tiles of the LM head."""
+    """Such programs still have tiles of the LM head."""
     model = schedule("one head a group", 132, False)
     idle = [program for program, share in enumerate(model.of_layer(0)) if not flat(share)]
     assert any(model.of_head()[program] for program in idle)

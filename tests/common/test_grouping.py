@@ -1,4 +1,4 @@
-"""common.grouping against Python's stable sort. What must not be read or written holds numbers that would show."""
+"""common.grouping against Python's stable sort. Memory that must not be read or written holds telltale numbers."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def cut_kernel(starts_ptr, blocks_ptr, width, n_blocks, E: tl.constexpr, BLOCK: 
 
 @triton.jit
 def load_kernel(out_ptr, blocks_ptr):
-    """out [blocks, 3]."""
+    """Write out [blocks, 3]."""
     block = tl.program_id(0)
     expert, first, end = load_block(blocks_ptr, block)
     tl.store(out_ptr + 3 * block, expert)
@@ -36,7 +36,7 @@ def load_kernel(out_ptr, blocks_ptr):
 
 
 def grouped(chosen: list[int], n_experts: int, block: int) -> tuple[list[int], list[int]]:
-    """(order, starts), one program an expert. Beyond the pairs stand choices that do not count."""
+    """Return (order, starts), one program an expert. Behind the pairs stand choices that do not count."""
     n = len(chosen)
     memory = torch.tensor([*chosen, *[c % n_experts for c in range(block)]], dtype=torch.int32)
     order = torch.full((n + block,), UNTOUCHED, dtype=torch.int32)
@@ -48,7 +48,7 @@ def grouped(chosen: list[int], n_experts: int, block: int) -> tuple[list[int], l
 
 
 def blocks_found(starts: list[int], width: int, n_blocks: int, step: int = 2) -> list[list[int]]:
-    """[expert, first, end] of each."""
+    """Return [expert, first, end] of each block."""
     blocks = torch.full((n_blocks + step, 4), UNTOUCHED, dtype=torch.int32)
     memory = torch.tensor([*starts, *range(1000, 1000 + len(starts))], dtype=torch.int32)
     cut_kernel[(1,)](memory, blocks, width, n_blocks, E=len(starts) - 1, BLOCK=step)
@@ -69,7 +69,7 @@ def assert_grouped(chosen: list[int], n_experts: int, block: int) -> None:
 
 
 def assert_blocks(starts: list[int], width: int) -> None:
-    """Each expert's places in pieces of `width`, in their order; the piece's end is the expert's, as its last is."""
+    """Assert that blocks cut each expert's places into pieces of `width`, in order, and know the expert's end."""
     expected = [
         [expert, first, end]
         for expert, (start, end) in enumerate(itertools.pairwise(starts))
@@ -95,7 +95,7 @@ def test_random_choices(n_experts, n, block):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("expert", [0, 2, 4])
 def test_one_expert_has_all(expert, block):
-    """The order stays; all others begin and end at one of the two ends."""
+    """The order is kept; all other experts begin and end at one of the two ends."""
     order, starts = grouped([expert] * 70, 5, block)
     assert order == list(range(70))
     assert starts == [0] * (expert + 1) + [70] * (5 - expert)
@@ -103,19 +103,19 @@ def test_one_expert_has_all(expert, block):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_experts_without_tokens(block):
-    """The first, one in the middle, and the last."""
+    """The first expert, one in the middle, and the last have none."""
     assert_grouped([(1, 2, 4)[pair % 3] for pair in range(50)], 6, block)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_runs_across_the_borders_of_blocks(block):
-    """Each expert's pairs end where those of a block do, or one before or after that."""
+    """Each expert's pairs end where a block's do, or one before or after."""
     for length in (block - 1, block, block + 1):
         assert_grouped([3] * length + [0] * length + [1] * 2, 4, block)
 
 
 def test_tokens_with_several_experts():
-    """As a router writes them: no expert twice for a token, and within an expert tokens in their order."""
+    """A router names no expert twice for a token; within an expert tokens stay in order."""
     generator = torch.Generator().manual_seed(1)
     choices = [torch.randperm(8, generator=generator)[:4].tolist() for _ in range(33)]
     order, starts = grouped([expert for token in choices for expert in token], 8, 64)

@@ -36,7 +36,7 @@ def load_kernel(out_ptr, x_ptr, scale_ptr, offset_ptr, mask_ptr, N: tl.constexpr
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bits of the elements, uint8 [N, 32], and scales, uint8 [N]."""
+    """Return the elements' bits, uint8 [N, 32], and the scales, uint8 [N]."""
     padded = torch.zeros(triton.next_power_of_2(len(x)), 32)
     padded[: len(x)] = x
     elements = torch.zeros(padded.shape, dtype=torch.float8_e4m3fn)
@@ -52,7 +52,7 @@ def load(elements: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, ma
 
 
 def expected_mxfp8(group: list[float]) -> tuple[list[int], int]:
-    """Bits of the elements and the scale of one group without NaN, in Python's float64."""
+    """Compute the elements' bits and the scale of one group without NaN, in Python's float64."""
     largest = max(abs(x) for x in group)
     exponent = -127 if largest == 0 else max(math.frexp(largest)[1] - 1 - 8, -127)
     scaled = torch.tensor([max(-448.0, min(448.0, math.ldexp(x, -exponent))) for x in group], dtype=torch.float64)

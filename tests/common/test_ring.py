@@ -28,7 +28,7 @@ UNWRITTEN = -1  # int32 and int64 of shared memory that nobody has written
 
 @triton.jit
 def ring_kernel(out_ptr, described_ptr, first_ptr, second_ptr, n_tiles, AHEAD: tl.constexpr, STAGES: tl.constexpr):
-    """out [tiles, 8]: each tile's two pieces of 16 bytes, of first and second [tiles, 4]; and descriptions."""
+    """Write out [tiles, 8]: each tile's two pieces of 16 bytes, from first and second [tiles, 4]; and descriptions."""
     ring = open_ring(STAGES, 256, KNOWN * DESCRIPTION_BYTES)
     descriptions = behind_stages(ring, STAGES, 256)
     n = tl.arange(0, KNOWN)
@@ -49,7 +49,7 @@ def ring_kernel(out_ptr, described_ptr, first_ptr, second_ptr, n_tiles, AHEAD: t
 
 @triton.jit
 def words_kernel(out_ptr, ptr, mask_ptr, N: tl.constexpr):
-    """out [5, N]: the four words at each of N places in shared memory, and the first of them alone; of ptr [4 N]."""
+    """Write out [5, N], of ptr [4 N]: the four words at each of N places in shared memory, and the first word alone."""
     memory = open_ring(0, 0, 16 * N) + BARRIER_BYTES
     i = tl.arange(0, N)
     for part in tl.static_range(4):
@@ -62,7 +62,7 @@ def words_kernel(out_ptr, ptr, mask_ptr, N: tl.constexpr):
 
 
 def tiles(n: int, ahead: int, stages: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tiles that the ring gives [n, 8], all tiles [64, 8])."""
+    """Return (tiles that the ring gives [n, 8], all tiles [64, 8])."""
     first, second = torch.arange(2 * KNOWN.value * 4, dtype=torch.int32).view(2, -1, 4)
     out = torch.zeros(n, 8, dtype=torch.int32)
     described = torch.zeros(KNOWN.value, DESCRIPTION_BYTES.value // 8, dtype=torch.int64)
@@ -77,7 +77,7 @@ def tiles(n: int, ahead: int, stages: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
 def test_tiles_come_back_in_order_however_far_ahead(stages):
-    """Several times around the ring."""
+    """The tiles go around the ring several times."""
     for ahead in range(1, stages + 1):
         found, expected = tiles(3 * stages + 2, ahead, stages)
         assert torch.equal(found, expected[: len(found)])
@@ -85,13 +85,13 @@ def test_tiles_come_back_in_order_however_far_ahead(stages):
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
 def test_a_tile_too_far_ahead_takes_the_place_of_one_that_waits(stages):
-    """So that a feed which asks too early gives wrong results in the interpreter too."""
+    """So a feed that asks too early gives wrong results in the interpreter too."""
     found, expected = tiles(2 * stages, stages + 1, stages)
     assert torch.equal(found[0], expected[stages])
 
 
 def test_words_in_a_stage():
-    """Nothing is read where the mask forbids."""
+    """Masked words are not read."""
     source = torch.arange(100, 132, dtype=torch.int32)
     mask = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0], dtype=torch.int32)
     out = torch.full((5, 8), -1, dtype=torch.int32)
@@ -117,7 +117,7 @@ def test_an_opened_ring_asks_for_its_bytes_and_begins_that_far_before_the_end(st
 
 @pytest.mark.parametrize("stages, stage_bytes", SIZES)
 def test_each_stage_has_a_barrier_of_one_arrival(stages, stage_bytes):
-    """Made by one thread, eight bytes apart, before the stages; the copy engine sees them."""
+    """One thread makes the barriers, eight bytes apart, before the stages; the copy engine sees them."""
     text = OPEN(stages, stage_bytes)
     made = re.findall(r"@first mbarrier\.init\.shared\.b64 \[\$0\+(\d+)\], 1;", text)
     assert text.count("mbarrier.init") == len(made) == stages

@@ -18,7 +18,7 @@ def rotate_kernel(out_ptr, x_ptr, head_ptr, mask_ptr, cos_ptr, sin_ptr, N: tl.co
 
 
 def rotate(x: torch.Tensor, heads: list[int], taken: list[bool], cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Heads of x [n_heads, head_dim], rotated: [len(heads), head_dim]."""
+    """Rotate heads of x [n_heads, head_dim]; return [len(heads), head_dim]."""
     out = torch.full((len(heads), x.shape[1]), torch.nan)
     head, mask = torch.tensor(heads, dtype=torch.int32), torch.tensor(taken, dtype=torch.int32)
     rotate_kernel[(1,)](out, x, head, mask, cos, sin, N=len(heads), HEAD_DIM=x.shape[1])

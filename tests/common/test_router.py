@@ -15,7 +15,7 @@ CASES = [(n, k) for n in (5, 31, 128, 200) for k in (1, 3, 4, 8) if k <= n]
 
 @pytest.fixture(params=[1, 4], ids=["1 copy", "4 copies"])
 def copies(request) -> int:
-    """Of the logits: one for each warp, or one for all."""
+    """Copy the logits once for each warp, or once for all."""
     return request.param
 
 
@@ -37,7 +37,7 @@ def pick_kernel(out_ptr, x_ptr, i, N: tl.constexpr):
 
 
 def route(logits: torch.Tensor, top_k: int, copies: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and weights of all places."""
+    """Return the indices and weights of all places."""
     places = triton.next_power_of_2(top_k)
     index, weight = torch.full((places,), -1, dtype=torch.int32), torch.full((places,), torch.nan)
     padded = torch.cat((logits, torch.full((triton.next_power_of_2(len(logits)),), torch.nan)))
@@ -119,7 +119,7 @@ def test_indices_are_in_range_whatever_the_logits_hold(n, top_k, fill, places, v
 @pytest.mark.parametrize("n, top_k", [(5, 5), (31, 4)])
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, -0x3FFFFF, -0x400000])
 def test_nan_of_any_bits_keeps_the_indices_in_range(n, top_k, bits, copies):
-    """As an integer, one of them is below all other floats."""
+    """Read as an integer, one of these NaNs is below all other floats."""
     index, weight = route(torch.full((n,), bits, dtype=torch.int32).view(torch.float32), top_k, copies)
     assert index[:top_k].tolist() == list(range(top_k))
     assert weight.isnan().all()
@@ -135,7 +135,7 @@ def test_a_lone_finite_logit_takes_all_weight(copies):
 
 @pytest.mark.parametrize("n, top_k", [(31, 4), (128, 4)])
 def test_weights_of_nan_are_nan(n, top_k, copies):
-    """A hidden state of NaN, which makes all logits NaN, must show in the output."""
+    """A hidden state of NaN makes all logits NaN and must show in the output."""
     assert route(torch.full((n,), torch.nan), top_k, copies)[1].isnan().all()
 
 

@@ -31,7 +31,10 @@ def both_kernel(
     EACH: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """out [2, blocks, THREADS]: load_thread_vector, and what is spread; behind: the memory that follows its WORDS."""
+    """Write out [2, blocks, THREADS]: load_thread_vector and the spread vector.
+
+    `behind` is the memory after its WORDS.
+    """
     COPIES: tl.constexpr = THREADS // SHARERS
     memory = open_ring(0, 0, 4 * (WORDS + BEHIND)) + BARRIER_BYTES
     direct = load_thread_vector(x_ptr, K, SHARERS, COPIES, EACH)

@@ -14,7 +14,7 @@ from host.launch import SM_90, fit_ring
 
 @triton.jit
 def open_memory(WORDS: tl.constexpr):
-    """The address of a program's new shared memory, WORDS float32."""
+    """Return the address of a program's new shared memory, WORDS float32."""
     return open_ring(0, 0, 4 * WORDS) + BARRIER_BYTES
 
 
@@ -22,7 +22,7 @@ def open_memory(WORDS: tl.constexpr):
 def dense_kernel(
     out_ptr, acc_ptr, n, TILES: tl.constexpr, PART: tl.constexpr, COPIES: tl.constexpr, WARPS: tl.constexpr
 ):
-    """out [programs, TILES PART COPIES], of acc [programs, n, PART, COPIES, 32 WARPS]."""
+    """Write out [programs, TILES PART COPIES] from acc [programs, n, PART, COPIES, 32 WARPS]."""
     N: tl.constexpr = TILES * PART * COPIES
     program = tl.program_id(0)
     sums = open_memory(N * WARPS)
@@ -36,7 +36,7 @@ def dense_kernel(
 
 @triton.jit
 def tiles_kernel(out_ptr, even_ptr, odd_ptr, n, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """out [2, 8 TILES], of even and odd [n, 32 WARPS]."""
+    """Write out [2, 8 TILES] from even and odd [n, 32 WARPS]."""
     sums = open_memory(2 * 8 * TILES * WARPS)
     thread = tl.arange(0, 32 * WARPS)
     for i in range(n):
@@ -55,7 +55,7 @@ def whole_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("part, copies, warps", [(1, 1, 1), (2, 1, 2), (1, 2, 4), (4, 2, 1), (2, 4, 2)])
 def test_rows_of_dense_tiles(part, copies, warps, n):
-    """A tile's row p * copies + c is what all threads have of it; each program has its own memory."""
+    """A tile's row p * copies + c is the sum of all threads' parts; each program has its own memory."""
     tiles, programs = 4, 2
     acc = whole_numbers(programs, n, part, copies, 32 * warps)
     rows = part * copies
@@ -69,7 +69,7 @@ def test_rows_of_dense_tiles(part, copies, warps, n):
 @pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
 def test_rows_of_experts_tiles(warps, n):
-    """Rows 2 r and 2 r + 1 of a tile are what threads 4 r .. 4 r + 3 of all warps have, whatever those are."""
+    """Rows 2 r and 2 r + 1 of a tile are the sums over threads 4 r .. 4 r + 3 of all warps, in any layout."""
     tiles = 4
     even, odd = (whole_numbers(n, warps, 8, 4, seed=seed) for seed in (0, 1))
     expected = torch.stack([x.sum((1, 3)).flatten() for x in (even, odd)])
@@ -82,7 +82,7 @@ def test_rows_of_experts_tiles(warps, n):
 
 
 def test_words_of_a_step():
-    """16 tiles of 4 rows which 4 warps share, and 16 of 16 rows which 8 warps share."""
+    """A step has 16 tiles of 4 rows shared by 4 warps, and 16 of 16 rows shared by 8 warps."""
     tuning = fit_ring(SM_90, GPT_OSS_120B)
     assert sum_words(tuning) == max(16 * 4 * 4, 16 * 16 * 8)
     assert sum_words(changed(tuning, experts=dict(step_tiles=1))) == 16 * 4 * 4

@@ -20,7 +20,7 @@ def swiglu_kernel(out_ptr, gate_ptr, up_ptr, N: tl.constexpr, LIMIT: tl.constexp
 
 
 def swiglu_of(gate: torch.Tensor, up: torch.Tensor, limit: float = LIMIT, alpha: float = ALPHA) -> torch.Tensor:
-    """Elementwise, of flat float32 tensors of any size."""
+    """Apply swiglu elementwise to flat float32 tensors of any size."""
     size, block = len(gate), triton.next_power_of_2(len(gate))
     padded = [torch.cat((x, torch.zeros(block - size))) for x in (gate, up)]
     out = torch.full((block,), torch.nan)
@@ -70,6 +70,6 @@ def test_huge_and_infinite_values():
 
 
 def test_nan_stays_nan():
-    """As in torch.clamp: a broken weight must show."""
+    """torch.clamp keeps NaN too: a broken weight must show."""
     gate, up = torch.tensor([torch.nan, 1.0, torch.nan]), torch.tensor([1.0, torch.nan, torch.nan])
     assert swiglu_of(gate, up).isnan().all()

@@ -1,8 +1,8 @@
-"""Several processes on one GPU: `make test-gpu` has one for most cores, as compiling takes the longest.
+"""Run several processes on one GPU: `make test-gpu` has one for most cores, because compiling takes the longest.
 
-Tests of a group run in one process, one after another: what they load and compile is there once. All groups with
-weights of 120b's width fit a card of 141 GB together; a smaller one needs fewer processes, say PYTEST_ARGS="-n 2". A
-test that times something, or wants most of the memory, runs while no other test does.
+Tests of a group run in one process, one after another, so that they share what they load and compile. All groups with
+weights of 120b's width together fit a card of 141 GB; a smaller one needs fewer processes, for example PYTEST_ARGS="-n
+2". A test that times something, or wants most of the memory, runs while no other test does.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ def is_alone(test_id: str) -> bool:
 
 
 def group_of(test_id: str) -> str | None:
-    """Which tests it shares something with: those of the same path, default or quantized, through the same kernels."""
+    """Return the group of tests that a test shares things with: equal path, default or quantized, and equal kernels."""
     if is_alone(test_id):
         return "alone"
     path = "quant" if re.search(r"\bquant\b", test_id) else "default"
@@ -37,7 +37,7 @@ def group_of(test_id: str) -> str | None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """For -n auto: a core for each, and some for what the host does while others compile."""
+    """Return the number of processes for -n auto: one for each core, except some for the host's work."""
     return max(1, min(12, (os.cpu_count() or 1) - 2))
 
 
@@ -46,7 +46,7 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
-        """--dist loadgroup would ask for a mark at each test, and xdist 3.8 ignores it under pytest 9.2."""
+        """A schedule by group. --dist loadgroup would need marks, and xdist 3.8 ignores it under pytest 9.2."""
 
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid) or nodeid
@@ -57,7 +57,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Groups first, as each takes longer than a single test; those that want the GPU for themselves last."""
+    """Run groups first, because each takes longer than a single test. Tests that need the GPU alone come last."""
     items.sort(key=lambda item: (is_alone(item.nodeid), group_of(item.nodeid) is None))
 
 
@@ -68,7 +68,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
-    """With its fixtures, whatever their scope, a test shares the GPU or has it for itself."""
+    """Hold the GPU, shared or alone, for a test with its fixtures of any scope."""
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item.nodeid) else fcntl.LOCK_SH)
         return (yield)
@@ -76,7 +76,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(autouse=True)
 def free_memory():
-    """Other processes want what this one has done with."""
+    """Free the GPU memory that this process no longer uses: other processes want it."""
     yield
     gc.collect()
     torch.cuda.empty_cache()

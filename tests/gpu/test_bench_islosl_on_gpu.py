@@ -1,4 +1,4 @@
-"""bench_islosl.py where its figures mean something: the bounds are those that no device could leave."""
+"""bench_islosl.py on a GPU, where its figures mean something. The bounds are those that no device could leave."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> tuple[dict, str]:
-    """The report of 2 layers of random 120b weights, both paths, and its Markdown."""
+    """Report 2 layers of random 120b weights on both paths; return the report and its Markdown."""
     path = tmp_path_factory.mktemp("report") / "report.json"
     sizes = ["--layers", "2", "--configs", "8:1,16:64,512:64", "--repeats", "3"]
     command = [sys.executable, "bench_islosl.py", "--random-weights", "120b", "--both", *sizes, "--json", str(path)]
@@ -37,7 +37,7 @@ def test_each_row_has_its_times(record):
 
 
 def test_a_longer_prompt_takes_longer_and_a_token_as_long_as_before(record):
-    """A token takes its bytes at 1 to 10 TB/s, 20 times that at most."""
+    """A token takes its bytes at 1 to 10 TB/s, at most 20 times that."""
     for _, short, long in (record[0]["results"][:3], record[0]["results"][3:]):
         assert long["ttft_ms"]["median"] > short["ttft_ms"]["median"]
         terabytes = bytes_per_token(GPT_OSS_120B.cut(2), 16) / 1e12

@@ -1,4 +1,4 @@
-"""bench_tpot.py where its figures mean something: the bounds are those that no device could leave."""
+"""bench_tpot.py on a GPU, where its figures mean something. The bounds are those that no device could leave."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> tuple[dict, str]:
-    """The report of 2 layers of random 120b weights, both paths, and its Markdown."""
+    """Report 2 layers of random 120b weights on both paths; return the report and its Markdown."""
     path = tmp_path_factory.mktemp("report") / "report.json"
     sizes = ["--layers", "2", "--contexts", "128,2048", "--steps", "32", "--repeats", "3"]
     command = [sys.executable, "bench_tpot.py", "--random-weights", "120b", "--both", *sizes, "--json", str(path)]

@@ -47,7 +47,7 @@ def test_a_gpu_rounds_as_a_cpu_does(dense_format):
 
 
 def errors_of(model: MegaModel, reference: Reference, token_ids: list[int]) -> list[float]:
-    """Of each token's logits, each started from the reference's cache."""
+    """Return the errors of each token's logits; each token starts from the reference's cache."""
     expected = reference.forward(token_ids)
     errors = []
     for position, token in enumerate(token_ids):

@@ -1,4 +1,4 @@
-"""Archives on a GPU: the copies through pinned buffers, packing included, and what the kernel makes of them."""
+"""Archives on a GPU: copies through pinned buffers, packing included, and what the kernel decodes from them."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_full_width_weights_are_those_of_the_checkpoint(tmp_path):
 @pytest.mark.parametrize("dense_format", [FP8_ROWS, FP8_GROUPS])
 @pytest.mark.parametrize("quant", [False, True], ids=["default", "quant"])
 def test_the_shipped_model_says_the_same_from_an_archive_in_fp8(quant, dense_format, tmp_path):
-    """The bytes that a CPU has quantized are those that the GPU makes at load, and are not quantized again."""
+    """Bytes quantized on a CPU equal those that the GPU makes at load, and are not quantized again."""
     dense = DenseFormats(dense_format, dense_format, dense_format, dense_format)
     checkpoint = open_checkpoint(DEFAULT_MODEL)
     write_archive(QuantizedCheckpoint(checkpoint, dense), tmp_path / "m.iris")

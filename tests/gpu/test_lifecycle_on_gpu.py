@@ -35,7 +35,7 @@ def answers(model: MegaModel, prompt: list[int], times: int = 20) -> list[list[i
 
 
 def together(*functions) -> list:
-    """What each returned or raised, in a thread of its own."""
+    """Run each function in a thread of its own; return what each returned or raised."""
     results = [None] * len(functions)
 
     def call(n):
@@ -54,7 +54,7 @@ def together(*functions) -> list:
 
 
 def test_a_generator_that_was_overtaken_raises(models, expected):
-    """With a launch queued ahead."""
+    """A launch is queued ahead when the generator is overtaken."""
     first = models[0].generate(OTHER, N)
     assert next(first) == expected[tuple(OTHER)][0]
     second = models[0].generate(PROMPT, N)
@@ -91,13 +91,13 @@ def test_threads_that_share_a_model(own_streams, models, expected):
 
 
 def test_models_made_by_two_threads(checkpoint, expected):
-    """Each compiles, or loads, what it launches."""
+    """Each thread compiles, or loads, the kernels that it launches."""
     found = together(*[lambda: answers(MegaModel(checkpoint, max_context=CONTEXT), PROMPT, 1)] * 2)
     assert found == [[expected[tuple(PROMPT)]]] * 2
 
 
 def test_uses_that_end_amid(models, expected, monkeypatch):
-    """Between two launches of a prompt's block, and of an answer."""
+    """A use ends between two launches of a prompt's block, or of an answer."""
     model = models[0]
     model.reset()
 
@@ -118,7 +118,7 @@ def test_uses_that_end_amid(models, expected, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("token_id", [0, 77, 159])
 def test_a_logit_that_is_not_finite(token_id, value, checkpoint):
-    """One of all; launches behind it are queued already."""
+    """One logit is not finite; launches behind it are queued already."""
 
     def change(name, tensor):
         if name == "lm_head.weight":

@@ -1,4 +1,4 @@
-"""What only a GPU can show: full-size weights, real concurrency, long runs. `make test-gpu` runs it."""
+"""Tests that only a GPU can run: full-size weights, real concurrency, long runs. `make test-gpu` runs them."""
 
 import dataclasses
 import shutil
@@ -31,7 +31,7 @@ QUANT_TOLERANCE = 0.05
 
 
 def endless(config: ModelConfig) -> ModelConfig:
-    """Random weights hit stop ids by chance."""
+    """Remove the stop ids, which random weights would hit by chance."""
     return dataclasses.replace(config, stop_ids=())
 
 
@@ -47,13 +47,13 @@ def quant(request):
 
 @pytest.fixture(scope="module")
 def model(four_layers, quant):
-    """4 layers of 120b, a float32 cache of 40,000 positions."""
+    """A model of 4 layers of 120b, with a float32 cache of 40,000 positions."""
     return MegaModel(four_layers, quant, max_context=40_000, kv_dtype=F32)
 
 
 @pytest.fixture(scope="module")
 def all_layers():
-    """120b, all 36 layers of it."""
+    """A model of all 36 layers of 120b."""
     return MegaModel(RandomCheckpoint(endless(GPT_OSS_120B), device=CUDA))
 
 
@@ -67,7 +67,7 @@ def relative_rms(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_layers_and_logits_follow_the_reference(model, four_layers, quant):
-    """Each token starts from the reference's cache, so that a rounding which went the other way stays where it is."""
+    """Each token starts from the reference's cache, so that a rounding which went the other way does not spread."""
     reference = Reference(four_layers, quant, F32, max_context=model.max_context, device=CUDA)
     trace: dict[str, torch.Tensor] = {}
     tokens = torch.randint(0, model.config.vocab_size, (12,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -88,7 +88,10 @@ def test_layers_and_logits_follow_the_reference(model, four_layers, quant):
     "position", [126, 127, 128, 129, 255, 256, 257, 511, 512, 513, 2047, 2048, 2049, 2050, 16385, 39_999]
 )
 def test_attention_over_a_long_cache(model, four_layers, position):
-    """Borders of the window, of a split, and of where splits begin to grow, with random keys and values before."""
+    """Positions are borders of the window, of a split, and of where splits begin to grow.
+
+    Keys and values are random.
+    """
     reference = Reference(four_layers, model.quant, F32, max_context=model.max_context, device=CUDA, n_layers=2)
     generator = torch.Generator(CUDA).manual_seed(position)
     for cache in (reference.keys, reference.values):
@@ -107,7 +110,7 @@ def test_attention_over_a_long_cache(model, four_layers, position):
 
 @pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
 def test_odd_sizes(changes, quant):
-    """Each compiles a kernel of its own. Most tokens of small models see no rounding that goes the other way."""
+    """Each size compiles a kernel of its own. In most tokens of small models no rounding goes the other way."""
     config = small_config(**{"n_layers": 2, "layer_is_sliding": (True, False), **changes})
     checkpoint = loud_checkpoint(config)
     tokens = random_token_ids(33, config)
@@ -153,7 +156,7 @@ def test_all_layers_decode_1000_tokens(all_layers, quant):
 
 
 def test_a_program_that_never_arrives_ends_the_launch(quant):
-    """One program fewer than the barriers wait for: the others give up, and the host says where."""
+    """One program fewer runs than the barriers wait for: the others give up, and the host says where."""
     checkpoint = RandomCheckpoint(endless(GPT_OSS_120B.cut(1)), device=CUDA)
     tuning = dataclasses.replace(tuning_for(CUDA, checkpoint.config), spin_limit=1 << 16)
     model = MegaModel(checkpoint, quant, max_context=16, tuning=tuning, num_programs=8)
@@ -173,7 +176,7 @@ def test_more_programs_than_can_be_resident_are_refused():
 
 
 def test_the_driver_refuses_a_grid_that_cannot_be_resident():
-    """Even if the table of launch parameters were wrong, nothing would hang."""
+    """So nothing would hang even if the table of launch parameters were wrong."""
     checkpoint = RandomCheckpoint(endless(GPT_OSS_120B.cut(1)), device=CUDA)
     model = MegaModel(checkpoint, max_context=16)
     model.grid = (100_000,)

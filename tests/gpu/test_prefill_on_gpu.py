@@ -24,7 +24,7 @@ def checkpoint():
 
 @pytest.fixture(scope="module", params=[False, True], ids=["default", "quant"])
 def model(checkpoint, request):
-    """A context of a multiple of 16 positions, for which Triton compiles the kernel that other tests use."""
+    """The context is a multiple of 16 positions, for which Triton compiles the kernel that other tests use."""
     return MegaModel(checkpoint, request.param, max_context=LENGTHS[-1] + 8)
 
 
@@ -36,7 +36,7 @@ def token_ids(checkpoint):
 
 @pytest.fixture(scope="module")
 def one_by_one(model, token_ids):
-    """(logits of the last position of each prompt, the cached keys) of the longest prompt."""
+    """Return (logits of the last position of each prompt, the cached keys) of the longest prompt."""
     model.reset()
     found, start = {}, 0
     for n in LENGTHS:
@@ -57,7 +57,7 @@ def logits_after(model: MegaModel, token_ids: list[int], held: int = 0) -> torch
 
 
 def assert_same(model: MegaModel, logits: torch.Tensor, one_by_one, n: int) -> None:
-    """Of a prompt of n tokens: the logits, and the keys, token by token."""
+    """Assert that the logits after a prompt of n tokens, and the keys of each token, agree."""
     error = relative_rms(logits, one_by_one[0][n])
     keys, expected = (
         cache[:, :, :n].float().transpose(1, 2).flatten(2) for cache in (model.state.k_cache, one_by_one[1])
@@ -75,7 +75,7 @@ def test_logits_and_keys_are_those_of_tokens_fed_one_by_one(model, token_ids, on
 
 
 def test_a_prompt_in_pieces(model, token_ids, one_by_one):
-    """Blocks that begin anywhere, the window's border among them."""
+    """Blocks begin anywhere, also at the window's border."""
     model.reset()
     model._write_tokens(token_ids[:1000], 0)
     for start, end in ((0, 5), (5, 130), (130, 131), (131, 600), (600, 999)):
@@ -112,7 +112,7 @@ def test_float32_cache(checkpoint, token_ids):
 
 
 def test_all_of_the_context(checkpoint):
-    """131,072 tokens, the last nine of them in a block and one by one after the same others."""
+    """After 131,072 tokens the last nine are fed in a block, and again one by one."""
     n = checkpoint.config.max_position_embeddings
     model = MegaModel(checkpoint, max_context=n)
     ids = torch.randint(checkpoint.config.vocab_size, (n,), generator=torch.Generator().manual_seed(3)).tolist()

@@ -1,4 +1,4 @@
-"""host.cli.run_main: what a script's end looks like."""
+"""host.cli.run_main: how a script ends."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def python_handles_interrupts():
 
 
 def interrupted_in_a_library() -> None:
-    """One that makes another exception of it, as torch does while it builds a tensor."""
+    """Interrupt a library that turns the interrupt into another exception, as torch does while it builds a tensor."""
     try:
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
@@ -303,7 +303,7 @@ def forks():
     ],
 )
 def test_streams_that_are_closed_full_or_not_read(forks, tmp_path, main, out, err, limit, code, told, complaint):
-    """What stdout does not take is an error, never a traceback; what stderr does not take is lost, and nothing else."""
+    """If stdout takes no output that is an error, never a traceback; what stderr does not take is lost."""
     paths = [name if name in (FULL, CLOSED, NO_READER) else str(tmp_path / name) for name in (out, err)]
     forks.stdin.write(json.dumps([main, *paths, limit]) + "\n")
     forks.stdin.flush()

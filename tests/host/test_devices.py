@@ -46,7 +46,7 @@ for sys.argv in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A function that gives this process GPUs of these properties, the first one current."""
+    """Return a function that gives this process GPUs of these properties, the first one current."""
 
     def install(*properties: SimpleNamespace, hip: str | None = None) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -87,7 +87,7 @@ def test_of_nvidia_gpus_those_that_triton_can_compile_for(name, gpus):
     ],
 )
 def test_of_amd_gpus_gfx950_alone(architecture, runs, gpus):
-    """ROCm gives its GPUs a compute capability too, 9.x among them."""
+    """ROCm gives AMD GPUs a compute capability too, 9.x among them."""
     gpus(amd(architecture), hip="7.1")
     assert devices.gpu_runs_kernels() == runs
     if not runs:

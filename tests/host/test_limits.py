@@ -1,4 +1,4 @@
-"""host.limits: memory that a container's or a process's limits forbid, and what a script says when it runs out."""
+"""host.limits: memory that limits of a container or a process forbid, and the message of a script that runs out."""
 
 import errno
 import resource
@@ -20,7 +20,10 @@ GB = 10**9
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A function that makes files of a host with 64 GiB available; {path below /proc or /sys/fs/cgroup: content}."""
+    """Return a function that makes files of a host with 64 GiB available.
+
+    Its argument is {path below /proc or /sys/fs/cgroup: content}.
+    """
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def make(files: dict[str, str]) -> int:
@@ -37,7 +40,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def group_v2(path: str, most: object, used: int = 0, cache: int = 0) -> dict[str, str]:
-    """Files of a group with `cache` bytes of inactive files among the used ones."""
+    """Return the files of a group with `cache` bytes of inactive files among the used ones."""
     stat = f"anon 5\nfile 77\ninactive_anon 4096\ninactive_file {cache}\nactive_file 12\n"
     files = {"memory.max": f"{most}\n", "memory.current": f"{used}\n", "memory.stat": stat}
     return {f"cgroup/{path}/{name}": content for name, content in files.items()}
@@ -101,7 +104,7 @@ def test_limits_of_the_process(limit, used, machine, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["-v", "-d"])
 def test_a_script_under_a_limit_of_its_own(flag):
-    """3 GB hold a process with PyTorch, and no 20b."""
+    """3 GB hold a process with PyTorch, but not 20b."""
     script = "gpt_oss_megakernel.py --random-weights 20b --max-new-tokens 1"
     command = f"ulimit {flag} 3000000 && exec {sys.executable} {script}"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -109,7 +112,7 @@ def test_a_script_under_a_limit_of_its_own(flag):
 
 
 def interpreted(error: Exception) -> RuntimeError:
-    """As Triton's interpreter passes on what a kernel raised."""
+    """Wrap an exception as Triton's interpreter passes on what a kernel raised."""
     wrapped = RuntimeError("an error in a kernel")
     wrapped.__cause__ = error
     return wrapped

@@ -61,7 +61,7 @@ def test_tables_are_those_of_transformers_up_to_the_last_position(yarn):
 
 
 def test_published_values_in_closed_form():
-    """Dimension 0 keeps its frequency, dimension 31 is slowed 32 times, dimension 12 lies on the ramp in between."""
+    """Dimension 0 keeps its frequency, dimension 31 is slowed 32 times, and dimension 12 lies on the ramp between."""
     frequencies = inverse_frequencies(GPT_OSS_120B).double()
 
     def end(turns: float) -> float:

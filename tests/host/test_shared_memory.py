@@ -11,13 +11,13 @@ REQUEST = "// shared memory behind Triton's own: {} bytes"
 
 @pytest.fixture
 def hooks(monkeypatch):
-    """Triton's knobs without a hook, whatever was installed before."""
+    """Remove any hook that was installed in Triton's knobs before."""
     monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", None)
     return knobs.runtime
 
 
 def compiled(hooks, ptx: str, shared: int) -> int:
-    """Shared memory of a kernel whose stages the hook has seen; the stages' results must stay as they are."""
+    """Return the shared memory of a kernel whose stages the hook has seen; the stages' results must not change."""
     seen = []
 
     def make_ptx(source, metadata):
@@ -68,7 +68,7 @@ def test_backends_without_ptx_are_left_alone(hooks):
 
 
 def test_an_earlier_hook_is_asked_first(hooks):
-    """With the same arguments; what it makes of the stages counts."""
+    """The earlier hook gets the same arguments, and its changes of the stages count."""
     calls = []
 
     def earlier(backend, stages, options, language, capability):
@@ -94,7 +94,7 @@ def test_installing_twice_adds_once(hooks):
 
 @pytest.mark.parametrize("own", [0, 100])
 def test_the_memory_has_a_name_in_a_kernel_that_has_none_of_its_own(own, hooks):
-    """Triton declares it only where it allocates some."""
+    """Triton declares the name only where it allocates shared memory itself."""
     shared_memory.install()
     declaration = ".extern .shared .align 16 .b8 global_smem[];\n"
     head, body = ".version 8.7\n.target sm_90a\n.address_size 64\n", f"mov.u32 %r1, 0;\n{OPEN(2, 8192)}\nret;"

@@ -1,4 +1,4 @@
-"""host.weights: what a kernel gets is what the checkpoint holds, copied or used in place."""
+"""host.weights: a kernel gets what the checkpoint holds, copied or used in place."""
 
 import dataclasses
 import gzip
@@ -167,7 +167,7 @@ MIXED = DenseFormats(qkv=FP8_GROUPS, head=FP8_ROWS)
 
 
 def dense_parts(checkpoint) -> dict[str, list[list[torch.Tensor]]]:
-    """Field -> the published matrices that stand in it, layer by layer; the LM head as if it were a layer."""
+    """Return field -> the published matrices in it, layer by layer; the LM head counts as a layer."""
 
     def of_layers(*names: str) -> list[list[torch.Tensor]]:
         layers = range(checkpoint.config.n_layers)
@@ -182,7 +182,7 @@ def dense_parts(checkpoint) -> dict[str, list[list[torch.Tensor]]]:
 
 
 def assert_dense(weights: Weights, checkpoint, dense: DenseFormats) -> None:
-    """Bytes and scales are those of each published matrix by itself, in the published order; padding is 0."""
+    """Assert that bytes and scales are those of each published matrix, in the published order, and padding is 0."""
     formats = {"qkv": dense.qkv, "o": dense.o, "router": dense.router, "lm_head": dense.head}
     for field, layers in dense_parts(checkpoint).items():
         found, scales = getattr(weights, field), getattr(weights, f"{field}_scales")
@@ -209,7 +209,7 @@ def assert_dense(weights: Weights, checkpoint, dense: DenseFormats) -> None:
 @pytest.mark.parametrize("dense", [ALL_ROWS, ALL_GROUPS, MIXED], ids=["rows", "groups", "mixed"])
 @pytest.mark.parametrize("config", [EVEN, small_config(hidden_size=544)], ids=["even", "odd"])
 def test_dense_matrices_in_fp8(config, dense, tmp_path, monkeypatch):
-    """From a checkpoint, also a few rows at a time, and from an archive; all else is as without FP8."""
+    """They come from a checkpoint, also a few rows at a time, or from an archive; other tensors are as without FP8."""
     checkpoint = loud_checkpoint(config)
     held = dataclasses.replace(config, dense=dense)
     tuning = tuning_for(CPU, held)

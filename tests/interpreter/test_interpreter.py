@@ -29,7 +29,7 @@ def random_float32_bits(count, exponents=range(256)):
 
 
 def assert_same_bits(actual, expected):
-    """Equal down to the sign of zero; any NaN equals any NaN."""
+    """Assert equality down to the sign of zero; any NaN equals any NaN."""
     actual, expected = actual.double(), expected.double()
     nan = expected.isnan()
     assert torch.equal(actual.isnan(), nan)
@@ -44,7 +44,7 @@ def cast_kernel(source, target, N: tl.constexpr, DTYPE: tl.constexpr):
 
 
 def cast(values, dtype, torch_dtype):
-    """Casts a flat tensor of any size to the Triton dtype, in an interpreted kernel."""
+    """Cast a flat tensor of any size to the Triton dtype, in an interpreted kernel."""
     size = triton.next_power_of_2(values.numel())
     padded = torch.zeros(size, dtype=values.dtype)
     padded[: values.numel()] = values
@@ -61,7 +61,7 @@ def all_bf16():
 
 
 def midpoints(exact):
-    """The float32 ties between neighbours of a format's values, and the float32 numbers next to them on both sides."""
+    """Return the float32 ties between neighbours of a format's values, and the float32 numbers next to them."""
     ordered = exact.float()[exact.float().isfinite()].unique().double()
     ties = ((ordered[1:] + ordered[:-1]) / 2).float()
     infinity = torch.full_like(ties, float("inf"))
@@ -263,7 +263,7 @@ def make_tensor(generator, dtype, shape):
 
 
 def outcome(function, *args, **kwargs):
-    """All that a kernel can see of a result; of an error, its type."""
+    """Return all that a kernel can see of a result; of an error, its type."""
     try:
         result = function(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 (whatever it is, both ways must raise it)
@@ -387,14 +387,17 @@ def dot_scaled_kernel(
 
 
 def e2m1_value(code):
-    """OCP MX v1.0: sign, 2 exponent bits with bias 1, 1 mantissa bit."""
+    """Decode E2M1 by OCP MX v1.0: sign, 2 exponent bits with bias 1, 1 mantissa bit."""
     exponent, mantissa = code >> 1 & 3, code & 1
     magnitude = mantissa * 0.5 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
     return -magnitude if code & 8 else magnitude
 
 
 def random_elements(shape, element_format, pack_axis):
-    """Random elements of a format: what the kernel takes, and the numbers in float64. `pack_axis` None: not packed."""
+    """Make random elements of a format: what the kernel takes, and the numbers in float64.
+
+    `pack_axis` None: not packed.
+    """
     if element_format == "e2m1":
         codes = torch.randint(0, 16, shape, dtype=torch.uint8)
         values = torch.tensor([e2m1_value(code) for code in range(16)], dtype=torch.float64)[codes.long()]
@@ -630,7 +633,7 @@ def test_unknown_inline_assembly_is_refused_clearly():
 
 @triton.jit
 def shared_kernel(out_ptr, turn_ptr, WORDS: tl.constexpr):
-    """out [programs, 2, WORDS] of shared memory: as opened, and when all programs have stored their numbers in half."""
+    """Write out [programs, 2, WORDS]: shared memory when opened, and when all programs have stored to half of it."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     memory = open_ring(0, 0, 4 * WORDS) + BARRIER_BYTES
     word = tl.arange(0, WORDS)
@@ -666,7 +669,7 @@ def test_a_read_beyond_shared_memory_raises():
 
 @triton.jit
 def tile_kernel(out_ptr, tile_ptr, more_ptr, n_bytes, more_bytes, STAGE_BYTES: tl.constexpr):
-    """out [STAGE_BYTES] uint8: a ring's only stage with a tile of two pieces."""
+    """Write out [STAGE_BYTES] uint8: a ring's only stage with a tile of two pieces."""
     ring = open_ring(1, STAGE_BYTES, 32)
     description = ring + BARRIER_BYTES + STAGE_BYTES + tl.arange(0, 1)
     piece = tl.zeros([1], tl.int64)
@@ -724,7 +727,7 @@ def rotate_kernel(
     RELEASE: tl.constexpr,
     ACQUIRE: tl.constexpr,
 ):
-    """Each step copies the neighbour's block from one buffer to the other; a barrier between the steps."""
+    """Copy the neighbour's block from one buffer to the other in each step, with a barrier between the steps."""
     pid = tl.program_id(0)
     count = tl.num_programs(0)
     at = tl.arange(0, N)
@@ -789,7 +792,7 @@ def test_the_seed_decides_the_order():
 
 @triton.jit
 def merge_kernel(parts_ptr, counter_ptr, out_ptr, SEMANTICS: tl.constexpr):
-    """Each program leaves a part; the last to arrive adds them up."""
+    """Leave a part; the last program to arrive adds up all parts."""
     pid = tl.program_id(0)
     count = tl.num_programs(0)
     tl.store(parts_ptr + pid, (pid + 1).to(tl.float32))
@@ -816,7 +819,7 @@ def test_last_arriver_merge(seed, semantics, clean):
 
 @triton.jit
 def written_back_kernel(data_ptr, flags_ptr, out_ptr, KIND: tl.constexpr, MACHINE: tl.constexpr):
-    """Program 1 acquires a relaxed atomic of program 0, and reads what that stored before it."""
+    """Let program 1 acquire a relaxed atomic of program 0, and read what program 0 stored before it."""
     if tl.program_id(0) == 0:
         if KIND != "stored after":
             tl.store(data_ptr, 5.0)
@@ -849,7 +852,7 @@ def test_a_write_back_orders_what_was_stored_before_the_next_atomic(kind, clean,
 
 @triton.jit
 def release_sequence_kernel(data_ptr, flag_ptr, out_ptr):
-    """Program 0 releases 1, program 1 adds 1 relaxed, program 2 acquires 2: ordered after program 0."""
+    """Program 0 releases 1, program 1 adds 1 relaxed, program 2 acquires 2, which orders it after program 0."""
     pid = tl.program_id(0)
     if pid == 0:
         tl.store(data_ptr, 5.0)
@@ -875,7 +878,7 @@ def test_a_relaxed_atomic_continues_the_release_sequence(seed):
 
 @triton.jit
 def overwritten_flag_kernel(data_ptr, flag_ptr, out_ptr):
-    """Program 0 releases 1, then writes 2 plainly, which is what program 1 acquires: that orders nothing."""
+    """Program 0 releases 1, then writes 2 plainly; program 1 acquires the 2, which orders nothing."""
     if tl.program_id(0) == 0:
         tl.store(data_ptr, 5.0)
         tl.atomic_add(flag_ptr, 1, sem="release")
@@ -952,7 +955,7 @@ def test_watched_tensors_are_followed_through_a_table_of_addresses():
 
 @triton.jit
 def two_flags_kernel(flags_ptr, out_ptr, TURNS: tl.constexpr):
-    """Programs of even number wait for flag 0, of odd number for flag 1; nobody sets them. TURNS: give up then."""
+    """Wait for flag 0 in even programs, for flag 1 in odd ones; nobody sets them. Give up after TURNS."""
     pid = tl.program_id(0)
     turns = 0
     if pid % 2 == 0:
@@ -991,7 +994,7 @@ def test_a_kernel_may_bound_its_spinning_itself():
 
 @triton.jit
 def relay_kernel(token_ptr, ROUNDS: tl.constexpr, VOLATILE: tl.constexpr):
-    """The programs pass a token round; nothing but the token's atomics changes memory."""
+    """Pass a token round; only the token's atomics change memory."""
     pid = tl.program_id(0)
     count = tl.num_programs(0)
     for turn in range(ROUNDS):

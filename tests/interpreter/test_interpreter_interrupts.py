@@ -1,4 +1,4 @@
-"""Ctrl-C, and threads that cannot be had, while interpreted programs run concurrently: the launch ends nevertheless."""
+"""Interrupts and threads that cannot start, while interpreted programs run concurrently: the launch ends anyway."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def hang(*_):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """No thread, no lock, no handler."""
+    """Assert that no thread, lock or handler is left behind."""
     threads = threading.active_count()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,7 +51,7 @@ def nothing_is_left():
 
 
 class LateLock:
-    """A lock whose second acquire, which waits for the last program, is interrupted when it has been had."""
+    """A lock whose second acquire, which waits for the last program, is interrupted once it has succeeded."""
 
     def __init__(self):
         self.lock, self.acquired = threading.Lock(), 0
@@ -84,7 +84,7 @@ def test_an_interrupt_beside_the_first_programs_start(when, monkeypatch):
 
 
 def test_what_another_signals_handler_raises(monkeypatch):
-    """Like Ctrl-C's: it ends the launch, and the handlers are those of before."""
+    """Its exception ends the launch like Ctrl-C's, and the earlier handlers are restored."""
     switch, sent = Grid.switch, []
 
     def handler(*_):
@@ -109,7 +109,7 @@ def test_what_another_signals_handler_raises(monkeypatch):
 
 @pytest.fixture
 def interrupted_switch(monkeypatch):
-    """An interrupt comes once, in the thread of a program."""
+    """Interrupt once, in the thread of a program."""
     switch, sent = Grid.switch, []
 
     def interrupted(grid):
@@ -156,7 +156,7 @@ def store_kernel(x_ptr):
 
 
 def store() -> None:
-    """Programs that end without having given up their turn."""
+    """Run programs that end without having given up their turn."""
     store_kernel[(PROGRAMS,)](torch.zeros(PROGRAMS, dtype=torch.int32))
 
 
@@ -164,7 +164,7 @@ def store() -> None:
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
 @pytest.mark.parametrize("started", range(PROGRAMS))
 def test_a_thread_too_many_ends_the_launch(started, error, launch, monkeypatch):
-    """So many programs have a thread, the next one gets none."""
+    """A number of programs get a thread, the next one gets none."""
     had = []
 
     class Thread(threading.Thread):
@@ -181,7 +181,7 @@ def test_a_thread_too_many_ends_the_launch(started, error, launch, monkeypatch):
 
 
 def test_a_launch_outside_the_main_thread():
-    """Handlers of signals are the main thread's."""
+    """Only the main thread has signal handlers."""
     found = []
     thread = threading.Thread(target=lambda: found.append(count()))
     thread.start()

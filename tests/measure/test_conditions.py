@@ -1,4 +1,4 @@
-"""What is said about the machine, and what happens where it is not known."""
+"""measure.conditions: what a report says about the machine, also where little is known about it."""
 
 import subprocess
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""measure.plot: what stands where in a plot."""
+"""measure.plot: the points, axes and labels of a plot."""
 
 import fake_matplotlib
 import pytest

@@ -1,4 +1,4 @@
-"""Statistics against NumPy, the checksum against a published value, marks against a clock that is made up."""
+"""measure.timing: statistics against NumPy, the checksum against a published value, marks against a made-up clock."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_checksum_tells_order_and_value():
 
 
 class FakeEvent:
-    """Each record is 1 ms, 2 ms, 3 ms ... after the one before."""
+    """An event on a clock that advances by 1 ms, 2 ms, 3 ms ... from record to record."""
 
     recorded = 0
 

@@ -26,7 +26,7 @@ PROMPT = ("--prompt-ids", "65,66,67")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A small model of two layers. Not to be changed."""
+    """A small model of two layers. Tests must not change it."""
     return write_model(tmp_path_factory.mktemp("model"))
 
 
@@ -37,7 +37,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs the command line in this process on `folder` unless told otherwise: (exit code, stdout, stderr)."""
+    """Run the command line in this process, on `folder` by default; return (exit code, stdout, stderr)."""
 
     def run(*words, model: Path = folder) -> tuple[int, str, str]:
         return run_script(gpt_oss_megakernel.main, ["--model", model, *words], monkeypatch, capsys)
@@ -47,7 +47,7 @@ def run(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def timed(monkeypatch) -> list[tuple[int, bool]]:
-    """(position, whether a token came of it) of each launch that noted times, but for those that only compile."""
+    """Return (position, whether it gave a token) of each launch that noted times, except those that only compile."""
     launches = []
     launch = MegaModel._launch
 
@@ -127,7 +127,7 @@ def test_layers_cuts_the_trace(run, path):
 
 @pytest.mark.parametrize("words", [[], ["--trace-token", 6], ["--trace-token", 16, "--json"]])
 def test_an_answer_that_ends_too_early(tmp_path, run, path, monkeypatch, words):
-    """The fifth token is a stop id. The logits are whole, as the answer is."""
+    """The fifth token is a stop id. The logits and the answer are written whole."""
     own = write_model(tmp_path / "own")
     out = run(*PROMPT, "--max-new-tokens", 5, "--json", model=own)[1]
     ids = json.loads(out)["token_ids"]
@@ -189,7 +189,7 @@ def test_full_disk_leaves_the_old_file_and_no_half_one(run, path, monkeypatch, c
 
 
 def test_a_trace_takes_the_place_of_an_old_file_at_once(run, path, tmp_path):
-    """It is not written into the old file, which whoever has it open still reads."""
+    """The old file is not written to: a process that has it open still reads it."""
     path.write_text("old")
     os.link(path, tmp_path / "link")
     assert run(*PROMPT, "--max-new-tokens", 1, "--trace", path)[0] == 0

@@ -44,7 +44,7 @@ def test_weights_of_20b():
     ],
 )
 def test_kv_cache_of_120b(context, positions):
-    """1,024 bytes of keys and as many of values at each position; a sliding layer sees 127 besides the token itself."""
+    """Keys and values take 1,024 bytes each at a position. A sliding layer sees 127 positions besides the token."""
     assert kv_bytes_per_token(GPT_OSS_120B, context) == positions * 2048
 
 
@@ -59,7 +59,7 @@ ROWS_120B = {"qkv": 36 * 5120, "o": 36 * 2880, "router": 36 * 128, "head": 20108
 
 @pytest.mark.parametrize("fields", [["qkv", "o", "head"], ["qkv"], ["o"], ["router"], ["head"], [*DENSE_120B]])
 def test_weights_of_120b_in_fp8(fields):
-    """A byte an element instead of two, and a float32 for each row or a byte for each 32 elements."""
+    """An element takes one byte instead of two, plus a float32 for each row or a byte for each 32 elements."""
     saved = 5_002_907_904 - sum(DENSE_120B[field] for field in fields)
     rows = replace(GPT_OSS_120B, dense=DenseFormats(**dict.fromkeys(fields, FP8_ROWS)))
     assert weight_bytes_per_token(rows) == saved + 4 * sum(ROWS_120B[field] for field in fields)
@@ -68,7 +68,7 @@ def test_weights_of_120b_in_fp8(fields):
 
 
 def test_120b_with_attention_and_head_in_fp8():
-    """3.5 GB instead of 5.0."""
+    """A token reads 3.5 GB instead of 5.0."""
     dense = DenseFormats(qkv=FP8_ROWS, o=FP8_ROWS, head=FP8_ROWS)
     assert weight_bytes_per_token(replace(GPT_OSS_120B, dense=dense)) == 3_470_215_936
 

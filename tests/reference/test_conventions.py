@@ -1,4 +1,4 @@
-"""Each mistake that an implementation of GPT-OSS could make is far outside the tolerance of test_reference.py."""
+"""Each mistake that an implementation of GPT-OSS could make exceeds the tolerance of test_reference.py by far."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def token_ids(checkpoint):
 
 @pytest.fixture(scope="module")
 def expected(checkpoint, token_ids, tmp_path_factory):
-    """transformers' logits of the right checkpoint."""
+    """Return transformers' logits of the unmutated checkpoint."""
     folder = write_checkpoint(checkpoint, tmp_path_factory.mktemp("checkpoint"))
     return transformers_model.logits(transformers_model.load(folder), token_ids)
 
@@ -71,7 +71,7 @@ def test_mistake_in_code_is_caught(function, replacement, checkpoint, token_ids,
 
 
 def test_mutated_rope_rows_are_what_interleaved_code_computes(checkpoint, token_ids, monkeypatch):
-    """A permutation stands for code exactly, so that other implementations can be tested by the checkpoint alone."""
+    """A permutation of rows stands exactly for the code, so that it tests other implementations too."""
     mutated = CHECKPOINT_MUTATIONS["interleaved RoPE"](checkpoint)
     by_checkpoint = Reference(mutated, kv_dtype=None, max_context=TOKENS).forward(token_ids)
     monkeypatch.setattr(reference, *REFERENCE_MUTATIONS["interleaved RoPE, in code"])

@@ -141,7 +141,7 @@ def test_keys_and_values_are_rounded_once_for_the_own_token_too(checkpoint):
 
 
 def test_quantized_experts_equal_transformers_with_quantized_inputs(tmp_path):
-    """One layer, so that an element on the other side of a rounding boundary touches its own token only."""
+    """There is one layer, so that an element on the other side of a rounding boundary affects its own token only."""
     checkpoint = loud_checkpoint(small_config(n_layers=1, layer_is_sliding=(True,)), seed=3)
     theirs = transformers_model.load(write_checkpoint(checkpoint, tmp_path))
     ids = random_token_ids(64, small_config())
@@ -253,7 +253,7 @@ def test_rope_turns_halves():
 
 
 def e2m1(code: int) -> float:
-    """OCP MX v1.0, table 5: sign, two exponent bits of bias 1, one mantissa bit."""
+    """Decode E2M1 by OCP MX v1.0, table 5: sign, two exponent bits of bias 1, one mantissa bit."""
     exponent, mantissa = code >> 1 & 3, code & 1
     magnitude = mantissa / 2 if exponent == 0 else 2 ** (exponent - 1) * (1 + mantissa / 2)
     return -magnitude if code & 8 else magnitude
@@ -274,7 +274,7 @@ def test_dequantize_mxfp4_is_exact():
 
 
 def e4m3(code: int) -> Fraction:
-    """OCP OFP8 v1.0: four exponent bits of bias 7, three mantissa bits; 0x7F is NaN, there are no infinities."""
+    """Decode E4M3 by OCP OFP8 v1.0: four exponent bits of bias 7, three mantissa bits; 0x7F is NaN, no infinities."""
     exponent, mantissa = code >> 3, code & 7
     return (
         Fraction(mantissa, 8) * Fraction(2) ** -6
@@ -287,7 +287,7 @@ E4M3_VALUES = [e4m3(code) for code in range(0x7F)]
 
 
 def exact_e4m3_code(x: Fraction) -> int:
-    """The code of x >= 0: saturated, nearest, ties to the even code."""
+    """Return the code of x >= 0: saturated, nearest, ties to the even code."""
     above = bisect.bisect_left(E4M3_VALUES, x)
     if above == len(E4M3_VALUES):
         return above - 1
@@ -298,7 +298,7 @@ def exact_e4m3_code(x: Fraction) -> int:
 
 
 def exact_mxfp8(group: list[float]) -> tuple[list[int], int]:
-    """E4M3 and E8M0 bytes of 32 finite numbers, in exact arithmetic."""
+    """Return E4M3 and E8M0 bytes of 32 finite numbers, in exact arithmetic."""
     largest = max(abs(x) for x in group)
     exponent = max(math.frexp(largest)[1] - 1 - 8, -127) if largest else -127
     codes = [exact_e4m3_code(abs(Fraction(x)) / Fraction(2) ** exponent) for x in group]
@@ -306,7 +306,7 @@ def exact_mxfp8(group: list[float]) -> tuple[list[int], int]:
 
 
 def exact_mxfp8_tensor(x: torch.Tensor) -> torch.Tensor:
-    """What a round trip through MXFP8 leaves, by lookup of the nearest value in float64, where all steps are exact."""
+    """Return the result of a round trip through MXFP8, by lookup of the nearest value in float64, which is exact."""
     groups = x.double().unflatten(-1, (-1, 32))
     exponent = (torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent - 9).clamp(min=-127)
     scaled = torch.ldexp(groups.abs(), -exponent).clamp(max=448)
@@ -342,7 +342,7 @@ def test_mxfp8_of_numbers_of_like_size_is_exact(group, exponent):
 
 
 def test_mxfp8_rounds_every_tie_to_even():
-    """All midpoints of neighbouring E4M3 values, in groups whose scale 256 fixes at 1."""
+    """All midpoints of neighbouring E4M3 values stand in groups whose scale a 256 fixes at 1."""
     midpoints = [float((a + b) / 2) for a, b in itertools.pairwise(E4M3_VALUES)]
     for start in range(0, len(midpoints), 31):
         some = midpoints[start : start + 31]

@@ -1,4 +1,4 @@
-"""acc_eval.py: what it feeds, that it finds mistakes and nothing else, what it reports and refuses."""
+"""acc_eval.py: what it feeds, reports and refuses, and that it finds mistakes and nothing else."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    """Run the command line in this process; return (exit code, stdout, stderr)."""
 
     def run(*words, model: Path | None = folder) -> tuple[int, str, str]:
         source = [] if model is None else ["--model", model]
@@ -84,7 +84,7 @@ def run(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def run_json(run, tmp_path):
-    """The report of a run that finds nothing to complain of."""
+    """Return the report of a run without complaints."""
 
     def run_json(*words, **options) -> dict:
         code, _, err = run(*words, "--json", tmp_path / "report.json", **options)
@@ -96,7 +96,7 @@ def run_json(run, tmp_path):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """The windows that a run compares."""
+    """Return the windows that a run compares."""
     seen, evaluate = [], acc_eval.evaluate
     monkeypatch.setattr(
         acc_eval, "evaluate", lambda r, t, windows, *rest: (seen.extend(windows), evaluate(r, t, windows, *rest))[1]
@@ -121,7 +121,7 @@ def test_identical_sides_agree_in_everything(run_json, text, side):
 # All but alpha, which is not in config.json.
 @pytest.mark.parametrize("name", [name for name in CHECKPOINT_MUTATIONS if name != "alpha 1"])
 def test_every_mistake_turns_the_verdict_red(run, text, checkpoint, tmp_path, name):
-    """YaRN truncated moves a logit by 1e-2 at most: a gate for the same arithmetic can be narrow."""
+    """YaRN with truncation moves a logit by 1e-2 at most: a gate for equal arithmetic can be that narrow."""
     broken = write(CHECKPOINT_MUTATIONS[name](checkpoint), tmp_path / "broken")
     words = ["--text", text, "--test", "reference", "--window", 60, "--fail-under", "kl=1e-6"]
     code, out, err = run(*words, "--test-model", broken)
@@ -196,7 +196,7 @@ def test_perplexity_is_transformers(run_json, text, folder):
 
 
 def test_values_of_the_report_are_those_of_both_sides_logits(run_json, text, checkpoint):
-    """Worked out again, all positions of a window at once."""
+    """The values are computed again, from all positions of a window at once."""
     report = run_json("--text", text, "--test", "reference-quant", "--window", 60)
     expected = {"kl": [], "top1": [], "rank": [], "difference": []}
     for start in range(0, 240, 60):
@@ -257,7 +257,7 @@ def test_two_runs_write_the_same(run_json, run, text, tmp_path):
     ],
 )
 def test_windows_of_a_stream(n_tokens, n_context, length, expected):
-    """(first token, end, how many do not count): a window ends with the token that its last position predicts."""
+    """A window is (first token, end, number skipped) and ends with the token that its last position predicts."""
     windows = list(cut(Stream(list(range(n_tokens)), n_context), length))
     assert windows == [Window(list(range(start, end)), n_skipped) for start, end, n_skipped in expected]
 
@@ -312,7 +312,7 @@ def test_threads_come_back(one_thread):
 
 @pytest.mark.parametrize(("device", "reciter"), [("cpu", "Reference"), ("cuda", "MegaModel")])
 def test_the_shipped_texts_in_another_vocabulary(folder, monkeypatch, device, reciter):
-    """What recites may be the kernel on a GPU, which reference.py stands for here."""
+    """reference.py stands here for the kernel, which recites on a GPU."""
     for name in ("Reference", "MegaModel"):
         monkeypatch.setattr(acc_eval, name, Reference if name == reciter else None)
     monkeypatch.setattr(acc_eval, "LONGEST_ANSWER", 60)
@@ -325,7 +325,7 @@ def test_the_shipped_texts_in_another_vocabulary(folder, monkeypatch, device, re
 
 
 def shorter_texts(tokenizer: Tokenizer, device: torch.device, show_progress: bool):
-    """Four of other lengths; their question is context."""
+    """Yield four streams of different lengths, whose questions are context."""
     for n in range(4):
         prompt = tokenizer.encode_chat("Hi")[-8:]
         yield Stream(prompt + list(range(65, 75 + n)), len(prompt))
@@ -394,7 +394,7 @@ def test_random_weights_take_random_tokens_of_a_seed(run_json, fed, monkeypatch)
 
 
 def made_up(vocab_size: int = 6, spoil: tuple[int, int] | None = None) -> OpenSide:
-    """Logits that depend on all tokens since reset(); NaN at one position of one sequence."""
+    """Make logits that depend on all tokens since reset(), with NaN at one position of one sequence."""
     history, sequence = [], [-1]
 
     def reset() -> None:
@@ -420,7 +420,7 @@ WINDOWS = [Window([1, 2, 3, 4, 5, 0], 3), Window([5, 4, 3]), Window([2, 2, 2, 1]
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
 def test_chunks_make_no_difference(chunk):
-    """Nor do the windows before: each starts anew."""
+    """Earlier windows make no difference either: each starts anew."""
     whole = evaluate(made_up(), made_up(), WINDOWS, 100)
     results = evaluate(made_up(), made_up(), WINDOWS, chunk)
     assert [len(result.positions.kl) for result in results] == [2, 2, 1]
@@ -641,7 +641,7 @@ def test_a_text_too_short_for_its_windows(run, text, tmp_path):
 
 
 def test_greedy_windows_are_counted_before_any_work(run, monkeypatch):
-    """The demo's prompt has 238 tokens, so that the third window of 90 has 57 that do not count."""
+    """The demo's prompt has 238 tokens, so that the third window of 90 skips 57."""
     monkeypatch.setattr(acc_eval, "open_side", None)
     message = (
         "--streams greedy: 598 tokens make 3 windows of 90 positions, 4 are needed; give a smaller --window or more"
@@ -669,7 +669,7 @@ def test_a_vocabulary_with_other_words_than_the_model(run, checkpoint, text, tmp
 
 
 def smaller_vocabulary(checkpoint: MemoryCheckpoint, vocab_size: int) -> MemoryCheckpoint:
-    """The same model without the last tokens."""
+    """Return the same model without its last tokens."""
     cut = checkpoint.with_tensors(lambda n, t: t[:vocab_size] if "embed" in n or "lm_head" in n else t)
     return cut.with_config(vocab_size=vocab_size, stop_ids=())
 

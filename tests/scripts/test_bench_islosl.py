@@ -1,4 +1,4 @@
-"""bench_islosl.py: its arithmetic on a clock that is made up, and on the CPU interpreter what it feeds and reports."""
+"""bench_islosl.py: its arithmetic on a made-up clock; what it feeds and reports on the CPU interpreter."""
 
 import dataclasses
 import itertools
@@ -42,12 +42,15 @@ def checkpoint():
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs the command line in this process on the small model: (exit code, stdout, stderr)."""
+    """Run the command line in this process on the small model; return (exit code, stdout, stderr)."""
     return lambda *words: run_script(bench_islosl.main, ["--model", folder, *words], monkeypatch, capsys)
 
 
 class FakeModel:
-    """A clock and a model in one: 2 s for each prompt token, then 0.5 s a token, twice as long every other request."""
+    """A clock and a model in one:
+
+    2 s per prompt token, then 0.5 s per token; every other request takes twice as long.
+    """
 
     config = SimpleNamespace(dense=DenseFormats())
     quant = False
@@ -71,7 +74,7 @@ class FakeModel:
 
 
 def test_figures_of_one_run():
-    """5 tokens: the first after 400 ms, the last 200 ms later."""
+    """Of 5 tokens the first comes after 400 ms, the last 200 ms later."""
     assert run_from([400.0, 20.0, 80.0, 40.0, 60.0], 100) == Run(400.0, 50.0, 0.6, 250.0, pytest.approx(5 / 0.6))
 
 
@@ -80,7 +83,7 @@ def test_one_token_has_no_time_per_further_token():
 
 
 def test_each_run_is_timed_from_the_call_on_after_a_reset(monkeypatch):
-    """The warm-up is a quick request, as are the second and the fourth that count."""
+    """The warm-up is a quick request, like the second and the fourth request that count."""
     model, prompts = FakeModel(monkeypatch), [[10, 11], [20, 21], [30, 31], [40, 41]]
     row = bench_islosl.measure(model, Shape(2, 5), prompts)
     assert model.log == list(itertools.chain.from_iterable(("reset", ids) for ids in [prompts[0], *prompts]))
@@ -176,7 +179,7 @@ def test_both_paths_of_the_command_line(run, checkpoint, tmp_path, monkeypatch):
 
 
 def reference_ids(checkpoint, quant: bool, shape: Shape) -> list[int]:
-    """What follows the first prompt of a shape, by reference.py."""
+    """Return what reference.py generates after the first prompt of a shape."""
     (ids, *_) = make_prompts(shape, 3, checkpoint.config.vocab_size, checkpoint.config.stop_ids)
     reference = Reference(checkpoint, quant, max_context=shape.positions)
     logits = reference.forward(ids, 0)[-1]
@@ -188,7 +191,7 @@ def reference_ids(checkpoint, quant: bool, shape: Shape) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["folder", "archive"])
 def test_stop_ids_end_nothing(checkpoint, tmp_path, monkeypatch, capsys, kind):
-    """Not even one that the answer holds; a prompt has none of them."""
+    """An answer goes on even after a stop id; a prompt has none."""
     shape = Shape(6, 4)
     (prompt, *_) = make_prompts(shape, 1, 264, (STOP_ID,))
     endless = MegaModel(checkpoint.with_config(stop_ids=()), max_context=shape.positions)
@@ -258,7 +261,7 @@ def test_the_context_is_that_of_the_longest_request():
 
 @pytest.fixture(scope="module")
 def gpu_report() -> Report:
-    """As a GPU might give it, of two requests with one prompt length."""
+    """Make a report as of a GPU, with two requests of one prompt length."""
     found = {
         "device": "GPU 9",
         "multiprocessors": 132,
@@ -272,7 +275,7 @@ def gpu_report() -> Report:
 
 
 def measurement(path: str, shape: Shape) -> Measurement:
-    """TTFT 1, 2 and 3 ms for each token of input and output together, TPOT 1.5 ms."""
+    """Make runs with TTFT of 1, 2 and 3 ms for each token of input and output together, and TPOT of 1.5 ms."""
     ttft_ms = [float(n * shape.positions) for n in (1, 2, 3)]
     tpot_ms = 1.5 if shape.output_tokens > 1 else None
     runs = tuple(Run(ms, tpot_ms, 4.25, 5678.96, 12.34) for ms in ttft_ms)
@@ -293,7 +296,7 @@ def test_gpu_report_in_markdown(gpu_report):
 
 
 def test_lines_of_the_plot_pool_the_runs_with_one_prompt_length(gpu_report):
-    """2049 and 2057 ms are those of 2048 input tokens."""
+    """2049 and 2057 ms are the times of 2048 input tokens."""
     pooled = spread([2049.0, 2 * 2049.0, 3 * 2049.0, 2057.0, 2 * 2057.0, 3 * 2057.0])
     line = [(2048, pooled), (100, spread([109.0, 218.0, 327.0]))]
     assert ttft_lines(gpu_report.results) == {"default": line, "quant": line}

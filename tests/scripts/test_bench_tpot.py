@@ -39,7 +39,7 @@ def checkpoint():
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs the command line in this process on the small model: (exit code, stdout, stderr)."""
+    """Run the command line in this process on the small model; return (exit code, stdout, stderr)."""
     return lambda *words: run_script(bench_tpot.main, ["--model", folder, *words], monkeypatch, capsys)
 
 
@@ -55,7 +55,7 @@ def run_json(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def gpu_report() -> Report:
-    """As a GPU might give it, with numbers that are easy to follow: 5 GB at 5 TB/s is 1 ms."""
+    """Make a report as of a GPU, with numbers that are easy to follow: 5 GB at 5 TB/s is 1 ms."""
     time = Spread(median=2.0, mean=2.1, min=1.9, p10=1.95, p90=2.25, n=310)
     rows = tuple(
         Measurement(path, context, context - 32, time, time, 5_000_000_000, 1.0, 0.5, "0badf00d")
@@ -74,7 +74,7 @@ def gpu_report() -> Report:
 
 
 def test_shipped_model(monkeypatch, capsys, tmp_path):
-    """From position 0 nothing is random, so that the ids are those of an ordinary generation."""
+    """From position 0 on nothing is random, so that the ids are those of an ordinary generation."""
     words = ["--both", "--contexts", "4,20", "--steps", 8, "--repeats", 1, "--json", tmp_path / "report.json"]
     code, out, err = run_script(bench_tpot.main, words, monkeypatch, capsys)
     assert code == 0
@@ -143,7 +143,7 @@ def test_runs_that_differ_are_not_timed(checkpoint, monkeypatch):
 
 
 def test_the_floor_is_the_bytes_at_the_measured_bandwidth(checkpoint, monkeypatch):
-    """The first run, which warms up, does not count."""
+    """The first run warms up and does not count."""
     runs = iter([([1, 2, 3], [9.0, 9.0], [9.0, 9.0]), ([1, 2, 3], [4.0, 6.0], [5.0, 7.0])])
     monkeypatch.setattr(bench_tpot, "timed_run", lambda *_: next(runs))
     n_bytes = bytes_per_token(checkpoint.config, 4)

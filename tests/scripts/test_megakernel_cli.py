@@ -1,4 +1,4 @@
-"""gpt_oss_megakernel.py as its user meets it: the command line and MegaModel, on the CPU interpreter."""
+"""gpt_oss_megakernel.py from its user's side: the command line and MegaModel, on the CPU interpreter."""
 
 import errno
 import io
@@ -37,13 +37,13 @@ VOCAB = 264
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Not to be changed."""
+    """A small model in a folder. Tests must not change it."""
     return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def own_folder(tmp_path) -> Path:
-    """Two shards."""
+    """A small model in two shards, which a test may change."""
     return write_model(tmp_path / "own", shards=2)
 
 
@@ -54,7 +54,7 @@ def checkpoint():
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs the command line in this process, on `folder` unless told otherwise: (exit code, stdout, stderr)."""
+    """Run the command line in this process, on `folder` by default; return (exit code, stdout, stderr)."""
 
     def run(*words, model: Path | str | None = folder) -> tuple[int, str, str]:
         source = [] if model is None else ["--model", model]
@@ -65,7 +65,7 @@ def run(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def run_json(run):
-    """The JSON object of a run in which nothing goes wrong."""
+    """Return the JSON object of a run without errors."""
 
     def run_json(*words, **options) -> dict:
         code, out, err = run(*words, "--json", **options)
@@ -389,7 +389,7 @@ def start(*words, **options) -> subprocess.Popen:
 
 
 def test_as_a_program_from_another_folder(tmp_path):
-    """The default model and prompt; TRITON_INTERPRET need not be set."""
+    """The default model and prompt are found, and TRITON_INTERPRET need not be set."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     process = start("--json", "--max-new-tokens", 5, "--quant", cwd=tmp_path, env=environment)
     out, err = process.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""run_reference.py's command line, and with it host/cli.py, which the kernel's command line shares."""
+"""run_reference.py's command line, which shares host/cli.py and host/generation.py with the kernel's."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    """Run the command line in this process; return (exit code, stdout, stderr)."""
 
     def run(*words) -> tuple[int, str, str]:
         return run_script(run_reference.main, ["--model", folder, "--device", "cpu", *words], monkeypatch, capsys)

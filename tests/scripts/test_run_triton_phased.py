@@ -1,4 +1,4 @@
-"""run_triton_phased.py as its user meets it, on the CPU interpreter. Times mean nothing here."""
+"""run_triton_phased.py from its user's side, on the CPU interpreter. Times mean nothing here."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def checkpoint():
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs the command line in this process on the small model: (exit code, stdout, stderr)."""
+    """Run the command line in this process on the small model; return (exit code, stdout, stderr)."""
 
     def run(*words, model: Path | None = folder) -> tuple[int, str, str]:
         source = [] if model is None else ["--model", model]
@@ -50,7 +50,7 @@ def run(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def run_json(run):
-    """The JSON objects of a run in which nothing goes wrong."""
+    """Return the JSON objects of a run without errors."""
 
     def run_json(*words, **options) -> list[dict]:
         code, out, err = run(*words, "--json", **options)
@@ -126,7 +126,7 @@ def test_times_near_the_end_of_the_context(run, max_context, n_timed, first):
 
 
 def test_times_go_on_after_a_stop_id(run_json, monkeypatch, checkpoint):
-    """A short answer is timed as long as any other."""
+    """A short answer is timed for as many tokens as any other."""
     stop_id = next(MegaModel(checkpoint, max_context=8).generate(PROMPT_IDS, 1))
     stopping = checkpoint.with_config(stop_ids=(stop_id,))
     monkeypatch.setattr(run_triton_phased, "open_model", lambda args: (stopping, None))
@@ -189,7 +189,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, monkeypatch, words, culprit)
 
 
 def test_rows_are_medians():
-    """Two layers; the tokens take 1, 2 and 9 times as long, the second layer twice as long as the first."""
+    """The tokens take 1, 2 and 9 times as long, and the second of two layers twice as long as the first."""
     layer = np.array([1.0, 2, 3, 4, 5, 6])
     token = np.concatenate([[10], layer, 2 * layer, [20, 30]])
     rows = table_rows(np.outer([1, 2, 9], token), n_layers=2)
@@ -214,7 +214,7 @@ def test_the_table_in_full():
 
 
 class Clock:
-    """Stands for DeviceMarks, on a clock that the test moves."""
+    """A stand-in for DeviceMarks, on a clock that the test moves."""
 
     now_ms = 0.0
 

@@ -28,7 +28,7 @@ PUBLISHED_CONFIG_KEYS = {
 
 
 def published_layout() -> dict[str, tuple[str, list[int]]]:
-    """Tensor name -> (dtype, shape) that the published checkpoints' naming gives for this model's sizes."""
+    """Return tensor name -> (dtype, shape) by the published checkpoints' naming, at this model's sizes."""
     in_layer = {
         "input_layernorm.weight": ("BF16", [HIDDEN]),
         "post_attention_layernorm.weight": ("BF16", [HIDDEN]),
@@ -65,7 +65,7 @@ def read_json(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def header() -> dict:
-    """The header of model.safetensors without its metadata: name -> dtype, shape, data_offsets."""
+    """Return the header of model.safetensors without its metadata: name -> dtype, shape, data_offsets."""
     with open(FOLDER / "model.safetensors", "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))

@@ -1,4 +1,4 @@
-"""The kernel, interpreted, recites from the shipped model: word for word, token for token what transformers says."""
+"""The interpreted kernel recites from the shipped model, word for word and token for token like transformers."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_sonnet_18(quant):
 
 
 def test_logits_agree_with_transformers():
-    """float32 cache, the demo's prompt: the kernel against the independent implementation, none of ours between."""
+    """With a float32 cache and the demo's prompt, the kernel is compared with transformers directly."""
     prompt = Tokenizer.from_folder(DEFAULT_MODEL).encode_chat(DEMO_CHAT)
     model = MegaModel.from_pretrained(DEFAULT_MODEL, max_context=64, kv_dtype=torch.float32)
     logits = torch.stack([model.logits(token, position) for position, token in enumerate(prompt)])

@@ -1,4 +1,4 @@
-"""Arguments of the public Python functions: integers of any kind are taken, all else is one error that names it."""
+"""Arguments of the public Python functions: integers of any kind are accepted, others are one error that names them."""
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_names_the_argument_of_the_wrong_kind(name, model):
-    """At once, not with a generator's first token."""
+    """A generator function fails when it is called, not at its first token."""
     with pytest.raises(TypeError, match=f"^{name.strip()} must be "):
         CALLS[name](model)
 

@@ -1,4 +1,4 @@
-"""system.files: whatever stands at a path, reading it ends soon and takes little memory."""
+"""system.files: reading any path ends soon and takes little memory."""
 
 import os
 import resource
@@ -45,7 +45,7 @@ def as_link_to_itself(path: Path) -> None:
 
 
 def as_nothing(path: Path) -> None:
-    """Leaves it so."""
+    """Leave the path without a file."""
 
 
 NO_FILES = [
@@ -148,7 +148,7 @@ def test_a_file_that_grows_meanwhile_is_read_as_far_as_it_was_checked(tmp_path, 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc")
 def test_an_error_while_reading(monkeypatch):
-    """Such as that of a network file system whose server is gone; this file has nothing to read at 0."""
+    """A network file system whose server is gone gives such errors; this file has nothing to read at 0."""
     monkeypatch.setattr(os, "fstat", lambda descriptor: SimpleNamespace(st_mode=stat.S_IFREG, st_size=5))
     with pytest.raises(InputError) as caught:
         read_small("/proc/self/mem", 100)
@@ -177,7 +177,7 @@ def test_a_descriptor_is_not_for_programs_that_are_started(tmp_path):
 
 @pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b'{"a":[]}', b'["ab"]', b"1e9"], ids=bytes.decode)
 def test_json_of_many_values_takes_little_memory(value):
-    """Some hundred bytes for each that is allowed, and next to nothing for more."""
+    """An allowed value takes some hundred bytes, and one too many next to nothing."""
     tracemalloc.start()
     try:
         json_value(b"[" + b",".join([value] * 50_000) + b"]")

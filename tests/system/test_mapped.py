@@ -1,4 +1,4 @@
-"""system.mapped: pages of mapped files go back, and a file that shrinks ends the process with one line."""
+"""system.mapped: pages of mapped files are given back, and a file that shrinks ends the process with one line."""
 
 import json
 import mmap
@@ -31,7 +31,7 @@ def map_tensor(path: Path) -> torch.Tensor:
 
 
 def resident_bytes(tensor: torch.Tensor) -> int:
-    """Of the mapping that the tensor lies in."""
+    """Return the resident bytes of the mapping that the tensor lies in."""
     inside = False
     for line in Path("/proc/self/smaps").read_text(errors="surrogateescape").splitlines():
         first_word = line.split()[0]
@@ -96,7 +96,7 @@ def test_memory_that_is_no_file_keeps_its_values(tmp_path):
 
 
 def test_a_file_of_another_name_keeps_its_pages(tmp_path):
-    """Its values may have been changed in memory, for all that is known here."""
+    """Its values may have been changed in memory; this code cannot know."""
     path = tmp_path / "file"
     path.write_bytes(random_bytes(SIZE).numpy().tobytes())
     tensor = map_tensor(path)
@@ -130,7 +130,7 @@ def test_without_proc_nothing_is_released(tmp_path, monkeypatch):
 
 
 def test_safetensors_maps_the_file(tmp_path):
-    """A new version that read it would take as much memory as the model."""
+    """A version of safetensors that read it instead would take as much memory as the model."""
     path, expected = tmp_path / "file", random_bytes(SIZE)
     save_file({"x": expected}, path)
     with safe_open(path, framework="pt") as file:
@@ -224,7 +224,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 def run_and_shrink(script: str, path: Path, *words) -> str:
-    """What it says of the file that shrinks; nothing else, but for a progress bar."""
+    """Return what the program says of the file that shrinks; it says nothing else, except for a progress bar."""
     command = [sys.executable, "-c", SHRINK_MODEL, ROOT / script, path, *words]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (process.returncode, process.stdout) == (2, "")
@@ -241,7 +241,7 @@ def test_an_archive_that_shrinks_while_it_decodes(tmp_path):
 
 
 def test_a_shard_that_shrinks_while_it_is_converted(tmp_path):
-    """safetensors reads the header again, which tells, or finds pages missing."""
+    """safetensors reads the header again, which shows it, or finds pages missing."""
     folder = write_model(tmp_path / "model")
     shard, out = folder / "model.safetensors", tmp_path / "m.iris"
     told = run_and_shrink("convert_to_iris.py", shard, "--model", folder, "--out", out)

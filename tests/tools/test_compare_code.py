@@ -1,4 +1,4 @@
-"""Machine code of two checkouts, compared: what must not matter, what must, and what the tool answers."""
+"""Comparing machine code of two checkouts: what must not matter, what must, and what the tool answers."""
 
 import json
 import os
@@ -182,7 +182,7 @@ def test_figures_of_sm_90():
 
 
 def test_keys():
-    """Of functions' names none, of constants, targets and options each."""
+    """Names of functions do not change a key; constants, targets and options each do."""
     ttir = 'tt.func public @down_kernel(%arg0: i32) { tt.call @scale(%arg0) asm "@down_kernel" }\ntt.func @scale(%arg0)'
     key = ttir_key(ttir, "sm_90", "4 warps")
     renamed = ttir.replace("@down_kernel(", "@other(").replace("@scale(", "@a.b(")
@@ -211,7 +211,7 @@ def test_every_path_is_covered_by_names_of_its_own():
 
 @pytest.fixture
 def write_code(tmp_path):
-    """Writes machine code of a key, as tools/machine_code.py does."""
+    """Write machine code of a key, as tools/machine_code.py does."""
 
     def write(key: str, lines: list[str], figures: dict) -> None:
         (tmp_path / f"{key}.s").write_text("".join(f"{line}\n" for line in lines))
@@ -242,7 +242,7 @@ def write_checkout(folder: Path, helper: str, kernel: str, factors: dict[str, fl
 
 
 def run(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the tool."""
+    """Return the exit code, stdout and stderr of the tool."""
     monkeypatch.setattr(sys, "argv", ["compare_code.py", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         sys.exit(run_main(compare_code.main))
@@ -250,7 +250,7 @@ def run(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
 
 
 def test_two_checkouts(tmp_path, capsys, monkeypatch):
-    """A kernel with other names, on other lines, is the same; with another constant, or an error, it is not."""
+    """A kernel with other names, on other lines, is equal; one with another constant, or an error, is not."""
     old, new, cache = (tmp_path / name for name in ("old", "new", "cache"))
     write_checkout(old, "scale", "scale_kernel", {"twice": 2.0, "thrice": 3.0, "broken": 4.0})
     write_checkout(new, "multiply", "another_name", {"twice": 2.0, "thrice": 5.0, "broken": "four"})

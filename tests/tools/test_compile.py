@@ -1,4 +1,4 @@
-"""The whole kernel at 120b sizes, compiled ahead of time for gfx950 and sm_90 with no GPU: what came of it."""
+"""The whole kernel at 120b sizes, compiled ahead of time for gfx950 and sm_90 with no GPU."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CUS, XCDS = 256, 8  # of an MI355X
 
 @pytest.fixture(scope="module")
 def reports():
-    """In a process of its own: this one interprets kernels."""
+    """Compile in another process, because this one interprets kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = {}
     for words in ([], *(["--path", path.split(",")[0], "--fp8", dense] for path, dense in FP8_PATHS.items())):
@@ -39,7 +39,7 @@ def reports():
 
 
 def weight_bytes(path: str) -> int:
-    """Of an element of QKV, O and the LM head."""
+    """Return the bytes of an element of QKV, O and the LM head."""
     return 1 if path in FP8_PATHS else 2
 
 
@@ -55,7 +55,7 @@ def test_quant_runs_on_the_scaled_matrix_cores_of_gfx950(reports):
     "matrix, rows, waves_across", [("gate_up", max(GFX950.experts.gate_up_rows, 64), 2), ("down", 16, 1)]
 )
 def test_scaled_mfmas_of_a_tile(matrix, rows, waves_across, reports):
-    """Each takes 16 rows and 128 columns; `waves_across` waves share the rows, the others repeat what these do."""
+    """Each takes 16 rows and 128 columns; `waves_across` waves share the rows, the others repeat them."""
     block_k = getattr(GFX950.experts, f"{matrix}_k")
     expected = rows // 16 // waves_across * (block_k // 128)
     assert reports["gfx950", "quant"][f"{matrix}_mfma_per_block"] == expected
@@ -74,7 +74,7 @@ def test_expert_loops_are_pipelined(matrix, case, reports):
 
 @pytest.mark.parametrize("case", AMD_CASES)
 def test_dense_tiles_are_loaded_one_ahead(case, reports):
-    """In the loops of QKV, O and the LM head all of a thread's loads of the next tile precede this one's products."""
+    """In the loops of QKV, O and LM head a thread's loads of the next tile precede this tile's products."""
     config, dense = GPT_OSS_120B, GFX950.dense
     block = dense.k_block
     matrices = [
@@ -114,7 +114,7 @@ def test_nothing_spills_on_gfx950(case, reports):
 
 @pytest.mark.parametrize("case", AMD_CASES)
 def test_all_programs_are_resident_on_gfx950(case, reports):
-    """By registers and shared memory as many on a CU as the barrier relies on; fewer than CUs, as many on each XCD."""
+    """Registers and shared memory allow the programs on a CU that the barrier assumes, equally many on each XCD."""
     assert reports[case]["programs_resident"] >= GFX950.programs_per_unit
     programs = programs_on(CUS, GFX950)
     assert programs < CUS
@@ -165,7 +165,7 @@ def test_weights_stream_through_shared_memory_on_sm_90(case, reports):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_arrival_is_ordered_and_every_wait_is_one(case, reports):
-    """Device-scope write-back before an arrival, invalidate after the wait, and the poll's load inside its loop."""
+    """The cache is written back before an arrival and invalidated after the wait, whose poll loads inside its loop."""
     figures = reports[case]
     assert figures["arrivals"] == ARRIVALS
     assert figures["acquires"] == ARRIVALS
@@ -175,7 +175,7 @@ def test_every_arrival_is_ordered_and_every_wait_is_one(case, reports):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_programs_fit(case, reports):
-    """Registers and shared memory of the programs that must be resident together: one a CU, one an SM."""
+    """Registers and shared memory allow all programs that must be resident together: one a CU, one an SM."""
     figures = reports[case]
     if case[0] == "gfx950":  # eight waves on four SIMDs of 512 registers; 160 KB of shared memory
         assert figures["registers"] <= 256
@@ -207,7 +207,7 @@ def test_a_ring_stands_beside_a_float32_cache_on_sm_90():
 
 
 def test_other_sizes_compile():
-    """A configuration unlike the published ones, for both targets."""
+    """A configuration unlike the published ones compiles for both targets."""
     config = small_config(hidden_size=416, intermediate_size=224, n_experts=5, experts_per_token=3, head_dim=128)
     script = (
         "from checkpoints.config import DenseFormats, ModelConfig, YarnConfig\n"
@@ -234,7 +234,7 @@ AMD_LOOP = """
 
 
 def test_a_poll_hoisted_out_of_its_loop_would_be_seen():
-    """The report's own reading of control flow: the outer loop does not count, as it passes another arrival."""
+    """The report reads control flow: the outer loop does not count, because it passes another arrival."""
     inside = Program.from_amdgcn(AMD_LOOP)
     assert [inside.repeats(i, "buffer_wbl2") for i in inside.find("global_load_dword")] == [True]
     hoisted = Program.from_amdgcn(
@@ -244,7 +244,7 @@ def test_a_poll_hoisted_out_of_its_loop_would_be_seen():
 
 
 def test_the_sources_of_a_kernel_that_another_checkout_compiled():
-    """Its folder may be gone."""
+    """The other checkout's folder may no longer exist."""
     source = (ROOT / "common" / "grouping.py").read_text().splitlines()
     line = next(i for i, text in enumerate(source, 1) if "tl.load(table_ptr)" in text)
     asm = f"""

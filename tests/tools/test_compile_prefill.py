@@ -1,4 +1,4 @@
-"""Prompts in blocks at 120b sizes, compiled ahead of time for gfx950 and sm_90 with no GPU: what came of it."""
+"""Prompts in blocks at 120b sizes, compiled ahead of time for gfx950 and sm_90 with no GPU."""
 
 import json
 import os
@@ -28,7 +28,10 @@ PRODUCTS = [*DENSE, "attention_kernel", *EXPERTS]
 
 @pytest.fixture(scope="module")
 def reports():
-    """(target, path) -> figures of each kernel. In a process of its own: this one interprets kernels."""
+    """Return (target, path) -> figures of each kernel.
+
+    Another process compiles, because this one interprets kernels.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runs = [["--tokens", *map(str, TOKENS)]]
     for path, dense_format in FP8_PATHS.items():
@@ -43,7 +46,7 @@ def reports():
 
 
 def of(reports: dict, case: tuple[str, str], kernels: list[str]) -> list[dict]:
-    """The figures of these kernels, of which there must be all."""
+    """Return the figures of these kernels, all of which must exist."""
     found = [figures for figures in reports[case] if figures["kernel"] in kernels]
     assert {figures["kernel"] for figures in found} == set(kernels)
     return found
@@ -75,7 +78,7 @@ def copies(figures: dict) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_tile_is_compiled(case, reports):
-    """And so none of those for many or few tokens is left out by the tests below."""
+    """So the tests below leave out no tile for many or few tokens."""
     blocks: BlockTuning = BLOCKS[case[0]]
     tiles_of = {"dense_kernel": blocks.dense, "gate_up_kernel": blocks.gate_up, "down_kernel": blocks.down}
     for kernel, tiles in tiles_of.items():
@@ -97,7 +100,7 @@ def test_programs_fit_shared_memory(case, reports):
 
 @pytest.mark.parametrize("case", AMD_CASES)
 def test_products_on_the_matrix_cores_of_gfx950(case, reports):
-    """With --quant those of experts are scaled ones: dot_scaled falls back silently where a tile is too small."""
+    """With --quant the experts' products are scaled: dot_scaled falls back silently where a tile is too small."""
     quant = case[1].startswith("quant")
     for figures in of(reports, case, PRODUCTS):
         scaled = quant and figures["kernel"] in EXPERTS
@@ -107,7 +110,7 @@ def test_products_on_the_matrix_cores_of_gfx950(case, reports):
 
 @pytest.mark.parametrize("case", NVIDIA_CASES)
 def test_products_on_the_tensor_cores_of_sm_90(case, reports):
-    """wgmma, of four warps together; not the products of one, which reach half of the rate."""
+    """Products are wgmma of four warps together; those of one warp reach half of the rate."""
     for figures in of(reports, case, PRODUCTS):
         assert figures["products"] > 0, figures
         assert figures["small_products"] == 0, figures
@@ -127,7 +130,7 @@ def test_operands_stream_through_shared_memory_on_sm_90(case, reports):
 
 
 def test_other_sizes_compile():
-    """A configuration unlike the published ones, for both targets."""
+    """A configuration unlike the published ones compiles for both targets."""
     config = small_config(hidden_size=416, intermediate_size=224, n_experts=5, experts_per_token=3, head_dim=128)
     script = (
         "from checkpoints.config import DenseFormats, ModelConfig, YarnConfig\n"

@@ -33,7 +33,7 @@ def add_package(site_packages: Path, name: str, version: str) -> None:
 
 
 def make_parent(folder: Path, gpu: str = "True") -> Path:
-    """The python of an environment with a fake torch, whose cuda.is_available() is the expression `gpu`, and triton."""
+    """Make a Python environment with fake torch and triton. torch's cuda.is_available() is the expression `gpu`."""
     venv.create(folder, with_pip=False, symlinks=True)
     site_packages = setup_env.site_packages(folder)
     for name, version in PARENT_PACKAGES.items():
@@ -52,7 +52,7 @@ def run_set_up(python: Path, folder: Path, target: str = "run", **environment) -
 
 @pytest.fixture
 def pip_calls(monkeypatch):
-    """Arguments of the calls to pip, none of which is made."""
+    """Return the arguments of the calls to pip, none of which is made."""
     calls = []
     monkeypatch.setattr(setup_env, "pip_install", lambda venv, arguments: calls.append(arguments))
     return calls
@@ -60,7 +60,7 @@ def pip_calls(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where set_up may make its environment; on a machine without a GPU, quickly."""
+    """A folder where set_up may make its environment quickly, on a machine without a GPU."""
     monkeypatch.setattr(setup_env, "has_gpu_device", lambda: False)
     monkeypatch.setattr(setup_env, "probe_gpu_packages", lambda python: None)
     find_spec = setup_env.importlib.util.find_spec
@@ -155,7 +155,7 @@ def test_cuda_build_of_torch_is_refused(tmp_path, monkeypatch):
 
 
 def offer_torch(monkeypatch, folder, requires_dist) -> list[list[str]]:
-    """A pip that finds torch under its plain version only, with these requirements. Returns the calls, as they come."""
+    """Make pip find torch under its plain version only, with these requirements; return the list of calls."""
     calls = []
 
     def pip_install(venv, arguments):
@@ -316,7 +316,7 @@ def test_what_pip_says_becomes_one_line(tmp_path):
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 @pytest.mark.parametrize("target", ["run", "test", "test-gpu", "lint"])
 def test_an_old_python_is_refused_by_one_line(target, tmp_path):
-    """The Makefile's own check, for an older Python could not read setup_env.py."""
+    """The Makefile itself checks, because an older Python could not read setup_env.py."""
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     old = tmp_path / "old-python"
     check = "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[2])"

