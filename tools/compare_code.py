@@ -42,7 +42,7 @@ class Side:
 
 
 def find_side(name: str, scratch: Path) -> Side:
-    """The checkout that a user names: a folder, or a revision, whose files are written below `scratch`."""
+    """Return the checkout that a user names: a folder, or a revision, whose files are written below `scratch`."""
     if (Path(name) / LAUNCHES).is_file():
         return Side(name, Path(name).resolve())
     found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{tree}}")
@@ -60,7 +60,7 @@ def find_side(name: str, scratch: Path) -> Side:
 
 
 def git(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs git in this checkout. InputError if there is none."""
+    """Run git in this checkout. Raises InputError without git."""
     command = ["git", "-C", str(ROOT), *arguments]
     try:
         return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
@@ -69,9 +69,9 @@ def git(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def keys_of_launches(side: Side, only: str, jobs: int, store: Path, scratch: Path) -> dict[str, str]:
-    """Launch -> key of its machine code in the store, by tools/machine_code.py in processes of their own.
+    """Return launch -> key of its machine code in the store, made by tools/machine_code.py in other processes.
 
-    What a tree's launches are is kept in the store too.
+    The launches of a tree are kept in the store too.
     """
     version = hashlib.sha256(VERSION.encode()).hexdigest()[:8]
     index = store / f"tree-{side.tree}-{version}.json" if side.tree else scratch / f"{uuid.uuid4()}.json"
@@ -92,7 +92,7 @@ def keys_of_launches(side: Side, only: str, jobs: int, store: Path, scratch: Pat
 
 
 def run_group(command: list[str], folder: Path, environment: dict[str, str]) -> int:
-    """The exit code of a command, with which every process that it started ends, also if this one is interrupted."""
+    """Run a command and return its exit code; all processes that it started end with it, also after an interrupt."""
     pipe = subprocess.PIPE  # that of stdout ends when nobody holds it
     child = subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, start_new_session=True)
     try:
@@ -104,7 +104,7 @@ def run_group(command: list[str], folder: Path, environment: dict[str, str]) -> 
 
 
 def difference(old: str, new: str, store: Path) -> str | None:
-    """How the machine code of two keys differs: figures of both and changed lines; None if it is the same."""
+    """Describe how the machine code of two keys differs: figures of both and changed lines. None if it is equal."""
     sides = {"old": old, "new": new}
     if errors := [
         f"{side} does not compile: {key.removeprefix(ERROR)}" for side, key in sides.items() if key.startswith(ERROR)
@@ -125,14 +125,14 @@ def difference(old: str, new: str, store: Path) -> str | None:
 
 
 def changed_lines(old: Path, new: Path) -> str:
-    """The number of lines that only the new file has, and only the old one: "+3 -1"."""
+    """Return the number of lines that only the new file has, and only the old one: "+3 -1", for example."""
     done = git("diff", "--no-index", "--no-ext-diff", "--numstat", str(old), str(new))
     added, removed = done.stdout.split()[:2]
     return f"+{added} -{removed}"
 
 
 def compare(old: dict[str, str], new: dict[str, str], store: Path) -> dict[str, str]:
-    """Launch -> how it differs, of those that do."""
+    """Return launch -> difference, for the launches that differ."""
     found = {}
     for name in old | new:
         if name not in new:
@@ -145,7 +145,7 @@ def compare(old: dict[str, str], new: dict[str, str], store: Path) -> dict[str, 
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; InputError where it is wrong."""
+    """Parse the command line. Raises InputError if it is wrong."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD", help="git revision or folder")
     parser.add_argument("new", metavar="NEW", nargs="?", default=str(ROOT), help="likewise; default: this checkout")

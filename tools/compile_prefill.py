@@ -45,7 +45,7 @@ KERNELS = [name for name in vars(prefill) if name.endswith("_kernel")]
 
 
 class Recorder:
-    """In a kernel's place: notes what it would be launched with."""
+    """A stand-in for a kernel that records its launches."""
 
     def __init__(self, kernel, launches: list):
         self.kernel, self.launches = kernel, launches
@@ -61,7 +61,7 @@ def recorded_launches(
     config: ModelConfig = GPT_OSS_120B,
     kv_dtype: torch.dtype = torch.bfloat16,
 ) -> list:
-    """(kernel, arguments, options) of each kernel in a layer that is not the last, tensors without data."""
+    """Return (kernel, arguments, options) of each kernel in a layer before the last; tensors have no data."""
     config = config.cut(2)
     tuning = TARGETS[target][1]
     weights = Weights(*(torch.empty(s, dtype=d, device="meta") for s, d in weight_shapes(config, tuning)))
@@ -81,7 +81,7 @@ def recorded_launches(
 
 
 def compile_launch(target: str, kernel, args: tuple, options: dict):
-    """Triton's compiled kernel, with the attributes that a launch would give it."""
+    """Return Triton's compiled kernel, with the attributes that a launch would give it."""
     names = kernel.arg_names
     given = dict(zip(names, args)) | {name: value for name, value in options.items() if name in names}
     signature, constants, attrs = {}, {}, {}
@@ -105,7 +105,7 @@ def args_not_constant(kernel) -> set[str]:
 
 
 def amd_report(compiled) -> dict:
-    """Registers, what they spill, products and loads of weights, from gfx950 assembly."""
+    """Report registers, spills, products and loads of weights, from gfx950 assembly."""
     assembly = compiled.asm["amdgcn"]
     program = Program.from_amdgcn(assembly)
 
@@ -123,9 +123,9 @@ def amd_report(compiled) -> dict:
 
 
 def nvidia_report(compiled) -> dict:
-    """Registers, what they spill, products and copies to shared memory, from sm_90 machine code.
+    """Report registers, spills, products and copies to shared memory, from sm_90 machine code.
 
-    Copies in a loop: a thread's by their bits, in the loop that has most of them.
+    Copies in a loop are a thread's by their bits, in the loop that has most of them.
     """
     text = cuobjdump(compiled, "--dump-sass", "--dump-resource-usage")
     program = Program.from_sass(text)
@@ -143,14 +143,14 @@ def nvidia_report(compiled) -> dict:
 
 
 def machine_code_report(target: str, compiled) -> dict:
-    """The same kernel's again, as most are those of both paths."""
+    """Report on a kernel, from memory if it was reported before, as most kernels serve both paths."""
     if compiled.hash not in SEEN:
         SEEN[compiled.hash] = (amd_report if target == "gfx950" else nvidia_report)(compiled)
     return SEEN[compiled.hash]
 
 
 def reports(target: str, quant: bool, token_counts: list[int], dense: DenseFormats) -> list[dict]:
-    """Of each kernel, as it is compiled for any of these numbers of tokens: figures, constants and launch options."""
+    """Report on each kernel compiled for any of these numbers of tokens: figures, constants and launch options."""
     config = replace(GPT_OSS_120B, dense=dense)
     found = {}
     for n_tokens in token_counts:

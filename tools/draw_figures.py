@@ -1,4 +1,4 @@
-"""Draws the README's figures as SVG: a token's phases and barriers, and the time of a token over its context.
+"""Draw the README's figures as SVG: a token's phases and barriers, and the time of a token over its context.
 
     python -m tools.draw_figures
 
@@ -20,7 +20,7 @@ INK, GREY, PALE, BLUE, ORANGE = "#24292f", "#8c959f", "#e4e8ec", "#3b72a8", "#c7
 
 
 def svg(width: float, height: float, title: str, elements: Iterable[str]) -> str:
-    """A whole file."""
+    """Return the text of a whole SVG file."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" role="img" font-family="Helvetica, Arial, sans-serif" fill="{INK}">'
@@ -78,7 +78,7 @@ LEAVES = {
     "LM head": ("each program's", "best logit"),
     "argmax": ("the next token",),
 }
-# (what fills a program's ring, phase in which the first of it is asked for, how far into that, phase that reads it)
+# (weights that fill a program's ring, phase in which the first are asked for, how far into it, phase that reads them)
 WEIGHTS = (
     ("QKV", "embedding", 0.5, "QKV"),
     ("O projection", "QKV", 0.8, "O projection"),
@@ -91,7 +91,7 @@ TOP, ROW, ROW_GAP = 74, 20, 6
 
 
 def draw_phases() -> str:
-    """A token's phases, one column each, and the barriers between them; a row a program."""
+    """Draw a token's phases, one column each, the barriers between them, and one row for each program."""
     left = {name: LABEL_WIDTH + n * (COLUMN + GAP) for n, name in enumerate(PHASE_NAMES)}
     bottom = TOP + len(PROGRAMS) * (ROW + ROW_GAP) - ROW_GAP
     lane = bottom + 84
@@ -124,7 +124,7 @@ def draw_phases() -> str:
 
 
 def barrier_label(phase: int) -> str:
-    """The number of the barrier behind phase number 0, 1, ... of PHASE_NAMES; n is a layer of N."""
+    """Return the number of the barrier behind phase number 0, 1, ... of PHASE_NAMES; n is a layer of N."""
     if phase == 0:
         return "1"
     if phase <= len(PHASES):
@@ -159,7 +159,7 @@ LINES = (("default", "ms per token", BLUE), ("`--quant`", "ms per token", ORANGE
 
 
 def table_rows(markdown: str, heading: str) -> list[dict[str, str]]:
-    """The first table under a heading, a dictionary a row. ValueError if there is none."""
+    """Return the first table under a heading, a dictionary for each row. Raises ValueError if there is none."""
     lines = markdown.splitlines()
     under = lines[lines.index(f"## {heading}") + 1 :]
     start = next((n for n, line in enumerate(under) if line.startswith("|")), len(under))
@@ -174,12 +174,12 @@ def table_rows(markdown: str, heading: str) -> list[dict[str, str]]:
 
 
 def points_of(rows: Sequence[dict[str, str]], path: str, column: str) -> list[tuple[int, float]]:
-    """(context, milliseconds) of one path."""
+    """Return (context, milliseconds) of each row of a path."""
     return [(int(row["context"].replace(",", "")), float(row[column])) for row in rows if row["path"] == path]
 
 
 def draw_times(markdown: str) -> str:
-    """Time per token over context, of a performance.md."""
+    """Draw time per token over context, from the text of performance.md."""
     rows = table_rows(markdown, "Over context")
     lines = [(path, column, colour, points_of(rows, path, column)) for path, column, colour in LINES]
     contexts = [context for context, _ in lines[0][3]]
@@ -215,7 +215,7 @@ def draw_times(markdown: str) -> str:
 
 
 def figures() -> dict[Path, str]:
-    """Every figure by its file."""
+    """Return file -> text of every figure."""
     performance = (DOCS / "performance.md").read_text(encoding="utf-8")
     return {DOCS / "phases.svg": draw_phases(), DOCS / "time_per_token.svg": draw_times(performance)}
 

@@ -1,11 +1,12 @@
-"""Damages an .iris archive in random ways; each must be refused in one printable line, or still be a whole model.
+"""Damage an .iris archive in random ways; each must be refused in one printable line, or still be a whole model.
 
     python -m tools.fuzz_iris --cases 100000 --seed 1
 Run from the repository's root. A case is a small archive of version 2 or 1, half of them with dense matrices in FP8,
-after one to three mutations. Most cases are sealed again, so that what lies behind the checksums is reached as well. A
-case that raises anything but an
-InputError, takes longer than 2 s or more than 64 MB is printed, and the exit code is 1; it depends on nothing but the
-seed and its number, so that `--first NUMBER --cases 1` shows it again. One that ends the process leaves its file.
+after one to three mutations. Most cases get right checksums again, so that the checks behind those are reached as well.
+
+A case that raises anything but an InputError, takes longer than 2 s or more than 64 MB is printed, and the exit code is
+1. A case depends only on the seed and its number, so that `--first NUMBER --cases 1` repeats it. A case that ends the
+process leaves its file.
 """
 
 import hashlib
@@ -13,7 +14,6 @@ import math
 import random
 import re
 import resource
-import signal
 import struct
 import sys
 import tempfile
@@ -53,8 +53,7 @@ from checkpoints.iris_format import (
 from checkpoints.iris_writer import write_archive
 from host.cli import run_main
 from load_iris import open_archive
-from system.errors import InputError
-from tools.fuzzing import JSON_VALUES, MOST_SECONDS, TooSlow, count, parse_arguments
+from tools.fuzzing import JSON_VALUES, MOST_SECONDS, count, outcome, parse_arguments
 
 CONFIG = ModelConfig(
     n_layers=2,
@@ -72,7 +71,7 @@ CONFIG = ModelConfig(
 DENSE = DenseFormats(qkv=FP8_ROWS, o=FP8_GROUPS, router=FP8_GROUPS, head=FP8_ROWS)
 OTHER_DOCUMENTS = {GENERATION_NAME: b'{"eos_token_id": [7, 9]}', TOKENIZER_NAME: b'{"version": "1.0", "model": {}}'}
 MOST_BYTES = 64 << 20
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 SEALED_SHARE = 0.75
 
 NAME_BYTES = ENTRY["name"].itemsize
@@ -98,7 +97,7 @@ NAMES = (
 
 
 class _Checkpoint(RandomCheckpoint):
-    """Of random values, with documents."""
+    """A checkpoint of random values, with documents."""
 
     def document(self, name: str) -> bytes | None:
         return OTHER_DOCUMENTS.get(name)
@@ -121,7 +120,7 @@ class Archive:
 
 
 def archives(folder: Path) -> tuple[Archive, ...]:
-    """Of version 1, of version 2, and with FP8. The folder keeps the configuration, for version 1."""
+    """Return whole archives of version 1, version 2, and with FP8. The folder keeps the configuration for version 1."""
     path = folder / "whole.iris"
     checkpoint = _Checkpoint(CONFIG)
     archive = written(checkpoint, path)
@@ -136,7 +135,7 @@ def archives(folder: Path) -> tuple[Archive, ...]:
 
 
 def written(checkpoint: Checkpoint, path: Path) -> Archive:
-    """An archive of version 2."""
+    """Write an archive of version 2 and return it."""
     write_archive(checkpoint, path, force=True)
     data = path.read_bytes()
     _, _, n_rows = PREFIX.unpack_from(data)
@@ -159,7 +158,7 @@ def write_random_bytes(rng: random.Random, archive: Archive, data: bytearray) ->
 
 
 def splice(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """A part of the header goes to another place, over what is there or, half the time, in front of it."""
+    """Copy a part of the header over another place or, half the time, in front of it."""
     at, to, n = _place(rng, archive, data), _place(rng, archive, data), rng.randint(1, 600)
     data[to : to + rng.choice((0, n))] = data[at : at + n]
 
@@ -182,7 +181,7 @@ def copy_row(rng: random.Random, archive: Archive, data: bytearray) -> None:
 
 
 def set_field(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """An extreme number, or one near the former, in a field of the prefix, the trailer or a row."""
+    """Put an extreme number, or one near the former, into a field of the prefix, the trailer or a row."""
     trailer = archive.row_at(archive.n_rows) + DIGEST_BYTES * archive.n_rows
     elsewhere = [(8, 4), (12, 4)] + ([(trailer, 4), (trailer + 4, 4), (trailer + 8, 8)] if archive.version > 1 else [])
     row = _row(rng, archive)
@@ -195,7 +194,7 @@ def set_field(rng: random.Random, archive: Archive, data: bytearray) -> None:
 
 
 def set_sizes(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """Another dtype, shape and place of a row, which agree with each other."""
+    """Change dtype, shape and place of a row so that they agree with each other."""
     row = _row(rng, archive)
     shape = [rng.choice((0, 1, 2, 16, 24, 32, 64)) for _ in range(rng.randint(1, 4))]
     dtype, item_bytes = rng.choice(((0, 2), (1, 4), (2, 1), (3, 4), (4, 1)))
@@ -207,7 +206,7 @@ def set_sizes(rng: random.Random, archive: Archive, data: bytearray) -> None:
 
 
 def set_dtype(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """Another dtype of a row, half the time of all rows with the same end of the name."""
+    """Change the dtype of a row, half the time of all rows whose names end alike."""
     row, dtype = _row(rng, archive), rng.choice((0, 1, 2, 4))
     kind = _name_of(data, row).rpartition(b".")[2]
     rows = [archive.row_at(index) for index in range(archive.n_rows)]
@@ -217,7 +216,7 @@ def set_dtype(rng: random.Random, archive: Archive, data: bytearray) -> None:
 
 
 def damage_blob(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """A part of a blob with one byte, such as the NaN of E4M3 or E8M0."""
+    """Fill a part of a blob with one byte, such as the NaN of E4M3 or E8M0."""
     offset, n_bytes = _place_of(data, _row(rng, archive))
     start = offset + rng.randrange(n_bytes or 1)
     n = min(rng.randint(1, 64), offset + n_bytes - start, len(data) - start)
@@ -236,7 +235,7 @@ def rename(rng: random.Random, archive: Archive, data: bytearray) -> None:
 
 
 def resize(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """Truncated or extended; the header follows half the time."""
+    """Truncate or extend the file; half the time the header follows."""
     if rng.random() < 0.7:
         del data[rng.choice((rng.randrange(len(data)), len(data) - 1, archive.header_bytes, _row(rng, archive))) :]
     else:
@@ -246,7 +245,7 @@ def resize(rng: random.Random, archive: Archive, data: bytearray) -> None:
 
 
 def damage_document(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """Some bytes of a document, or of a tensor in a version 1 that has none."""
+    """Change some bytes of a document, or of a tensor in version 1, which has no documents."""
     offset, n_bytes = _place_of(data, _document_row(rng, archive))
     for _ in range(rng.randint(1, 4)):
         at = offset + rng.randrange(n_bytes or 1)
@@ -255,7 +254,7 @@ def damage_document(rng: random.Random, archive: Archive, data: bytearray) -> No
 
 
 def replace_document(rng: random.Random, archive: Archive, data: bytearray) -> None:
-    """A document with one value replaced by another, at the end of the file, where there is room for it."""
+    """Replace one value of a document, and put the document at the end of the file, where there is room."""
     if archive.version == 1:
         return
     row = _document_row(rng, archive)
@@ -294,7 +293,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 
 def _place(rng: random.Random, archive: Archive, data: bytearray) -> int:
-    """Somewhere in the header; more often in the numbers of a row, and seldom in padding."""
+    """Choose a place in the header, more often in the numbers of a row, seldom in padding."""
     if rng.random() < 0.5:
         return _row(rng, archive) + rng.randrange(NAME_BYTES, ENTRY.itemsize)
     used = archive.row_at(archive.n_rows) + (archive.n_rows * DIGEST_BYTES + TRAILER.size) * (archive.version > 1)
@@ -302,7 +301,7 @@ def _place(rng: random.Random, archive: Archive, data: bytearray) -> int:
 
 
 def _row(rng: random.Random, archive: Archive) -> int:
-    """Where a row of the table begins."""
+    """Choose a row of the table; return where it begins."""
     return archive.row_at(rng.randrange(archive.n_rows))
 
 
@@ -311,7 +310,7 @@ def _document_row(rng: random.Random, archive: Archive) -> int:
 
 
 def _place_of(data: bytearray, row: int) -> tuple[int, int]:
-    """(offset, bytes) that a row tells of."""
+    """Return the (offset, bytes) that a row states."""
     return NUMBERS.unpack_from(data, row + NAME_BYTES)[:2]
 
 
@@ -325,7 +324,7 @@ def _set_file_bytes(archive: Archive, data: bytearray) -> None:
 
 
 def mutated(rng: random.Random, archive: Archive) -> bytes:
-    """An archive after one to three mutations, most often with the checksums of what it then holds."""
+    """Return an archive after one to three mutations, most often with checksums of its new contents."""
     data = bytearray(archive.data)
     for mutation in rng.choices(MUTATIONS, k=rng.choice((1, 1, 2, 3))):
         mutation(rng, archive, data)
@@ -335,7 +334,7 @@ def mutated(rng: random.Random, archive: Archive) -> bytes:
 
 
 def sealed(data: bytes) -> bytes:
-    """A file with the right checksums, of its rows' bytes and of its header, if it has the form of version 2."""
+    """Return a file with right checksums of blobs and header, if it has the form of version 2."""
     if len(data) < PREFIX.size:
         return data
     _, version, n_rows = PREFIX.unpack_from(data)
@@ -348,27 +347,14 @@ def sealed(data: bytes) -> bytes:
     return seal(data[:start] + digests + data[start + len(digests) : n_bytes]) + data[n_bytes:]
 
 
-# What becomes of them
+# Outcomes
 
 
 def problem_or_message(path: Path, verify: bool) -> tuple[str | None, str | None]:
-    """(what should not have happened, the error's message), both None for a whole model."""
+    """Return tools.fuzzing.outcome of reading the archive; much memory or time is a problem too."""
     former = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    message = problem = None
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
-    try:
-        read_all(path, verify)
-    except InputError as error:
-        message = str(error)
-        if not message.isprintable() or not message.startswith(f"{path}: "):
-            problem = f"message {message!r}"
-    except TooSlow:
-        problem = f"not done after {MOST_SECONDS} s"
-    except Exception as error:  # noqa: BLE001 - this is what is looked for
-        problem = f"{type(error).__name__}: {error}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    problem, message = outcome(lambda: read_all(path, verify), f"{path}: ", MOST_SECONDS)
     if time.perf_counter() - start > MOST_SECONDS:
         problem = problem or f"took {time.perf_counter() - start:.1f} s"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - former) * RSS_UNIT
@@ -378,7 +364,7 @@ def problem_or_message(path: Path, verify: bool) -> tuple[str | None, str | None
 
 
 def read_all(path: Path, verify: bool) -> None:
-    """Opens an archive and reads all of it. AssertionError unless it holds what its configuration describes."""
+    """Open an archive and read all of it. Raises AssertionError unless it holds what its configuration describes."""
     archive = open_archive(path, verify=verify)
     entries = sorted(archive.header.entries.values(), key=lambda entry: (entry.offset, entry.end))
     end = header_bytes(archive.header.version, len(entries))
@@ -398,7 +384,7 @@ def read_all(path: Path, verify: bool) -> None:
 
 
 def cases(seed: int, numbers: range, whole: tuple[Archive, ...], path: Path) -> Iterator[tuple[int, bool]]:
-    """Writes the file of each case: (its number, whether checksums are to be compared)."""
+    """Write the file of each case; yield (its number, whether checksums are to be compared)."""
     for number in numbers:
         rng = random.Random(f"{seed} {number}")
         data = mutated(rng, whole[rng.choice((0, 1, 2, 2))])

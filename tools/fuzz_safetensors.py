@@ -1,16 +1,15 @@
-"""Damages a shard of a checkpoint in random ways; each must be refused in one line, or hold what its header says.
+"""Damage a shard of a checkpoint in random ways; each must be refused in one line, or hold what its header says.
 
     python -m tools.fuzz_safetensors --cases 100000 --seed 1
 Run from the repository's root. A case is a small shard after one to three mutations of its header, its header's length
 or its bytes. A case that raises anything but an InputError, takes longer than 2 s, or gives a tensor other values than
-those its header points to, read here without safetensors, is printed, and the exit code is 1. A case depends on nothing
-but the seed and its number, so that `--first NUMBER --cases 1` shows it again.
+those its header points to, read here without safetensors, is printed, and the exit code is 1. A case depends only on
+the seed and its number, so that `--first NUMBER --cases 1` repeats it.
 """
 
 import json
 import random
 import re
-import signal
 import struct
 import sys
 import tempfile
@@ -27,8 +26,7 @@ from checkpoints.checkpoint import WEIGHTS_NAME, RandomCheckpoint, write_checkpo
 from checkpoints.config import ModelConfig, expected_tensors
 from host.cli import run_main
 from load_hf import open_checkpoint
-from system.errors import InputError
-from tools.fuzzing import JSON_VALUES, MOST_SECONDS, TooSlow, count, parse_arguments
+from tools.fuzzing import JSON_VALUES, MOST_SECONDS, count, outcome, parse_arguments
 
 CONFIG = ModelConfig(
     n_layers=1,
@@ -55,7 +53,7 @@ class Shard:
 
     header: bytes
     data: bytes
-    length: int | None = None  # if it is not the header's
+    length: int | None = None  # a wrong length of the header
 
     @classmethod
     def of(cls, file: bytes) -> "Shard":
@@ -72,7 +70,7 @@ Mutation = Callable[[random.Random, Shard], None]
 
 
 def edit_bytes(rng: random.Random, shard: Shard) -> None:
-    """Some bytes replaced by others, of another number perhaps."""
+    """Replace some bytes by others, perhaps by more or fewer."""
     header = bytearray(shard.header)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(header) + 1)
@@ -82,7 +80,7 @@ def edit_bytes(rng: random.Random, shard: Shard) -> None:
 
 
 def replace_value(rng: random.Random, shard: Shard) -> None:
-    """One value replaced by another, that may be of another kind."""
+    """Replace one JSON value by another, perhaps of another type."""
     text = shard.header.decode("utf-8", "replace")
     values = [match.span(1) for match in re.finditer(r'[:\[,]\s*("[^"]*"|[\d.e+-]+|\[[\d, ]*\]|\{[^{}]*\})', text)]
     if values:
@@ -92,7 +90,7 @@ def replace_value(rng: random.Random, shard: Shard) -> None:
 
 
 def change_length(rng: random.Random, shard: Shard) -> None:
-    """Of the header, as it is told, or of the file."""
+    """Change the stated length of the header, or the length of the file."""
     n = len(shard.header)
     if rng.random() < 0.5:
         shard.length = rng.choice((0, 1, n - 1, n + 1, rng.randrange(n + 1), n + len(shard.data), *NUMBERS[1:11]))
@@ -103,7 +101,7 @@ def change_length(rng: random.Random, shard: Shard) -> None:
 
 
 def change_entry(rng: random.Random, shard: Shard) -> None:
-    """A field of a tensor."""
+    """Change a field of a tensor's entry."""
 
     def change(names: list[str], entries: dict) -> None:
         entry = entries[rng.choice(names)]
@@ -123,7 +121,7 @@ def change_entry(rng: random.Random, shard: Shard) -> None:
 
 
 def change_places(rng: random.Random, shard: Shard) -> None:
-    """Tensors that take the places of others, overlap, or leave a gap."""
+    """Let tensors take the places of others, overlap, or leave a gap."""
 
     def change(names: list[str], entries: dict) -> None:
         a, b = (entries[rng.choice(names)] for _ in range(2))
@@ -141,7 +139,7 @@ def change_places(rng: random.Random, shard: Shard) -> None:
 
 
 def change_names(rng: random.Random, shard: Shard) -> None:
-    """Tensors missing, renamed, in another order, or there twice."""
+    """Remove, rename, reorder or repeat tensors."""
 
     def change(names: list[str], entries: dict) -> None:
         name, how = rng.choice(names), rng.randrange(4)
@@ -157,7 +155,7 @@ def change_names(rng: random.Random, shard: Shard) -> None:
 
 
 def repeat_entry(rng: random.Random, shard: Shard) -> None:
-    """A tensor that is there twice, with another kind or place the first or the last time."""
+    """Repeat a tensor's entry, with another dtype or place in the first or the last one."""
 
     def change(names: list[str], entries: dict) -> None:
         name = rng.choice(names)
@@ -171,7 +169,7 @@ def repeat_entry(rng: random.Random, shard: Shard) -> None:
 
 
 def swap_bytes(rng: random.Random, shard: Shard) -> None:
-    """Values are any: nobody can tell."""
+    """Change bytes of values, which any reader must accept."""
     at = rng.randrange(len(shard.data) or 1)
     shard.data = shard.data[:at] + rng.randbytes(8) + shard.data[at + 8 :]
 
@@ -190,7 +188,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 
 def _change_json(shard: Shard, change: Callable[[list[str], dict], None]) -> None:
-    """`change` is given names of tensors and all of the header; as {None: text} it may leave one that is no dict."""
+    """Call `change` with the tensors' names and the whole header; {None: text} in it stands for any other text."""
     try:
         entries = json.loads(shard.header)
         names = [name for name, entry in entries.items() if {"dtype", "shape", "data_offsets"} <= entry.keys()]
@@ -203,37 +201,23 @@ def _change_json(shard: Shard, change: Callable[[list[str], dict], None]) -> Non
 
 
 def mutated(rng: random.Random, file: bytes) -> bytes:
-    """A shard after one to three mutations."""
+    """Return a shard after one to three mutations."""
     shard = Shard.of(file)
     for mutation in rng.choices(MUTATIONS, k=rng.choice((1, 1, 2, 3))):
         mutation(rng, shard)
     return shard.encode()
 
 
-# What becomes of them
+# Outcomes
 
 
 def problem_or_message(folder: Path) -> tuple[str | None, str | None]:
-    """(what should not have happened, the error's message), both None for a checkpoint that can be read."""
-    message = problem = None
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
-    try:
-        read_all(folder)
-    except InputError as error:
-        message = str(error)
-        if not message.isprintable() or not message.startswith(f"{folder / WEIGHTS_NAME}: "):
-            problem = f"message {message!r}"
-    except TooSlow:
-        problem = f"not done after {MOST_SECONDS} s"
-    except Exception as error:  # noqa: BLE001 - this is what is looked for
-        problem = f"{type(error).__name__}: {error}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    return problem, message
+    """Return tools.fuzzing.outcome of reading the checkpoint, both None if it can be read."""
+    return outcome(lambda: read_all(folder), f"{folder / WEIGHTS_NAME}: ", MOST_SECONDS)
 
 
 def read_all(folder: Path) -> None:
-    """Opens a checkpoint and reads all of it. AssertionError unless it gives what the header says, and all of that."""
+    """Open a checkpoint and read all of it. Raises AssertionError unless it gives exactly what the header states."""
     tensors = dict(open_checkpoint(folder).tensors())
     shard = Shard.of((folder / WEIGHTS_NAME).read_bytes())
     pairs = json.loads(shard.header, object_pairs_hook=lambda pairs: pairs)

@@ -1,15 +1,16 @@
-"""What the fuzzers have in common: their command line, a case's time, and the count of what came of all cases."""
+"""Parts that the fuzzers share: their command line, the time limit of a case, and the count of all outcomes."""
 
 import argparse
 import collections
 import re
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from huggingface_hub.utils import tqdm
 
 from host.cli import EXIT_FAILURE, ArgumentParser, positive_int
+from system.errors import InputError
 
 MOST_SECONDS = 2.0
 SHOWN_KINDS = 40
@@ -32,11 +33,11 @@ JSON_VALUES = (
 
 
 class TooSlow(BaseException):
-    """A case's time is over; not an Exception, so that nothing on the way takes it for its own."""
+    """Raised when a case's time is over; no Exception, so that the code under test does not catch it."""
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    """cases, seed and first; InputError where the command line is wrong. From here on SIGALRM raises TooSlow."""
+    """Parse --cases, --seed and --first. Raises InputError; from here on SIGALRM raises TooSlow."""
     parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", metavar="N", type=positive_int, default=100_000, help="default: %(default)s")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="default: %(default)s")
@@ -45,8 +46,33 @@ def parse_arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def outcome(read: Callable[[], object], prefix: str, seconds: float) -> tuple[str | None, str | None]:
+    """Return (problem, the InputError's message) of reading a case; both None if it could be read.
+
+    A problem is any other exception, a message that is not printable or lacks `prefix`, or a longer time.
+    """
+    message = problem = None
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        read()
+    except InputError as error:
+        message = str(error)
+        if not message.isprintable() or not message.startswith(prefix):
+            problem = f"message {message!r}"
+    except TooSlow:
+        problem = f"not done after {seconds} s"
+    except Exception as error:  # noqa: BLE001 - any exception is a finding
+        problem = f"{type(error).__name__}: {error}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return problem, message
+
+
 def count(outcomes: Iterable[tuple[int, str | None, str | None]], args: argparse.Namespace, prefix: str) -> None:
-    """Print what came of (case, problem, message), messages without `prefix`. SystemExit with 1 after a problem."""
+    """Print the number of each outcome (case, problem, message), messages without `prefix`.
+
+    Raises SystemExit with 1 after a problem.
+    """
     accepted, problems, kinds = 0, 0, collections.Counter()
     mininterval = 0.1 if sys.stderr.isatty() else QUIET_SECONDS
     bar = tqdm(outcomes, total=args.cases, unit=" cases", mininterval=mininterval)
@@ -66,7 +92,7 @@ def count(outcomes: Iterable[tuple[int, str | None, str | None]], args: argparse
 
 
 def kind_of(message: str) -> str:
-    """A message without what differs from case to case."""
+    """Return a message without what differs from case to case."""
     message = re.sub(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^]]*\]""", "*", message)
     return re.sub(r"tensor \S+", "tensor *", re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", message))
 

@@ -24,8 +24,8 @@ from tools.compile_report import PATHS, TARGETS, compile_megakernel
 Launch = tuple[str, Callable[[], CompiledKernel]]
 
 FORMATS = (BF16, FP8_ROWS, FP8_GROUPS)
-FLOAT32_CACHE_STAGES = 1  # of the ring, whose place a float32 cache takes in shared memory at the sizes of PRESETS
-# Between them they have each tile of host/launch.py.
+FLOAT32_CACHE_STAGES = 1  # stages of the ring that a float32 cache displaces in shared memory, at the sizes of PRESETS
+# Together these use each tile of host/launch.py.
 BLOCK_TOKENS = (5, 300, 500, 700, 2048, 4000)
 BLOCK_STEPS = (
     "embed",
@@ -45,7 +45,7 @@ LAST_LAYER_STEPS = ("attention-norm", "qkv", "append")
 
 
 def launches() -> Iterator[Launch]:
-    """The name of each launch, and what compiles it."""
+    """Return name -> function that compiles it, for each launch."""
     for target, size in itertools.product(TARGETS, PRESETS):
         yield from _decoding_launches(target, size)
     for target, size in itertools.product(TARGETS, PRESETS):
@@ -65,7 +65,7 @@ def _decoding_launches(target: str, size: str) -> Iterator[Launch]:
 
 
 def _float32_cache_tuning(target: str, size: str) -> Tuning:
-    """What MegaModel shortens the ring to."""
+    """Return the tuning with the ring as short as MegaModel makes it beside a float32 cache."""
     tuning = TARGETS[target][1]
     if not tuning.ring:
         return tuning

@@ -39,16 +39,16 @@ ENCODING = re.compile(r"/\* (0x[0-9a-f]{16}) \*/")
 
 
 class Kept(Exception):
-    """Ends a compilation whose machine code is in the store."""
+    """Raised to end a compilation whose machine code is already in the store."""
 
 
 def amd_code(assembly: str, kernel_name: str) -> list[str]:
-    """The instructions, data and numbers of gfx950 assembly, a line each."""
+    """Return the instructions, data and numbers of gfx950 assembly, one per line."""
     return _without_names((line.split(";")[0] for line in assembly.splitlines()), kernel_name)
 
 
 def nvidia_code(listing: str, kernel_name: str) -> list[str]:
-    """The instructions and data of what `nvdisasm -hex` prints, a line each, instructions with their encoding.
+    """Return the instructions and data that `nvdisasm -hex` prints, one per line, instructions with their encoding.
 
     The encoding's second half, on a line of its own there, holds what an instruction waits for.
     """
@@ -64,7 +64,7 @@ def nvidia_code(listing: str, kernel_name: str) -> list[str]:
 
 
 def _without_names(lines: Iterable[str], kernel_name: str) -> list[str]:
-    """What GPUs execute or read: the kernel is called "kernel", and labels are numbered in order."""
+    """Keep what GPUs execute or read: the kernel is called "kernel", and labels are numbered in order."""
     name = re.compile(rf"\b{re.escape(kernel_name)}\b")
     code, labels, left_out = [], {}, False
     for line in lines:
@@ -79,7 +79,7 @@ def _without_names(lines: Iterable[str], kernel_name: str) -> list[str]:
 
 
 def amd_figures(assembly: str, code: list[str]) -> dict[str, int]:
-    """Instructions, registers and spills of gfx950 assembly and of its amd_code."""
+    """Return instructions, registers and spills, from gfx950 assembly and its amd_code."""
 
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
@@ -95,7 +95,7 @@ def amd_figures(assembly: str, code: list[str]) -> dict[str, int]:
 
 
 def nvidia_figures(usage: str, code: list[str]) -> dict[str, int]:
-    """Instructions, registers and spills of nvidia_code and of what `cuobjdump --dump-resource-usage` prints."""
+    """Return instructions, registers and spills, from nvidia_code and `cuobjdump --dump-resource-usage`."""
     instructions = [line for line in code if re.search(r"; 0x[0-9a-f]{16} 0x[0-9a-f]{16}$", line)]
     return {
         "instructions": sum(not line.startswith("NOP") for line in instructions),
@@ -106,7 +106,7 @@ def nvidia_figures(usage: str, code: list[str]) -> dict[str, int]:
 
 
 def code_and_figures(kernel: CompiledKernel) -> tuple[list[str], dict[str, int]]:
-    """A compiled kernel's machine code, a line each, and its figures."""
+    """Return a compiled kernel's machine code, one instruction per line, and its figures."""
     metadata = kernel.metadata
     if assembly := kernel.asm.get("amdgcn"):
         code = amd_code(assembly, metadata.name)
@@ -127,14 +127,14 @@ def _output(*command: str) -> str:
 
 
 def ttir_key(ttir: str, target: object, options: object) -> str:
-    """What machine code depends on: TTIR whose functions are numbered rather than named, and what compiles it."""
+    """Hash what machine code depends on: TTIR with functions numbered instead of named, and its compiler options."""
     for number, name in enumerate(re.findall(r"tt\.func .*?@([\w.$]+)\(", ttir)):
         ttir = re.sub(rf"@{re.escape(name)}\(", f"@function{number}(", ttir)
     return hashlib.sha256(f"{VERSION}\n{target}\n{options}\n{ttir}".encode()).hexdigest()[:32]
 
 
 def compile_into(store: Path, compile_launch: Callable[[], CompiledKernel]) -> str:
-    """The key of a launch's machine code, which is in the store then, or of one that does not compile "error: ..."."""
+    """Compile a launch into the store and return its key; "error: ..." if it does not compile."""
     key = ""
 
     def after_ttir(backend, stages, options, language, capability) -> None:
@@ -180,7 +180,7 @@ def _compile_named(store: Path, name: str) -> str:
 
 
 def compile_all(names: list[str], store: Path, jobs: int, label: str) -> Iterator[tuple[str, str]]:
-    """Each launch's name and key, with progress on stderr."""
+    """Yield each launch's name and key, with progress on stderr."""
     seconds = 0.1 if sys.stderr.isatty() else QUIET_SECONDS
     # Not forks, which inherit locks of threads that torch has started.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _read_launches) as pool:

@@ -1,4 +1,4 @@
-"""Makes .venv, the environment that the Makefile's targets run in. Needs nothing but Python and pip.
+"""Make .venv, the environment that the Makefile's targets run in. Needs nothing but Python and pip.
 
     python tools/setup_env.py [--venv FOLDER] [--torch-index URL] run|test|lint
 
@@ -6,8 +6,8 @@ A torch and a triton that this Python already has for the machine's GPU are used
 Python's packages, and pip adds only what is missing. Otherwise .venv stands alone and holds CPU builds, at the versions
 of constraints-cpu.txt.
 
-.venv/setup.json records what is done, so that a second call has nothing to do, an interrupted one is taken up again,
-and a changed requirements file is noticed. pip's output is kept in .venv/setup.log.
+.venv/setup.json records what is done, so that a second call has nothing to do, an interrupted one continues, and a
+changed requirements file is noticed. pip's output is kept in .venv/setup.log.
 """
 
 import argparse
@@ -41,11 +41,11 @@ print(json.dumps({"gpu": torch.cuda.is_available(), "path": sys.path}))
 
 
 class SetupError(Exception):
-    """What stops the set-up, in one line."""
+    """An error that stops the set-up, in one line."""
 
 
 class NoSuchWheel(SetupError):
-    """pip finds no wheel of a version for this Python and machine."""
+    """Raised when pip finds no wheel of a version for this Python and machine."""
 
 
 class Interrupted(BaseException):
@@ -60,7 +60,7 @@ def say(line: str) -> None:
         print(f"setup: {line}", file=sys.stderr, flush=True)
 
 
-# What is wanted
+# Packages that are needed
 
 
 def read_requirements(path: Path) -> list[str]:
@@ -69,7 +69,7 @@ def read_requirements(path: Path) -> list[str]:
 
 
 def package_name(requirement: str) -> str:
-    """Normalized as in PEP 503."""
+    """Return a name normalized as in PEP 503."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
 
 
@@ -84,7 +84,7 @@ def torch_pin(constraints: list[str]) -> str:
     return next(line for line in constraints if package_name(line) == "torch")
 
 
-# What is there
+# Packages and GPUs that exist
 
 
 def installed_version(package: str) -> str | None:
@@ -95,7 +95,7 @@ def installed_version(package: str) -> str | None:
 
 
 def has_gpu_device() -> bool:
-    """Whether the kernel shows an NVIDIA or AMD GPU; whether torch can use it is for torch to say."""
+    """Return whether the kernel shows an NVIDIA or AMD GPU; torch decides whether it can use it."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
 
 
@@ -104,7 +104,7 @@ def this_python() -> str:
 
 
 def describe_machine() -> dict:
-    """What an environment was made for: another Python, torch or GPU wants another one. Quick, imports nothing."""
+    """Describe what an environment is made for: another Python, torch or GPU needs another one. Imports nothing."""
     return {
         "python": sys.prefix,
         "version": list(sys.version_info[:2]),
@@ -114,7 +114,7 @@ def describe_machine() -> dict:
 
 
 def probe_gpu_packages(python: str) -> dict | None:
-    """{"path": sys.path} of a Python whose torch and triton can use a GPU, else None."""
+    """Return {"path": sys.path} of a Python whose torch and triton can use a GPU, else None."""
     hidden = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run([python, "-c", PROBE], env=environment, capture_output=True, text=True, cwd="/", check=False)
@@ -125,7 +125,7 @@ def probe_gpu_packages(python: str) -> dict | None:
 
 
 def package_folders(path: list[str]) -> list[str]:
-    """The entries of a sys.path that hold installed packages: not the standard library, not what PYTHONPATH adds."""
+    """Return a sys.path's folders of installed packages, without the standard library and those of PYTHONPATH."""
     standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("DESTSHARED")}
     own = {os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)}
     return [entry for entry in path if os.path.isdir(entry) and entry not in standard | own]
@@ -157,7 +157,7 @@ def write_state(venv: Path, state: dict) -> None:
 
 
 def check_ours(venv: Path) -> None:
-    """Raises SetupError where removing the folder would lose what someone else installed."""
+    """Raise SetupError if removing the folder would lose what someone else installed."""
     bare = ("pip-", "setuptools-", "wheel-")
     packages = [found.name for found in venv.glob("lib/python*/site-packages/*.dist-info")]
     if not read_state(venv) and any(not name.startswith(bare) for name in packages):
@@ -165,7 +165,7 @@ def check_ours(venv: Path) -> None:
 
 
 def make_venv(venv: Path) -> dict:
-    """An environment without packages, and its state."""
+    """Make an environment without packages, and return its state."""
     check_ours(venv)
     if venv.exists():
         say(f"removing {venv.name}, which is unfinished or was made for another Python or GPU")
@@ -189,10 +189,10 @@ def make_venv(venv: Path) -> dict:
 
 
 def share_packages(venv: Path, folders: list[str]) -> None:
-    """Puts another Python's packages on the path, after the environment's own.
+    """Put another Python's packages on the path, after the environment's own.
 
     `venv --system-site-packages` would not do: of a Python that is itself in an environment, it shows the base.
-    addsitedir rather than plain lines, so that the .pth files in there, of editable installs say, count as well.
+    addsitedir, unlike plain lines, also reads the .pth files there, for example of editable installs.
     """
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in folders]
     (site_packages(venv) / "shared-packages.pth").write_text("".join(lines))
@@ -208,7 +208,7 @@ def is_usable(venv: Path, state: dict) -> bool:
 
 
 def is_done(venv: Path, stage: dict, wanted: dict) -> bool:
-    """Whether the stage, as recorded, is what is wanted, and its packages are all still there."""
+    """Return whether the stage is recorded as wanted, and its packages are all still there."""
     return stage["wanted"] == wanted and set(stage["packages"]) <= set(installed_packages(venv))
 
 
@@ -217,16 +217,16 @@ def installed_packages(venv: Path) -> list[str]:
 
 
 def check_access(venv: Path) -> None:
-    """Raises SetupError where a user may not use what another one installed."""
+    """Raise SetupError if a user may not use what another one installed."""
     for path in site_packages(venv).iterdir():
         if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
             raise SetupError(f"{path}: this user may not read it; the one who ran make first has to allow that")
 
 
 def remove_unfinished_packages(venv: Path) -> None:
-    """Removes what pip, when interrupted, leaves behind and is misled by.
+    """Remove what pip leaves behind when interrupted, which would mislead it.
 
-    It writes RECORD last, but believes in a half unpacked package without one. ~NAME is a package on its way out.
+    It writes RECORD last, but accepts a half unpacked package without one. ~NAME is a package on its way out.
     """
     unfinished = [folder for folder in site_packages(venv).glob("*.dist-info") if not (folder / "RECORD").exists()]
     for path in {*unfinished, *site_packages(venv).glob("~*")}:
@@ -256,7 +256,7 @@ def pip_command(venv: Path) -> list[str]:
 
 
 def pip_install(venv: Path, arguments: list[str]) -> None:
-    """Raises NoSuchWheel or SetupError."""
+    """Install packages with pip. Raises NoSuchWheel or SetupError."""
     # Wheels only: a build from source would take long and then fail for want of a compiler.
     # Not compiled: that takes longer than the first imports, which compile what they need.
     command = [*pip_command(venv), "install", "--only-binary", ":all:", "--no-compile", *arguments]
@@ -277,10 +277,10 @@ def explain_pip(output: str, log: Path) -> SetupError:
 
 
 def install_cpu_torch(venv: Path, pin: str, torch_index: str) -> None:
-    """Installs torch and what it needs, a CPU build: raises SetupError rather than take gigabytes of CUDA libraries.
+    """Install a CPU build of torch and what it needs. Raises SetupError rather than load gigabytes of CUDA libraries.
 
     Package indexes may have a CUDA build under the same version, so the one marked as a CPU build is asked for first.
-    Where there is none (not every platform marks it), the plain one will do, unless it asks for CUDA packages.
+    Where there is none (not every platform marks it), the plain one is taken, unless it asks for CUDA packages.
     """
     index = ["--extra-index-url", torch_index] if torch_index else []
     try:
@@ -296,7 +296,7 @@ def install_cpu_torch(venv: Path, pin: str, torch_index: str) -> None:
 
 
 def cuda_packages(venv: Path, arguments: list[str]) -> list[str]:
-    """The CUDA packages that a requirement would bring along, from its metadata alone."""
+    """Return the CUDA packages that a requirement would bring along, from its metadata alone."""
     report = venv / "torch-report.json"
     pip_install(venv, ["--dry-run", "--ignore-installed", "--no-deps", "--report", str(report), *arguments])
     return cuda_requirements(json.loads(report.read_text()))
@@ -327,7 +327,7 @@ def install_stage(venv: Path, stage: str, requirements: list[str], shares_gpu_pa
     pip_install(venv, ["--constraint", str(constraints), *requirements])
 
 
-# All of it
+# The whole set-up
 
 
 @contextlib.contextmanager
@@ -342,7 +342,7 @@ def only_one_at_a_time() -> Iterator[None]:
 
 
 def leave_environment(venv: Path) -> None:
-    """Starts again with the Python that made the environment, if this is the environment's own."""
+    """Start again with the Python that made the environment, if this is the environment's own."""
     if Path(sys.prefix).resolve() != venv.resolve():
         return
     maker = read_state(venv).get("python") or sys._base_executable
@@ -352,7 +352,7 @@ def leave_environment(venv: Path) -> None:
 
 
 def set_up(venv: Path, target: str, torch_index: str) -> None:
-    """Raises SetupError."""
+    """Set up a stage of the environment. Raises SetupError."""
     leave_environment(venv)
     with only_one_at_a_time():
         state = read_state(venv)
@@ -371,7 +371,7 @@ def set_up(venv: Path, target: str, torch_index: str) -> None:
 
 
 def interrupt(number: int, _frame: object) -> None:
-    """A signal's handler: pip is ended as well, and what it leaves is seen to by the next run."""
+    """Handle a signal: end pip as well; the next run removes what it leaves."""
     raise Interrupted(number)
 
 

