@@ -327,9 +327,14 @@ def test_streams_that_are_closed_full_or_not_read(forks, tmp_path, main, out, er
         ("1 / 0", 1, "Traceback"),
     ],
 )
-def test_what_goes_wrong_during_the_imports(content, code, line):
+def test_what_goes_wrong_during_the_imports_of_a_script(content, code, line):
+    script = str(Path(__file__).parents[2] / "bench_tpot.py")
     done = subprocess.run(
-        [sys.executable, "-c", f"import host.start\n{content}"],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.modules['__main__'].__file__ = {script!r}\nimport host.start\n{content}",
+        ],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -339,3 +344,9 @@ def test_what_goes_wrong_during_the_imports(content, code, line):
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(line)
     assert line == "Traceback" or done.stderr.count("\n") == bool(line)
+
+
+def test_a_process_that_imports_the_project_keeps_its_excepthook_and_handlers():
+    program = "import signal, sys; hook, handler = sys.excepthook, signal.getsignal(signal.SIGINT); import host.start; "
+    program += "assert (hook, handler) == (sys.excepthook, signal.getsignal(signal.SIGINT))"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], timeout=60, check=True)

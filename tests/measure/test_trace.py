@@ -16,13 +16,14 @@ from host.cli import DEFAULT_MODEL
 from host.phases import PHASE_NAMES, barrier_name, phases_of_token
 from load_hf import open_checkpoint
 from measure.trace import (
+    DEFAULT_TRACE_TOKEN,
     HEADER,
     SLICES,
-    USUAL_TOKEN,
     Launch,
     Row,
     chrome_trace,
     gb_per_s_over_time,
+    launch_of,
     table_rows,
     table_text,
     token_to_trace,
@@ -44,15 +45,15 @@ FUNCTIONS = {
 }
 
 
-def launch_of(columns: list[list[tuple[int, int]]], n_bytes: list[int], n_layers: int) -> Launch:
-    """From (entered, left) of each phase, in nanoseconds, a list for each program."""
+def made_up_launch(columns: list[list[tuple[int, int]]], n_bytes: list[int], n_layers: int) -> Launch:
+    """Make a launch from (entered, left) of each phase, in nanoseconds, a list for each program."""
     events = START_NS + np.array([[ns for phase in column for ns in phase] for column in columns], np.int64).T
     return Launch.from_events(events, n_layers, n_bytes)
 
 
 @pytest.fixture(scope="module")
 def launch() -> Launch:
-    """Two layers and two programs. A phase takes 100 ns a number and program 1 enters 10 ns late.
+    """A launch of two layers and two programs. A phase takes 100 ns, and program 1 enters 10 ns late.
 
     Program 0 works 40 ns in a phase, program 1 50 ns, 60 in QKV of layer 1; phase i reads 1000 + i bytes.
     """
@@ -63,7 +64,7 @@ def launch() -> Launch:
             first = 100 * i + 10 * program
             column.append((first, first + (60 if (program, i) == (1, 7) else 40 + 10 * program)))
         columns.append(column)
-    return launch_of(columns, [1000 + i for i in range(15)], n_layers=2)
+    return made_up_launch(columns, [1000 + i for i in range(15)], n_layers=2)
 
 
 def test_the_names_of_a_launch():
@@ -107,7 +108,7 @@ def test_spans_and_gaps_make_the_token(launch):
 
 
 def test_a_late_start_counts(launch):
-    """The token's time is from the first program's start, whichever that is."""
+    """The token's time begins with the start of the first program, whichever that is."""
     events = np.array([[1000, 500], *([2000, 2000] for _ in range(17))], np.int64)
     launch = Launch.from_events(events, 1, [0] * 9)
     assert table_rows(launch)[-1].total_us == 1.5
@@ -127,7 +128,7 @@ def test_table_text(launch):
 
 
 def slices_of(trace: dict) -> dict[int, list[dict]]:
-    """Program -> its begin and end events, in the file's order."""
+    """Return program -> its begin and end events, in the file's order."""
     programs = {}
     for event in trace["traceEvents"]:
         if event["ph"] in "BE":
@@ -136,7 +137,7 @@ def slices_of(trace: dict) -> dict[int, list[dict]]:
 
 
 def assert_complete(trace: dict, n_layers: int, n_programs: int) -> None:
-    """Every program goes through every phase and barrier in order, without overlap, each begin with its end."""
+    """Assert that every program goes through all phases and barriers in order, without overlap, each begin ended."""
     expected = []
     for barrier, (name, layer) in enumerate(phases_of_token(n_layers), 1):
         at = {} if layer is None else {"layer": layer}
@@ -182,14 +183,14 @@ def test_chrome_trace_by_hand(launch):
 
 
 def test_bytes_over_time_by_hand():
-    """Eight phases of no time, then one of 100 ns, of which slices of 50 have half of its 600 bytes each."""
+    """Eight phases take no time, then one takes 100 ns: each slice of 50 ns has half of its 600 bytes."""
     columns = [[(0, 0)] * 7 + [(0, 100), (200, 200)]]
-    launch = launch_of(columns, [10, 0, 0, 0, 0, 0, 0, 600, 40], n_layers=1)
+    launch = made_up_launch(columns, [10, 0, 0, 0, 0, 0, 0, 600, 40], n_layers=1)
     assert gb_per_s_over_time(launch, slices=4) == [310 / 50, 300 / 50, 0.0, 40 / 50]
 
 
 def test_a_launch_of_no_time_is_still_in_order():
-    launch = launch_of([[(0, 0)] * 9] * 2, [1] * 9, n_layers=1)
+    launch = made_up_launch([[(0, 0)] * 9] * 2, [1] * 9, n_layers=1)
     assert_complete(chrome_trace(launch, ""), 1, 2)
     assert table_rows(launch)[-1].gb_per_s is None
     table_text(table_rows(launch))
@@ -198,7 +199,7 @@ def test_a_launch_of_no_time_is_still_in_order():
 def test_a_clock_that_is_set_back_stands_still():
     columns = [[(10 * i, 10 * i + 5) for i in range(9)]]
     columns[0][4] = (31, 32)  # entered before the phase ahead of it was left
-    launch = launch_of(columns, [0] * 9, n_layers=1)
+    launch = made_up_launch(columns, [0] * 9, n_layers=1)
     assert_complete(chrome_trace(launch, ""), 1, 1)
     assert launch.ns[4, :, 0].tolist() == [35, 35]
 
@@ -237,7 +238,7 @@ def test_a_launch_of_the_shipped_model():
 
 
 def test_each_phase_runs_between_its_begin_and_its_end(monkeypatch):
-    """The functions of the phases note when they were called; the kernel's clock is the same one."""
+    """The phases' functions note when they are called, on the kernel's own clock."""
     model = traced_model(1, 3)
     calls = []
 
@@ -275,7 +276,7 @@ def arguments(**changes) -> Namespace:
 @pytest.mark.parametrize(
     ("changes", "n_prompt", "expected"),
     [
-        ({}, 5, USUAL_TOKEN),
+        ({}, 5, DEFAULT_TRACE_TOKEN),
         ({"max_new_tokens": 7}, 5, 7),
         ({}, 90, 11),
         ({}, 100, 1),
