@@ -125,7 +125,7 @@ def test_errors_are_bounded(dense_format):
 
 
 @pytest.mark.parametrize("dense_format", FORMATS)
-def test_zeros(dense_format):
+def test_zeros_stay_zeros(dense_format):
     """A row or group of zeros keeps its zeros, of both signs, and gets a scale of 1."""
     matrix = torch.zeros(2, 64, dtype=torch.bfloat16)
     matrix[0, 40], matrix[1, 3] = 3.0, -0.0
@@ -150,7 +150,7 @@ def test_what_is_no_number_stays_visible(dense_format, value):
         assert torch.equal(found[1, [*range(32), *range(64, 96)]], expected[1, [*range(32), *range(64, 96)]])
 
 
-def test_what_a_file_may_hold_besides():
+def test_scales_that_a_file_may_hold_besides_are_factors():
     """Scales that the quantizer never makes are data: NaN makes its group or row NaN, the others are factors."""
     elements = torch.tensor([[1.0] * 32 + [-2.0] * 32] * 4).to(torch.float8_e4m3fn)
     elements.view(torch.uint8)[2, 3] = 0x7F

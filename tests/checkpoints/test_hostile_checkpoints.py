@@ -134,7 +134,7 @@ def test_a_link_that_leads_nowhere(written, tmp_path, shards, name, target):
 
 @pytest.mark.parametrize(("shards", "name"), PLACES)
 @pytest.mark.parametrize("bytes_before", [0, 1, None], ids=["empty", "one byte", "whole"])
-def test_files_of_10_gb(written, tmp_path, shards, name, bytes_before):
+def test_files_of_10_gb_are_not_read_whole(written, tmp_path, shards, name, bytes_before):
     """The files are mostly holes, behind the contents or behind a part of them."""
     folder = Path(shutil.copytree(written[shards], tmp_path / "folder"))
     if name in (GENERATION, TOKENIZER) or not (folder / name).exists():
@@ -179,7 +179,7 @@ def test_headers_of_every_false_length(single):
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 90 << 20])
-def test_a_header_that_is_as_large_as_it_says(single, length):
+def test_a_header_that_is_as_large_as_it_says_is_refused(single, length):
     """safetensors would accept one of 100 MB, and take much of a minute and 2 GB for it."""
     entry = b'"x%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
     header = b"{" + b"".join(entry % i for i in range(20_000)) + b'"__metadata__":{"a":"' + b" " * length
@@ -187,7 +187,7 @@ def test_a_header_that_is_as_large_as_it_says(single, length):
     assert_rejected(single, str(single / SINGLE), f"header of {length} bytes")
 
 
-def test_an_index_of_many_tensors(sharded):
+def test_an_index_of_many_tensors_is_checked_soon(sharded):
     """The test would take hours if the time grew with the square of the number of tensors."""
     pairs = [f'"x{i}": "{SHARD_1}"' for i in range(300_000)]
     for doubles, culprit in (([], "unknown tensor 'x0'"), (pairs[-1:], "'x299999' is there twice")):
@@ -528,7 +528,7 @@ def test_scripts_tell_in_one_line(tmp_path, monkeypatch, capsys, main, words, na
 # Random damage
 
 
-def test_random_damage_of_headers(tmp_path):
+def test_random_damage_of_headers_is_refused_or_harmless(tmp_path):
     """tools/fuzz_safetensors.py runs more cases of this."""
     folder = write_checkpoint(RandomCheckpoint(fuzz_safetensors.CONFIG), tmp_path / "model")
     whole = (folder / SINGLE).read_bytes()

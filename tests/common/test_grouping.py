@@ -88,13 +88,13 @@ def random_choices(n: int, n_experts: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 64, 65, 600])
 @pytest.mark.parametrize("n_experts", [1, 3, 8, 128])
-def test_random_choices(n_experts, n, block):
+def test_random_choices_are_grouped(n_experts, n, block):
     assert_grouped(random_choices(n, n_experts), n_experts, block)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("expert", [0, 2, 4])
-def test_one_expert_has_all(expert, block):
+def test_one_expert_may_have_all_tokens(expert, block):
     """The order is kept; all other experts begin and end at one of the two ends."""
     order, starts = grouped([expert] * 70, 5, block)
     assert order == list(range(70))
@@ -102,19 +102,19 @@ def test_one_expert_has_all(expert, block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_experts_without_tokens(block):
+def test_experts_without_tokens_have_empty_runs(block):
     """The first expert, one in the middle, and the last have none."""
     assert_grouped([(1, 2, 4)[pair % 3] for pair in range(50)], 6, block)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_runs_across_the_borders_of_blocks(block):
+def test_runs_cross_the_borders_of_blocks(block):
     """Each expert's pairs end where a block's do, or one before or after."""
     for length in (block - 1, block, block + 1):
         assert_grouped([3] * length + [0] * length + [1] * 2, 4, block)
 
 
-def test_tokens_with_several_experts():
+def test_tokens_with_several_experts_keep_their_order():
     """A router names no expert twice for a token; within an expert tokens stay in order."""
     generator = torch.Generator().manual_seed(1)
     choices = [torch.randperm(8, generator=generator)[:4].tolist() for _ in range(33)]

@@ -54,7 +54,7 @@ def whole_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("part, copies, warps", [(1, 1, 1), (2, 1, 2), (1, 2, 4), (4, 2, 1), (2, 4, 2)])
-def test_rows_of_dense_tiles(part, copies, warps, n):
+def test_rows_of_dense_tiles_are_summed_over_threads(part, copies, warps, n):
     """A tile's row p * copies + c is the sum of all threads' parts; each program has its own memory."""
     tiles, programs = 4, 2
     acc = whole_numbers(programs, n, part, copies, 32 * warps)
@@ -68,7 +68,7 @@ def test_rows_of_dense_tiles(part, copies, warps, n):
 
 @pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
-def test_rows_of_experts_tiles(warps, n):
+def test_rows_of_experts_tiles_are_summed_over_warps(warps, n):
     """Rows 2 r and 2 r + 1 of a tile are the sums over threads 4 r .. 4 r + 3 of all warps, in any layout."""
     tiles = 4
     even, odd = (whole_numbers(n, warps, 8, 4, seed=seed) for seed in (0, 1))
@@ -81,7 +81,7 @@ def test_rows_of_experts_tiles(warps, n):
     assert out[:, 8 * n :].isnan().all()
 
 
-def test_words_of_a_step():
+def test_words_of_a_step_hold_all_sums():
     """A step has 16 tiles of 4 rows shared by 4 warps, and 16 of 16 rows shared by 8 warps."""
     tuning = fit_ring(SM_90, GPT_OSS_120B)
     assert sum_words(tuning) == max(16 * 4 * 4, 16 * 16 * 8)

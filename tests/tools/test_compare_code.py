@@ -181,7 +181,7 @@ def test_figures_of_sm_90():
     assert figures == {"instructions": 3, "registers": 255, "spills": 1, "stack bytes": 16}
 
 
-def test_keys():
+def test_keys_depend_on_what_matters_alone():
     """Names of functions do not change a key; constants, targets and options each do."""
     ttir = 'tt.func public @down_kernel(%arg0: i32) { tt.call @scale(%arg0) asm "@down_kernel" }\ntt.func @scale(%arg0)'
     key = ttir_key(ttir, "sm_90", "4 warps")
@@ -249,7 +249,7 @@ def run(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
     return ended.value.code, *capsys.readouterr()
 
 
-def test_two_checkouts(tmp_path, capsys, monkeypatch):
+def test_two_checkouts_are_compared(tmp_path, capsys, monkeypatch):
     """A kernel with other names, on other lines, is equal; one with another constant, or an error, is not."""
     old, new, cache = (tmp_path / name for name in ("old", "new", "cache"))
     write_checkout(old, "scale", "scale_kernel", {"twice": 2.0, "thrice": 3.0, "broken": 4.0})

@@ -54,7 +54,7 @@ def test_quant_runs_on_the_scaled_matrix_cores_of_gfx950(reports):
 @pytest.mark.parametrize(
     "matrix, rows, waves_across", [("gate_up", max(GFX950.experts.gate_up_rows, 64), 2), ("down", 16, 1)]
 )
-def test_scaled_mfmas_of_a_tile(matrix, rows, waves_across, reports):
+def test_a_tile_takes_as_few_scaled_mfmas_as_it_can(matrix, rows, waves_across, reports):
     """Each takes 16 rows and 128 columns; `waves_across` waves share the rows, the others repeat them."""
     block_k = getattr(GFX950.experts, f"{matrix}_k")
     expected = rows // 16 // waves_across * (block_k // 128)
@@ -87,7 +87,7 @@ def test_dense_tiles_are_loaded_one_ahead(case, reports):
 
 
 @pytest.mark.parametrize("case", AMD_CASES)
-def test_widths_of_loads_on_gfx950(case, reports):
+def test_loads_on_gfx950_are_wide(case, reports):
     """Weights: 16 bytes, but for the router's rows: one a program, 512 words of it a block, for 512 threads.
 
     Scales: a block over K has 32 bytes a row, 1 to 4 bytes a thread, so that wider loads would leave most threads idle
@@ -122,7 +122,7 @@ def test_all_programs_are_resident_on_gfx950(case, reports):
 
 
 @pytest.mark.parametrize("case", AMD_CASES)
-def test_what_a_barrier_executes_on_gfx950(case, reports):
+def test_a_barrier_on_gfx950_executes_no_more_than_needed(case, reports):
     """An arrival: one write-back, a wait before it and one after, at most one more for a load of its phase.
 
     A wait: one invalidation, none in the loop that polls, which polls_in_loops counts.
@@ -243,7 +243,7 @@ def test_a_poll_hoisted_out_of_its_loop_would_be_seen():
     assert [hoisted.repeats(i, "buffer_wbl2") for i in hoisted.find("global_load_dword")] == [False]
 
 
-def test_the_sources_of_a_kernel_that_another_checkout_compiled():
+def test_sources_are_found_of_a_kernel_that_another_checkout_compiled():
     """The other checkout's folder may no longer exist."""
     source = (ROOT / "common" / "grouping.py").read_text().splitlines()
     line = next(i for i, text in enumerate(source, 1) if "tl.load(table_ptr)" in text)

@@ -99,7 +99,7 @@ def test_programs_fit_shared_memory(case, reports):
 
 
 @pytest.mark.parametrize("case", AMD_CASES)
-def test_products_on_the_matrix_cores_of_gfx950(case, reports):
+def test_products_run_on_the_matrix_cores_of_gfx950(case, reports):
     """With --quant the experts' products are scaled: dot_scaled falls back silently where a tile is too small."""
     quant = case[1].startswith("quant")
     for figures in of(reports, case, PRODUCTS):
@@ -109,7 +109,7 @@ def test_products_on_the_matrix_cores_of_gfx950(case, reports):
 
 
 @pytest.mark.parametrize("case", NVIDIA_CASES)
-def test_products_on_the_tensor_cores_of_sm_90(case, reports):
+def test_products_run_on_the_tensor_cores_of_sm_90(case, reports):
     """Products are wgmma of four warps together; those of one warp reach half of the rate."""
     for figures in of(reports, case, PRODUCTS):
         assert figures["products"] > 0, figures
