@@ -7,13 +7,12 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import fake_matplotlib
 import pytest
 import torch
-from small_model import assert_rejected, run_script, small_checkpoint, write_model
+from small_model import assert_rejected, run_script, write_model
 
 import bench_islosl
 import convert_to_iris
@@ -30,16 +29,6 @@ SPREAD_KEYS = {"median", "mean", "min", "p10", "p90", "n"}
 FIGURES = ("ttft_ms", "tpot_ms", "end_to_end_s", "input_tokens_per_s", "output_tokens_per_s")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    return small_checkpoint()
-
-
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
     """Run the command line in this process on the small model; return (exit code, stdout, stderr)."""
@@ -47,9 +36,9 @@ def run(folder, monkeypatch, capsys):
 
 
 class FakeModel:
-    """A clock and a model in one:
+    """A clock and a model in one.
 
-    2 s per prompt token, then 0.5 s per token; every other request takes twice as long.
+    A prompt token takes 2 s, then a token 0.5 s; every other request takes twice as long.
     """
 
     config = SimpleNamespace(dense=DenseFormats())

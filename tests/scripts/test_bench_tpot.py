@@ -4,11 +4,10 @@ import dataclasses
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
-from small_model import assert_rejected, run_script, small_checkpoint, write_model
+from small_model import assert_rejected, run_script
 
 import bench_tpot
 from bench_tpot import Measurement, Plan, Report, json_text, markdown, plan_for, write_plot
@@ -25,16 +24,6 @@ from reference import Reference
 from system.errors import InputError
 
 SPREAD_KEYS = {"median", "mean", "min", "p10", "p90", "n"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    return small_checkpoint()
 
 
 @pytest.fixture

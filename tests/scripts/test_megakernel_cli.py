@@ -35,21 +35,10 @@ PROMPT_IDS = list(PROMPT.encode())
 VOCAB = 264
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A small model in a folder. Tests must not change it."""
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def own_folder(tmp_path) -> Path:
     """A small model in two shards, which a test may change."""
     return write_model(tmp_path / "own", shards=2)
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    return small_checkpoint()
 
 
 @pytest.fixture

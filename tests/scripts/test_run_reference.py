@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_model import assert_rejected, run_script, small_checkpoint, write_model
+from small_model import assert_rejected, run_script
 
 import run_reference
 from host import limits
@@ -20,16 +20,6 @@ from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "Café"
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    return small_checkpoint()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -167,7 +157,17 @@ def test_an_early_end_leaves_no_traceback(folder, ending, code):
     assert (process.wait(timeout=60), process.stderr.read()) == (code, "")
 
 
-@pytest.mark.parametrize("script", ["run_reference.py", "gpt_oss_megakernel.py", "bench_tpot.py", "bench_islosl.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "run_reference.py",
+        "gpt_oss_megakernel.py",
+        "run_triton_phased.py",
+        "bench_tpot.py",
+        "bench_islosl.py",
+        "acc_eval.py",
+    ],
+)
 def test_an_interrupt_during_the_imports_leaves_no_traceback(tmp_path, script):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
