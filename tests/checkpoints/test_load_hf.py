@@ -152,7 +152,7 @@ def test_cut_asks_for_the_first_layers_only(written, shards):
 
 
 def test_cut_needs_no_shard_of_the_other_layers(single):
-    """Of two shards with equal tensors, the second holds layers 1 and 2 and is absent."""
+    """The tensors stand in two shards, the second of which holds layers 1 and 2 and is absent."""
     tensors = load_file(single / SINGLE)
     first = {name for name in tensors if not name.startswith(("model.layers.1.", "model.layers.2."))}
     save_file({name: tensors[name].clone() for name in first}, single / "a.safetensors")

@@ -1,4 +1,4 @@
-"""Which reader opens a path, and the flags that all scripts take for it."""
+"""load_model: which reader opens a path, and the flags that all scripts take for it."""
 
 import os
 

@@ -176,7 +176,7 @@ def test_more_programs_than_can_be_resident_are_refused():
 
 
 def test_the_driver_refuses_a_grid_that_cannot_be_resident():
-    """So nothing would hang even if the table of launch parameters were wrong."""
+    """Nothing would hang even if the table of launch parameters were wrong."""
     checkpoint = RandomCheckpoint(endless(GPT_OSS_120B.cut(1)), device=CUDA)
     model = MegaModel(checkpoint, max_context=16)
     model.grid = (100_000,)

@@ -84,7 +84,7 @@ def test_an_interrupt_beside_the_first_programs_start(when, monkeypatch):
 
 
 def test_what_another_signals_handler_raises(monkeypatch):
-    """Its exception ends the launch like Ctrl-C's, and the earlier handlers are restored."""
+    """An exception of another handler ends the launch like Ctrl-C's, and the earlier handlers are restored."""
     switch, sent = Grid.switch, []
 
     def handler(*_):

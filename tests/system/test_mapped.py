@@ -96,7 +96,7 @@ def test_memory_that_is_no_file_keeps_its_values(tmp_path):
 
 
 def test_a_file_of_another_name_keeps_its_pages(tmp_path):
-    """Its values may have been changed in memory; this code cannot know."""
+    """The values of such a file may have been changed in memory; this code cannot know."""
     path = tmp_path / "file"
     path.write_bytes(random_bytes(SIZE).numpy().tobytes())
     tensor = map_tensor(path)
