@@ -268,8 +268,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         type=threshold_list,
         default={},
         help="exit with 1 unless each metric is at least its value ("
-        f"{', '.join(metric.key for metric in METRICS if metric.least)}), or at most ("
-        f"{', '.join(metric.key for metric in METRICS if not metric.least)})",
+        f"{', '.join(metric.key for metric in METRICS if metric.higher_is_better)}), or at most ("
+        f"{', '.join(metric.key for metric in METRICS if not metric.higher_is_better)})",
     )
     parser.add_argument("--json", metavar="FILE", type=output_path, help="write everything found as JSON")
     parser.add_argument(

@@ -69,7 +69,7 @@ def convert(args: argparse.Namespace) -> None:
     check_output(args.out, args.force)  # before a download
     try:
         source = open_source(args)
-        Tokenizer.of(source)  # refuse now what could not be loaded later
+        Tokenizer.from_checkpoint(source)  # refuse now what could not be loaded later
         checkpoint = QuantizedCheckpoint(source, cli.dense_formats(args, source))
         start = time.perf_counter()
         with signals_deferred() as check:
@@ -114,7 +114,7 @@ def verify(path: Path, model: str | None, n_layers: int | None) -> None:
     archive = open_archive(path)
     if archive.header.digests is None and model is None:
         raise InputError(f"{path}: version 1 holds no checksums; --model names a checkpoint to compare with")
-    Tokenizer.of(archive)  # a bad tokenizer may be equal on both sides
+    Tokenizer.from_checkpoint(archive)  # a bad tokenizer may be equal on both sides
     if archive.header.digests is not None:
         archive.verify(show_progress=sys.stderr.isatty())
         print(f"{path}: {len(archive.header.entries)} checksums match")

@@ -1,4 +1,4 @@
-"""Open an .iris archive, the whole model in one file, and read its tensors as views of the mapped file."""
+"""Open an .iris archive, which is a model in one file, and read its tensors as views of the mapped file."""
 
 import dataclasses
 import hashlib
@@ -44,6 +44,7 @@ from system.files import (
     LFS_POINTER_START,
     FileState,
     check_same,
+    file_errors,
     file_state,
     is_there,
     open_regular,
@@ -53,23 +54,23 @@ from system.files import (
 )
 from system.mapped import name_on_bus_error, release_pages
 
-HASH_CHUNK = 8 << 20
-HASH_THREADS = 8
-MOST_BYTES = {CONFIG_NAME: MAX_JSON_BYTES, GENERATION_NAME: MAX_JSON_BYTES, TOKENIZER_NAME: MAX_TOKENIZER_BYTES}
+HASH_CHUNK = 8 << 20  # bytes
+MAX_HASH_THREADS = 8
+MAX_DOCUMENT_BYTES = {CONFIG_NAME: MAX_JSON_BYTES, GENERATION_NAME: MAX_JSON_BYTES, TOKENIZER_NAME: MAX_TOKENIZER_BYTES}
 
 
 class IrisArchive:
-    """A checkpoint in one file whose table was checked against its configuration; blobs are not read yet.
+    """A checkpoint in one file whose table has been checked against its configuration; blobs are not read yet.
 
     Tensors are views of the mapped file, so host memory holds only the pages in use. Norms and sinks are float32.
-    `config.dense` tells which dense matrices are FP8; their scales are tensors beside them.
+    `config.dense` says which dense matrices are FP8; their scales are separate tensors.
 
-    `tensors`, at its end, and check_unchanged raise InputError if the file was written to since it was opened. Another
-    file may take its name, as the mapping keeps the one that was opened.
+    check_unchanged, and `tensors` at its end, raise InputError if the file was written to since it was opened. The name
+    may move to another file, because the mapping keeps the one that was opened.
     """
 
     def __init__(self, path: Path, descriptor: int):
-        """Takes the descriptor over. Raises InputError: see open_archive."""
+        """Open the file of a descriptor, and take over the descriptor. Raise InputError as open_archive does."""
         self.name = str(path)
         self._path = path
         self._file = open(descriptor, "rb", buffering=0)
@@ -78,64 +79,68 @@ class IrisArchive:
         self.header: Header = read_header(self._read, self._state.n_bytes, self.name)
         self.config: ModelConfig = dataclasses.replace(self._read_config(), dense=stored_formats(self.header.entries))
         _check_tensors(self.header, self.config, self.name)
-        self._check_unused(most=BLOB_ALIGNMENT)
+        self._check_unused(max_bytes=BLOB_ALIGNMENT)
         self._entries = self._entries_of(self.config)
         name_on_bus_error(self.name)
         self._bytes = _map(self._file, self.header.file_bytes, self.name)
 
     def cut(self, n_layers: int) -> None:
-        """Use the first layers only. InputError if there are fewer."""
+        """Use only the first n_layers. Raise InputError if the model has fewer, TypeError if that is no integer."""
         self.config = self.config.cut(n_layers)
         self._entries = self._entries_of(self.config)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of this published name. Raises KeyError if the model has no such tensor."""
+        """Return the tensor of this published name. Raise KeyError if the model has no such tensor."""
         entry = self._entries[name]
         return self._bytes[entry.offset : entry.end].view(entry.dtype).view(entry.shape)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All (published name, tensor), in the order of the file."""
+        """Yield each (published name, tensor), in the order of the file."""
         for name in sorted(self._entries, key=lambda name: self._entries[name].offset):
             tensor = self.tensor(name)
             yield name, tensor
             release_pages(tensor, str(self._path.resolve()))
         self.check_unchanged()
 
-    def run_of(self, names: Sequence[str]) -> torch.Tensor | None:
-        """The bytes of these tensors, uint8, if they follow each other in the file without gaps; else None."""
+    def contiguous_bytes(self, names: Sequence[str]) -> torch.Tensor | None:
+        """Return the bytes of these tensors, uint8, or None unless they follow each other in the file without gaps."""
         entries = [self._entries[name] for name in names]
         if any(entry.end != following.offset for entry, following in pairwise(entries)):
             return None
         return self._bytes[entries[0].offset : entries[-1].end]
 
     def document(self, name: str) -> bytes | None:
-        """What the archive, or a folder around one of version 1, holds under such a name. Raises InputError."""
-        most = MOST_BYTES[name]
+        """Return the content of a document in the archive, or beside one of version 1, or None if there is none.
+
+        Raise InputError if it is too large, damaged, or cannot be read.
+        """
+        max_bytes = MAX_DOCUMENT_BYTES[name]
         if self.header.version == 1:
             path = self._path.parent / name
-            return read_small(path, most) if is_there(path) else None
+            return read_small(path, max_bytes) if is_there(path) else None
         entry = self.header.entries.get(name)
         if entry is None:
             return None
-        if entry.n_bytes > most:
-            raise InputError(f"{self.name}: {name} has {entry.n_bytes} bytes, at most {most} are expected")
+        if entry.n_bytes > max_bytes:
+            raise InputError(f"{self.name}: {name} has {entry.n_bytes} bytes, at most {max_bytes} are expected")
         data = self._read(entry.offset, entry.n_bytes)
         if hashlib.sha256(data).digest() != self.header.digests[name]:
             raise InputError(f"{self.name}: {name}: the checksum does not match: the file is damaged")
         return data
 
     def check_unchanged(self) -> None:
-        """InputError if the file was written to since it was opened."""
+        """Raise InputError if the file was written to since it was opened."""
         check_same(self._state, file_state(self._file.fileno()), self.name)
 
     def files(self) -> list[Path]:
-        """The archive, and the files beside one of version 1 that complete it."""
-        return [self._path, *(self._path.parent / name for name in MOST_BYTES if self.header.version == 1)]
+        """Return the paths of the archive and, for version 1, of the documents beside it."""
+        return [self._path, *(self._path.parent / name for name in MAX_DOCUMENT_BYTES if self.header.version == 1)]
 
     def verify(self, show_progress: bool = False) -> None:
-        """Read all of the file and compare checksums. InputError names what does not match, or has no checksum.
+        """Read the whole file and compare checksums.
 
-        What belongs to no blob must be zero.
+        Raise InputError, naming the tensor, if one does not match, if bytes outside the blobs are not zero, or if the
+        archive is of version 1, which has no checksums.
         """
         if self.header.digests is None:
             raise InputError(f"{self.name}: version 1 holds no checksums")
@@ -143,7 +148,7 @@ class IrisArchive:
         entries = sorted(self.header.entries.values(), key=lambda entry: entry.offset)
         total = sum(entry.n_bytes for entry in entries)
         with (
-            ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(min(MAX_HASH_THREADS, os.cpu_count() or 1)) as pool,
             tqdm(total=total, unit="B", unit_scale=True, desc="checksums", disable=not show_progress) as bar,
         ):
             try:
@@ -158,13 +163,13 @@ class IrisArchive:
                 raise
         self.check_unchanged()
 
-    def _check_unused(self, most: int | None = None) -> None:
-        """InputError unless all bytes between the blobs are zero; where there are more than `most`, they are not read.
+    def _check_unused(self, max_bytes: int | None = None) -> None:
+        """Raise InputError unless all bytes between the blobs are zero, which version 1 does not require.
 
-        Version 1 says nothing of them.
+        Spans of more than max_bytes are skipped.
         """
         for span in unused_spans(self.header) if self.header.version > 1 else ():
-            if most is not None and len(span) > most:
+            if max_bytes is not None and len(span) > max_bytes:
                 continue
             for offset in range(span.start, span.stop, HASH_CHUNK):
                 if self._read(offset, min(HASH_CHUNK, span.stop - offset)).strip(b"\0"):
@@ -178,19 +183,17 @@ class IrisArchive:
         return digest.digest()
 
     def _entries_of(self, config: ModelConfig) -> dict[str, Entry]:
-        """By published name."""
+        """Return published name -> entry for the tensors of a configuration."""
         return {name: self.header.entries[archive_name(name)] for name in expected_tensors(config)}
 
     def _read(self, offset: int, n_bytes: int) -> bytes:
-        """Without the mapping, as a file that was cut short then gives fewer bytes rather than a signal."""
-        parts, descriptor = [], self._file.fileno()
-        try:
-            while n_bytes and (part := os.pread(descriptor, n_bytes, offset)):
-                parts.append(part)
-                offset, n_bytes = offset + len(part), n_bytes - len(part)
-        except OSError as error:
-            raise InputError(f"{self.name}: {error.strerror}") from None
-        return b"".join(parts)
+        """Read without the mapping, because a truncated file then gives fewer bytes instead of a signal."""
+        pieces, descriptor = [], self._file.fileno()
+        with file_errors(self.name):
+            while n_bytes and (piece := os.pread(descriptor, n_bytes, offset)):
+                pieces.append(piece)
+                offset, n_bytes = offset + len(piece), n_bytes - len(piece)
+        return b"".join(pieces)
 
     def _read_config(self) -> ModelConfig:
         if self.header.version == 1:
@@ -206,7 +209,7 @@ class IrisArchive:
         )
 
     def _config_of_version_1(self) -> ModelConfig:
-        """That of the folder around the file, or that of the published model whose sizes the tensors have."""
+        """Return the configuration in the file's folder, or that of the published model with the tensors' sizes."""
         layers = {int(match[1]) for name in self.header.entries if (match := re.match(r"L(\d{1,4})\.", name))}
         n_layers = len(layers)
         if is_there(self._path.parent / CONFIG_NAME):
@@ -225,11 +228,11 @@ class IrisArchive:
 def open_archive(
     path: str | Path, n_layers: int | None = None, verify: bool = False, show_progress: bool = False
 ) -> IrisArchive:
-    """Check an archive by its header and configuration; with n_layers only the first layers are used.
+    """Open an archive and check its header and configuration; with n_layers only the first layers are used.
 
-    With `verify` every blob is compared with its checksum. InputError, naming the file and tensor, if it is no archive,
-    damaged, of an unknown version or order, or does not hold exactly the tensors of its configuration. TypeError if
-    `path` is no path.
+    With `verify` every blob is compared with its checksum. Raise InputError, naming the file and tensor, if it is no
+    archive, damaged, of an unknown version or order, or does not hold exactly the tensors of its configuration;
+    TypeError if `path` is no path.
     """
     path = path_of(path, "model")
     archive = IrisArchive(path, open_regular(path))
@@ -241,7 +244,7 @@ def open_archive(
 
 
 def _map(file, n_bytes: int, name: str) -> torch.Tensor:
-    """The file's bytes, which must not be written to."""
+    """Map a file, and return its bytes as uint8, which must not be written to."""
     try:
         mapping = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
@@ -252,26 +255,28 @@ def _map(file, n_bytes: int, name: str) -> torch.Tensor:
 
 
 def _check_tensors(header: Header, config: ModelConfig, source: str) -> None:
-    if config.dense.o == FP8_GROUPS and config.q_size % MXFP4_GROUP:  # hidden sizes are multiples of it
+    """Raise InputError unless an archive holds exactly its configuration's tensors, with their dtypes and shapes."""
+    if config.dense.o == FP8_GROUPS and config.q_size % MXFP4_GROUP:  # read_config checks the hidden sizes
         raise InputError(
             f"{source}: tensor L0.w_o_scales is uint8, but rows of {config.q_size} elements are no whole groups of 32"
         )
     expected = archive_tensors(config)
     for name, entry in header.entries.items():
         if name in DOCUMENTS and header.version > 1:
-            wanted = (torch.uint8, (entry.n_bytes,))
+            required = (torch.uint8, (entry.n_bytes,))
         elif name in expected:
-            wanted = expected[name]
+            required = expected[name]
         elif name.removesuffix(SCALES_ENDING) in expected:
             raise InputError(f"{source}: tensor {name} is there, but {name.removesuffix(SCALES_ENDING)} is not FP8")
         else:
             raise InputError(f"{source}: unknown tensor {name!r}: not part of the model that {CONFIG_NAME} describes")
-        if (entry.dtype, entry.shape) != wanted:
-            raise InputError(f"{source}: tensor {name} is {_kind(entry.dtype, entry.shape)}, expected {_kind(*wanted)}")
+        if (entry.dtype, entry.shape) != required:
+            stored = _type_text(entry.dtype, entry.shape)
+            raise InputError(f"{source}: tensor {name} is {stored}, expected {_type_text(*required)}")
     for name in expected:
         if name not in header.entries:
             raise InputError(f"{source}: tensor {name} is missing")
 
 
-def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+def _type_text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

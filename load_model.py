@@ -1,4 +1,4 @@
-"""Open a model, and its tokenizer: an .iris archive, a checkpoint folder, or a repository of the hub."""
+"""Open a model and its tokenizer from an .iris archive, a checkpoint folder, or a repository of the hub."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from load_hf import HFCheckpoint
 from load_hf import open_checkpoint as open_folder
 from load_iris import IrisArchive, open_archive
 from system.errors import InputError
-from system.files import is_there, path_of
+from system.files import file_errors, is_there, path_of
 from tokenizer_util import Tokenizer
 
 SUFFIX = ".iris"
@@ -25,8 +25,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Check a model, given as an archive, a folder or a hub id, and return it as a Checkpoint; no weight is read.
 
-    With n_layers only the first layers are used. `verify` reads all of an archive first, which must match its
-    checksums; nothing else has any. Raises InputError; TypeError if `model` is no path.
+    With n_layers only the first layers are used. With `verify` an archive is read completely and compared with its
+    checksums. Raise InputError if the model is missing, damaged or not supported, or has no checksums to verify;
+    TypeError if `model` is no path.
     """
     if is_archive(model):
         return open_archive(model, n_layers, verify, show_progress)
@@ -36,18 +37,22 @@ def open_checkpoint(
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """A model's tokenizer. An archive may have none, a folder not. Raises InputError; TypeError for no checkpoint."""
+    """Return a checkpoint's tokenizer, or None for an archive without one.
+
+    Raise InputError if it is damaged or a folder has none; TypeError if `checkpoint` is no checkpoint.
+    """
     if not hasattr(checkpoint, "document"):
         raise TypeError(f"checkpoint is {checkpoint!r}, not what open_checkpoint gives")
     if isinstance(checkpoint, HFCheckpoint):
         return Tokenizer.from_folder(checkpoint.folder)
-    return Tokenizer.of(checkpoint)
+    return Tokenizer.from_checkpoint(checkpoint)
 
 
 def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
-    """The checkpoint that a command line names, and its tokenizer. Random weights have none, and no stop ids.
+    """Open the checkpoint that a command line names, and its tokenizer. Random weights have no tokenizer or stop ids.
 
-    args: see host.cli.add_model_arguments. InputError before anything is opened if the kernels cannot run here.
+    args: see host.cli.add_model_arguments. Raise InputError if the kernels cannot run here, before anything is opened,
+    or if the model cannot be opened.
     """
     device = usable_device(None)
     if not args.random_weights:
@@ -61,17 +66,20 @@ def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
 
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """Paths of all files that an opened model consists of, which no output may replace; none for random weights."""
+    """Return the paths of all files of an opened model, which no output may replace; none for random weights."""
     return checkpoint.files() if isinstance(checkpoint, (HFCheckpoint, IrisArchive)) else []
 
 
 def is_archive(model: str | Path) -> bool:
-    """Whether a path names a file of any kind, or by its ending should. InputError if it cannot be looked at."""
+    """Return whether a path names a file of any type, or nothing but ends with SUFFIX.
+
+    A folder counts as an archive, and fails as one, if it ends with SUFFIX and has no config.json. Raise InputError if
+    the path cannot be looked up, TypeError if `model` is no path.
+    """
     path = path_of(model, "model")
-    try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return path.suffix == SUFFIX
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model}: {getattr(error, 'strerror', None) or error}") from None
+    with file_errors(model):
+        try:
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        except FileNotFoundError:
+            return path.suffix == SUFFIX
     return not is_folder or (path.suffix == SUFFIX and not is_there(path / CONFIG_NAME))

@@ -1,6 +1,6 @@
-"""Text to token ids and back by a checkpoint's tokenizer.json, and the harmony chat prompt of GPT-OSS.
+"""Convert text to token ids and back with a checkpoint's tokenizer.json, and build the harmony chat prompt of GPT-OSS.
 
-What the `tokenizers` package makes of the file is the truth, see docs/tokenizers.md.
+Results are those of the `tokenizers` package, see docs/tokenizers.md.
 """
 
 import codecs
@@ -14,16 +14,16 @@ from checkpoints.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_NAME, Checkpoi
 from checkpoints.text_backend import BYTES, PIECES, RUNS, WHOLE, TextBackend
 from checkpoints.text_process import TextProcess
 from checkpoints.tokenizer_parts import is_known_good
-from system.errors import InputError
+from system.errors import InputError, first_line
 from system.files import read_small
 
 REASONING_EFFORTS = ("low", "medium", "high")
-# What one chat prompt is framed with; a vocabulary that lacks one of these cannot chat.
+# The control tokens of a chat prompt; a vocabulary that lacks one of them cannot chat.
 FRAME_TOKENS = ("<|start|>", "<|message|>", "<|end|>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The 256 printable characters that a byte-level vocabulary writes bytes with: character -> byte."""
+    """Return character -> byte for the 256 printable characters that spell bytes in a byte-level vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -33,10 +33,10 @@ BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 class TextStream:
-    """Decodes one token at a time, what the next token can still change being held back.
+    """Decodes one token at a time, holding back text that the next token can still change.
 
-    All that it gives, `flush` included, is what Tokenizer.decode gives for all tokens. This one holds everything back,
-    for a decoder whose text only the end decides.
+    The texts of all calls, `flush` included, add up to Tokenizer.decode of all tokens. This base class holds everything
+    back, for decoders whose text is known only at the end.
     """
 
     def __init__(self, tokenizer: "Tokenizer"):
@@ -44,18 +44,18 @@ class TextStream:
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, possibly empty. Costs the token's own length, not the history's."""
+        """Return the text that this token completes, possibly "". The cost does not grow with the text before it."""
         self._held.append(token_id)
         return ""
 
     def flush(self) -> str:
-        """Ends the text, and returns what was held back. The stream can then be used afresh."""
+        """End the text, and return what was held back. The stream can then decode another text."""
         held, self._held = self._held, []
         return self._tokenizer.decode(held)
 
 
 class _ByteStream(TextStream):
-    """A character whose bytes are not all there yet is held back; flush gives U+FFFD for it."""
+    """Holds back a character until all of its bytes have arrived; flush returns U+FFFD for an incomplete one."""
 
     def __init__(self, tokenizer: "Tokenizer"):
         super().__init__(tokenizer)
@@ -71,16 +71,16 @@ class _ByteStream(TextStream):
 
 
 class _PieceStream(TextStream):
-    """Holds nothing back: the first token's text is one, a later one's may be another."""
+    """Holds nothing back, but gives the first token another text than later ones."""
 
     _is_first = True
 
     def push(self, token_id: int) -> str:
-        if self._tokenizer.kept("token", token_id) is None:
+        if self._tokenizer.cached("token", token_id) is None:
             return ""
         method = "first_piece" if self._is_first else "later_piece"
         self._is_first = False
-        return self._tokenizer.kept(method, token_id)
+        return self._tokenizer.cached(method, token_id)
 
     def flush(self) -> str:
         self._is_first = True
@@ -88,19 +88,19 @@ class _PieceStream(TextStream):
 
 
 class _RunStream(TextStream):
-    """Holds back tokens that spell bytes until another token follows, and at the beginning what may be stripped.
+    """Holds back tokens that spell bytes until another token follows, and text at the beginning that may be stripped.
 
-    A token that leaves text of its own ends what can be stripped: from then on the tokens held are decoded after it.
+    Nothing is stripped after a token with text of its own; later tokens are decoded together with that token.
     """
 
     def __init__(self, tokenizer: "Tokenizer"):
         super().__init__(tokenizer)
-        self._last: list[int] = []  # the token that the held ones are decoded after, once there is one
+        self._last: list[int] = []  # the last token with text of its own, which the held ones are decoded after
 
     def push(self, token_id: int) -> str:
-        kept = self._tokenizer.kept
+        cached = self._tokenizer.cached
         self._held.append(token_id)
-        if kept("may_spell_byte", token_id) or kept("first_piece", token_id) == "":
+        if cached("may_spell_byte", token_id) or cached("first_piece", token_id) == "":
             return ""
         piece = self._new_text()
         self._last, self._held = [token_id], []
@@ -120,61 +120,62 @@ STREAMS = {BYTES: _ByteStream, PIECES: _PieceStream, RUNS: _RunStream, WHOLE: Te
 
 
 class Tokenizer:
-    """The tokenizer stored in a checkpoint's tokenizer.json.
+    """The tokenizer in a checkpoint's tokenizer.json.
 
-    Its `truncation` and `padding` sections are ignored, and so is every other file, as transformers does for a prompt.
-    Any method raises InputError where the `tokenizers` package fails, or takes more time or memory than a tokenizer
-    should: a file that is not made of the parts of GPT-OSS tokenizers is used in a process of its own.
+    Its `truncation` and `padding` sections and all other files are ignored, as transformers does for a prompt. A file
+    with other parts than those of GPT-OSS tokenizers is used in a separate process with limits. Every method raises
+    InputError if the `tokenizers` package fails, or exceeds the limits on its time or memory.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer | TextBackend | TextProcess, source: str = "tokenizer"):
-        """Takes over the backend; `source` names it in errors."""
+        """Wrap a backend, which must not be used otherwise from then on; `source` names it in errors."""
         self._backend = TextBackend(backend) if isinstance(backend, tokenizers.Tokenizer) else backend
         self._source = source
-        self._kept: dict[tuple, object] = {}
+        self._cache: dict[tuple, object] = {}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """Reads FOLDER/tokenizer.json. Raises InputError where it is missing or is no tokenizer."""
+        """Read FOLDER/tokenizer.json. Raise InputError if it is missing or is no tokenizer."""
         path = Path(folder) / TOKENIZER_NAME
         if not path.exists():
             raise InputError(f"{path}: no such file; a checkpoint folder needs its tokenizer")
         return cls.from_json(read_small(path, MAX_TOKENIZER_BYTES), str(path))
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Tokenizer | None":
-        """A checkpoint's tokenizer, None if it has none. Raises InputError where that is no tokenizer."""
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "Tokenizer | None":
+        """Return a checkpoint's tokenizer, or None if it has none. Raise InputError if its file is no tokenizer."""
         data = checkpoint.document(TOKENIZER_NAME)
         return None if data is None else cls.from_json(data, f"{checkpoint.name}: {TOKENIZER_NAME}")
 
     @classmethod
     def from_json(cls, data: bytes, source: str) -> "Tokenizer":
-        """Reads the bytes of a tokenizer.json, which `source` names in errors. InputError where they are none."""
+        """Load the bytes of a tokenizer.json. Raise InputError, naming `source`, if they are no tokenizer."""
         if len(data) > MAX_TOKENIZER_BYTES:
             raise InputError(f"{source}: has {len(data)} bytes, at most {MAX_TOKENIZER_BYTES} are expected")
         load = TextBackend.load if is_known_good(data) else TextProcess
-        return cls(_answer(f"{source}: not a tokenizer file", load, data), source)
+        return cls(_call_backend(f"{source}: not a tokenizer file", load, data), source)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
-        return _answer(self._source, self._backend.vocab_size)
+        """The number of tokens, including special ones."""
+        return _call_backend(self._source, self._backend.vocab_size)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token given by its spelling, None where the vocabulary has no such token."""
-        return _answer(self._source, self._backend.token_id, token)
+        """Return the id of the token with this spelling, or None if the vocabulary has no such token."""
+        return _call_backend(self._source, self._backend.token_id, token)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; added tokens spelled out in the text become their ids, none are added.
+        """Return a text's token ids. Added tokens spelled out in the text become their ids; none are inserted.
 
-        Raises InputError where the text holds bytes that are not UTF-8 (lone surrogates).
+        Raise InputError if the text is not valid Unicode because of a lone surrogate.
         """
         return self._encode(text, plain=False)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Like `encode`, but an added token spelled out in the text stays ordinary text, special or not.
+        """Return a text's token ids, taking added tokens spelled out in the text as ordinary text, special or not.
 
-        Raises InputError where the vocabulary itself has a control token as a word, and the text holds it.
+        Raise InputError if the text has a lone surrogate, or contains a control token that the vocabulary itself has as
+        an ordinary word.
         """
         return self._encode(text, plain=True)
 
@@ -183,12 +184,13 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid UTF-8 (character {error.start})") from error
-        return _answer(f"{self._source}: cannot encode this text", self._backend.encode, text, plain)
+        return _call_backend(f"{self._source}: cannot encode this text", self._backend.encode, text, plain)
 
     def encode_chat(self, user_text: str, reasoning: str = "medium", date: str | None = None) -> list[int]:
-        """The harmony prompt as token ids; whatever the user wrote is encoded on its own, as plain text.
+        """Return the token ids of the harmony prompt, with the user's text encoded separately as plain text.
 
-        Raises InputError as `render_chat` does, and where the vocabulary lacks the harmony tokens.
+        reasoning: "low", "medium" or "high". date: YYYY-MM-DD, or None to leave it out. Raise InputError for another
+        value of either, if the vocabulary lacks the harmony tokens, and for a text that encode_plain refuses.
         """
         missing = [token for token in FRAME_TOKENS if self.token_id(token) is None]
         if missing:
@@ -197,48 +199,49 @@ class Tokenizer:
         return self.encode(before) + self.encode_plain(user_text) + self.encode(after)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's bytes where the decoder is ByteLevel; empty for an id without a token."""
-        text = self.kept("first_piece", token_id)
+        """Return a token's bytes, for a ByteLevel decoder; b"" for an id without a token."""
+        text = self.cached("first_piece", token_id)
         if "\ufffd" not in text:
             return text.encode()
-        spelling = self.kept("token", token_id)
+        spelling = self.cached("token", token_id)
         if not all(character in BYTE_OF_CHARACTER for character in spelling):
             return text.encode()
         return bytes(BYTE_OF_CHARACTER[character] for character in spelling)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids: special tokens are kept visible, ids without a token are left out (a model's vocabulary
-        may be padded), and bytes that are not UTF-8 are U+FFFD."""
-        return _answer(f"{self._source}: cannot decode tokens", self._backend.decode, list(ids))
+        """Return the text of the ids, including special tokens, with U+FFFD for bytes that are not UTF-8.
+
+        Ids without a token are omitted, as a model's vocabulary may be padded.
+        """
+        return _call_backend(f"{self._source}: cannot decode tokens", self._backend.decode, list(ids))
 
     def stream(self) -> TextStream:
-        """A decoder for text that appears token by token."""
-        return STREAMS[self.kept("stream_kind")](self)
+        """Return a decoder for text that arrives token by token."""
+        return STREAMS[self.cached("stream_kind")](self)
 
-    def kept(self, method: str, *arguments):
-        """A backend's answer about one token, the same every time, so that it is asked once."""
-        question = (method, *arguments)
-        if question not in self._kept:
+    def cached(self, method: str, *arguments):
+        """Return the result of a backend's method that always returns the same for these arguments, calling it once."""
+        call = (method, *arguments)
+        if call not in self._cache:
             failure = f"{self._source}: cannot decode tokens"
-            self._kept[question] = _answer(failure, getattr(self._backend, method), *arguments)
-        return self._kept[question]
+            self._cache[call] = _call_backend(failure, getattr(self._backend, method), *arguments)
+        return self._cache[call]
 
 
-def _answer(failure: str, method, *arguments):
-    """Calls a method of a backend; whatever the package raises or panics with is an InputError."""
+def _call_backend(failure: str, method, *arguments):
+    """Call a method of a backend, and turn what the package raises, panics included, into an InputError."""
     try:
         return method(*arguments)
     except BaseException as error:  # a panic of the package is a BaseException
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{failure} ({reason})") from error
+        raise InputError(f"{failure} ({first_line(error)})") from error
 
 
 def _chat_frame(reasoning: str, date: str | None) -> tuple[str, str]:
-    """What stands before and after the user's text in a prompt for the assistant's completion.
+    """Return the text before and after the user's text in a prompt for the assistant's answer.
 
-    Raises InputError for an unknown reasoning effort or a date that is not YYYY-MM-DD.
+    Raise InputError for an unknown reasoning effort or a date that is not YYYY-MM-DD.
     """
     if reasoning not in REASONING_EFFORTS:
         raise InputError(f"reasoning effort {reasoning!r}: expected one of {', '.join(REASONING_EFFORTS)}")
@@ -254,10 +257,10 @@ def _chat_frame(reasoning: str, date: str | None) -> tuple[str, str]:
 
 
 def render_chat(user_text: str, reasoning: str = "medium", date: str | None = None) -> str:
-    """The harmony prompt as text: system message, one user message, start of the assistant's answer.
+    """Return the harmony prompt as text: system message, one user message, start of the assistant's answer.
 
-    Special tokens spelled out in `user_text` are indistinguishable from the frame's here: text that is not
-    one's own goes through `Tokenizer.encode_chat`. Raises InputError for an unknown effort or a malformed date.
+    Special tokens spelled out in `user_text` cannot be told from the prompt's own here, so text that is not trusted
+    must go through `Tokenizer.encode_chat`. Raise InputError for an unknown reasoning effort or a malformed date.
     """
     before, after = _chat_frame(reasoning, date)
     return before + user_text + after

@@ -1,7 +1,7 @@
-"""Checkpoints of random values, and writing any checkpoint in the published layout.
+"""The interface of checkpoints, one of random values, and a writer of the published layout.
 
-A checkpoint is anything with the methods of `Checkpoint`; the readers of files and the random one here have the same
-interface, so that whatever packs or runs a model does not know where its values come from.
+A checkpoint is any object with the methods of `Checkpoint`. The readers of files and the random checkpoint here share
+them, so that code that packs or runs a model does not depend on where its values come from.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from system.errors import InputError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_NAME = "tokenizer.json"
-MAX_TOKENIZER_BYTES = 64 << 20  # that of the published models has 28 MB
+MAX_TOKENIZER_BYTES = 64 << 20  # the published models' tokenizer has 28 MB
 
-# Root mean square of the E2M1 values, all 16 codes alike: sqrt((0 + .25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8).
+# Root mean square of the 16 E2M1 codes with equal weight: sqrt((0 + .25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8).
 E2M1_RMS = math.sqrt(68.5 / 8)
 E8M0_BIAS = 127
-# Random exponents are a centre plus one of these, each as often; the mean of 4**offset is what they add to the square.
+# Random exponents are a centre plus one of these, equally often, which multiplies the mean square by EXPONENT_POWER.
 EXPONENT_OFFSETS = (-2, -1, 0, 1)
 EXPONENT_POWER = sum(4.0**offset for offset in EXPONENT_OFFSETS) / len(EXPONENT_OFFSETS)
 
@@ -38,31 +38,34 @@ class Checkpoint(Protocol):
     name: str
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of this published name, in its published shape and dtype (bfloat16 or uint8).
+        """Return the tensor of this published name, in its published shape and dtype (bfloat16 or uint8).
 
-        Norms and sinks may come as float32. A dense matrix that `config.dense` says is FP8 comes as float8_e4m3fn, its
-        scales under checkpoints.config.scale_name as float32 or uint8.
+        Norms and sinks may be float32. A dense matrix that is FP8 according to `config.dense` is float8_e4m3fn, and its
+        scales have the name checkpoints.config.scale_name and are float32 or uint8.
         """
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All (name, tensor), one at a time, in the order that is cheapest to read."""
+        """Yield each (name, tensor), in the order that is cheapest to read."""
 
     def document(self, name: str) -> bytes | None:
-        """What a file beside the weights holds, such as TOKENIZER_NAME; None if there is none. Raises InputError."""
+        """Return the content of a file beside the weights, such as TOKENIZER_NAME, or None if it does not exist.
+
+        Raise InputError if it cannot be read.
+        """
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
-    """InputError if a file that the checkpoint reads was changed since it was opened. Some read none."""
+    """Raise InputError if a file that the checkpoint reads has changed since it was opened, if it reads any."""
     check = getattr(checkpoint, "check_unchanged", None)
     if check is not None:
         check()
 
 
 class RandomCheckpoint:
-    """A checkpoint of the given sizes whose values are drawn on `device` when asked for, and not kept.
+    """A checkpoint of the given sizes whose values are drawn on `device` on request, and not kept.
 
-    A tensor's values depend on `seed`, its name and the kind of device only (CPUs and GPUs draw differently), so that
-    asking twice or in another order gives the same ones. Activations stay of order 1 with the scales at 1:
+    A tensor's values depend only on `seed`, its name and the type of device (CPUs and GPUs draw differently), whatever
+    the order of the requests. With all scales at 1 activations stay of order 1:
 
     weight_scale: multiplies the attention, router and LM head matrices
     expert_scale: multiplies the expert matrices, rounded to a power of two (their block scales hold nothing else)
@@ -93,7 +96,7 @@ class RandomCheckpoint:
         self._expected = expected_tensors(config)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of this published name; it takes no more memory to draw than it has itself."""
+        """Return the tensor of this published name, drawn in no more memory than it takes itself."""
         shape, _ = self._expected[name]
         generator = torch.Generator(self._device).manual_seed(_seed_of(self._seed, name))
         if name.endswith("_blocks"):
@@ -105,15 +108,15 @@ class RandomCheckpoint:
         return values.normal_(mean, std, generator=generator)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All (name, tensor), drawn one at a time."""
+        """Yield each (name, tensor), drawn one at a time."""
         for name in self._expected:
             yield name, self.tensor(name)
 
     def document(self, name: str) -> None:
-        """Random weights have none."""
+        """Return None, as random weights have no documents."""
 
     def _distribution(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-        """Mean and standard deviation of a bfloat16 tensor's values."""
+        """Return the mean and standard deviation of a bfloat16 tensor's values."""
         if name.endswith("norm.weight"):
             return 1.0, 0.1
         if name.endswith("bias"):
@@ -125,7 +128,7 @@ class RandomCheckpoint:
         return 0.0, self._weight_scale / math.sqrt(shape[-1])
 
     def _expert_scales(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """E8M0 bytes for which a row of random blocks maps inputs of rms 1 to outputs of about rms `expert_scale`."""
+        """Draw E8M0 bytes with which random blocks map inputs of rms 1 to outputs of about rms `expert_scale`."""
         fan_in = shape[-1] * 32
         row_power = fan_in * E2M1_RMS**2 * EXPONENT_POWER
         centre = E8M0_BIAS - round(0.5 * math.log2(row_power)) + self._expert_exponent
@@ -134,7 +137,7 @@ class RandomCheckpoint:
 
 
 class WithoutStopIds:
-    """A checkpoint of a model that no token stops: what it generates has the length asked for."""
+    """A checkpoint whose model has no stop ids, so that it generates as many tokens as requested."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
@@ -145,18 +148,18 @@ class WithoutStopIds:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    """63 bits that depend on both; Python's own hash() differs from run to run."""
+    """Return a hash of 63 bits of both; Python's own hash() differs from run to run."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
 
 
 def _random_bytes(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """uniform uint8; drawn eight at a time, as the CPU's generator spends as long on a byte as on 64 bits."""
+    """Draw uniform uint8 values, eight at a time, as the CPU's generator takes as long for a byte as for 64 bits."""
     words = torch.empty((*shape[:-1], shape[-1] // 8), dtype=torch.int64, device=generator.device)
     return words.random_(-(2**63), None, generator=generator).view(torch.uint8)
 
 
 def config_to_dict(config: ModelConfig) -> dict:
-    """A `config.json` from which `checkpoints.config` and transformers read the same configuration back."""
+    """Return a `config.json` as a dict from which `checkpoints.config` and transformers read this configuration."""
     yarn = config.yarn
     rope = {
         "rope_type": "yarn",
@@ -204,10 +207,10 @@ def config_to_dict(config: ModelConfig) -> dict:
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: str | Path, shards: int = 1) -> Path:
-    """Write a checkpoint as a folder in the published layout: config.json and the weights. Returns the folder.
+    """Write a checkpoint as a folder in the published layout (config.json and the weights), and return the folder.
 
-    With more than one shard the tensors are dealt out in turn, so that a layer's lie in several shards, and an index
-    is written. One shard is held in host memory at a time. InputError if the folder already holds weights.
+    With more than one shard the tensors are distributed in turn, so that a layer spans several shards, and an index is
+    written. One shard is held in host memory at a time. Raise InputError if the folder already holds weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +233,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: str | Path, shards: int = 1
 
 
 def _write_shard(checkpoint: Checkpoint, names: list[str], path: Path) -> int:
-    """Returns the bytes of the tensors, without the header."""
+    """Write the tensors to a file, and return their bytes without the header."""
     tensors = {name: checkpoint.tensor(name).cpu().contiguous() for name in names}
     save_file(tensors, path, metadata={"format": "pt"})
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,7 +1,7 @@
-"""What the code must know of a GPT-OSS model: its sizes, its constants, and the names and shapes of its tensors.
+"""The configuration of a GPT-OSS model: its sizes, its constants, and the names and shapes of its tensors.
 
-A configuration may say a thing twice. One rule decides, docs/checkpoints.md spells it out: what counts is what
-transformers 5.17 takes; what would mean another model there, and is not supported here, is refused by its key.
+Where a configuration file states something twice, the value that transformers 5.17 uses counts. A key that would mean
+another model there, and is not supported here, is refused by name. docs/checkpoints.md has the rules.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from system.errors import InputError
 from system.files import is_there, parse_json, read_small
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
-MAX_JSON_BYTES = 1 << 20  # of either of them
+MAX_JSON_BYTES = 1 << 20  # of either file
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
 MXFP4_GROUP = 32  # elements that share one E8M0 scale
 MAX_LAYERS = 1024  # a damaged file may ask for billions, and each layer costs memory before any shape is checked
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-BF16, FP8_ROWS, FP8_GROUPS = "bf16", "fp8-row", "fp8-32"  # bfloat16; E4M3 with a scale a row, or one for 32 elements
-# Keys from which transformers makes another model, or takes other weights, than the supported keys say.
+BF16, FP8_ROWS, FP8_GROUPS = "bf16", "fp8-row", "fp8-32"  # bfloat16; E4M3 with a scale per row, or per 32 elements
+# Keys that make transformers build another model, or load other weights, than the supported keys describe.
 CHANGES_MEANING = ("per_layer_config", "attribute_map", "partial_rotary_factor", "transformers_weights")
-LAYER_KINDS = ("sliding_attention", "full_attention")
+LAYER_TYPES = ("sliding_attention", "full_attention")
 ITEM_BYTES = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}  # by dtype as safetensors spells it
-SCALE_ENDING = "_scale"  # of the name of an FP8 matrix's scales, behind that of the matrix
+SCALE_ENDING = "_scale"  # appended to an FP8 matrix's name for its scales
 
-# Ending of the published name of each dense matrix -> the field of DenseFormats that says how it is held.
+# Ending of each dense matrix's published name -> the field of DenseFormats with its format.
 DENSE_MATRICES = {
     "q_proj.weight": "qkv",
     "k_proj.weight": "qkv",
@@ -52,7 +52,7 @@ class YarnConfig:
 
     @property
     def concentration(self) -> float:
-        """Multiplies both cos and sin."""
+        """The factor of both cos and sin, called attention factor in transformers."""
         if self.attention_factor is not None:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
@@ -60,15 +60,15 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class DenseFormats:
-    """How a device or a file holds each dense matrix: BF16, as published, or a format of checkpoints/fp8.py."""
+    """The format of each dense matrix on a device or in a file: BF16, as published, or one of checkpoints/fp8.py."""
 
     qkv: str = BF16
     o: str = BF16
     router: str = BF16
     head: str = BF16
 
-    def of(self, name: str) -> str:
-        """The format of the tensor of this published name; BF16 if it is no dense matrix."""
+    def format_of(self, name: str) -> str:
+        """Return the format of the tensor of this published name; BF16 if it is no dense matrix."""
         component = DENSE_MATRICES.get(".".join(name.split(".")[-2:]))
         return getattr(self, component) if component else BF16
 
@@ -114,20 +114,23 @@ class ModelConfig:
 
     @property
     def swiglu_bound(self) -> float:
-        """No activation of an expert is larger: z sigmoid(alpha z) lies between -0.2785 / alpha and z."""
+        """An upper bound of an expert's activations, as z sigmoid(alpha z) lies between -0.2785 / alpha and z."""
         return max(self.swiglu_limit, 0.2785 / self.swiglu_alpha) * (self.swiglu_limit + 1)
 
     def window(self, layer: int) -> int:
-        """Keys that a query of this layer sees, itself included; 0 means all."""
+        """Return the number of keys that a query of this layer sees, its own included; 0 means all."""
         return self.sliding_window if self.layer_is_sliding[layer] else 0
 
     def compiled(self) -> "ModelConfig":
-        """What kernels are compiled for: models that differ in what no kernel reads, None here, share them."""
+        """Return the configuration that kernels are compiled for, with None for the fields that no kernel reads.
+
+        Models that differ only in those fields share compiled kernels.
+        """
         unread = "n_layers sliding_window layer_is_sliding max_position_embeddings yarn stop_ids"
         return replace(self, **dict.fromkeys(unread.split()))
 
     def cut(self, n_layers: int) -> "ModelConfig":
-        """The same model with only its first layers. InputError if it has fewer; TypeError if that is no integer."""
+        """Return the model with only its first n_layers. Raise InputError if it has fewer, TypeError for no integer."""
         n_layers = integer(n_layers, "n_layers")
         if not 1 <= n_layers <= self.n_layers:
             raise InputError(f"--layers {n_layers}: the model has layers 1 to {self.n_layers}")
@@ -141,28 +144,28 @@ GPT_OSS_20B = ModelConfig(n_layers=24, n_experts=32, layer_is_sliding=(True, Fal
 PRESETS = {"120b": GPT_OSS_120B, "20b": GPT_OSS_20B}
 
 
-def held_formats(checkpoint, asked: DenseFormats | None, askers: Mapping[str, str] | None = None) -> DenseFormats:
-    """The formats in which dense matrices can be had: as asked for where the checkpoint has bfloat16, else its own.
+def held_formats(checkpoint, requested: DenseFormats | None, flags: Mapping[str, str] | None = None) -> DenseFormats:
+    """Return the formats for dense matrices: those requested where the checkpoint has bfloat16, else the checkpoint's.
 
-    askers: field of DenseFormats -> the flag that asks for it. InputError if that is another than the checkpoint's, as
-    what was rounded once is not rounded again; bfloat16 asks for nothing.
+    BF16 requests nothing. flags: field of DenseFormats -> the flag that requests its format, for errors. Raise
+    InputError for a request that differs from the checkpoint's FP8 format, as values are never rounded twice.
     """
     formats = dict(checkpoint.config.dense.__dict__)
-    for name, wanted in (asked or DenseFormats()).__dict__.items():
-        if wanted != BF16:
-            if formats[name] not in (BF16, wanted):
-                asker = (askers or {}).get(name, f"dense.{name}")
+    for name, dense_format in (requested or DenseFormats()).__dict__.items():
+        if dense_format != BF16:
+            if formats[name] not in (BF16, dense_format):
+                flag = (flags or {}).get(name, f"dense.{name}")
                 raise InputError(
-                    f"{asker}: {checkpoint.name} holds {name} in {formats[name]}, which cannot become {wanted}"
+                    f"{flag}: {checkpoint.name} holds {name} in {formats[name]}, which cannot become {dense_format}"
                 )
-            formats[name] = wanted
+            formats[name] = dense_format
     return DenseFormats(**formats)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype as safetensors spells it) of each tensor of a checkpoint in the published layout.
+    """Return name -> (shape, dtype as safetensors spells it) of each tensor of a checkpoint in the published layout.
 
-    With `config.dense` some matrices are E4M3, and their scales are tensors of their own, called scale_name.
+    Matrices that are FP8 according to `config.dense` are E4M3, and their scales are separate tensors, see scale_name.
     """
     hidden, inter, experts = config.hidden_size, config.intermediate_size, config.n_experts
     tensors = {
@@ -188,7 +191,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], st
             tensors[f"{mlp}.experts.{proj}_proj_scales"] = ((experts, rows, groups), "U8")
             tensors[f"{mlp}.experts.{proj}_proj_bias"] = ((experts, rows), "BF16")
     for name, (shape, _) in list(tensors.items()):
-        dense_format = config.dense.of(name)
+        dense_format = config.dense.format_of(name)
         if dense_format != BF16:
             rows, k = shape
             tensors[name] = shape, "F8_E4M3"
@@ -199,17 +202,17 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], st
 
 
 def scale_name(name: str) -> str:
-    """What the scales of the FP8 matrix of this published name are called."""
+    """Return the name of the scales of the FP8 matrix with this published name."""
     return f"{name}{SCALE_ENDING}"
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
-    """Bytes of all tensors of a checkpoint in the published layout."""
+    """Return the bytes of all tensors of a checkpoint in the published layout."""
     return sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in expected_tensors(config).values())
 
 
 def check_token(token_id: int, config: ModelConfig) -> None:
-    """InputError unless the id is in the vocabulary. TypeError if it is no integer."""
+    """Raise InputError unless the id is in the vocabulary, TypeError if it is no integer."""
     if not 0 <= integer(token_id, "token_id") < config.vocab_size:
         raise InputError(f"token id {token_id} lies outside the vocabulary of {config.vocab_size}")
 
@@ -217,7 +220,7 @@ def check_token(token_id: int, config: ModelConfig) -> None:
 def read_config(folder: Path) -> ModelConfig:
     """Read `config.json` and, if there is one, `generation_config.json` of a checkpoint folder.
 
-    InputError names the file and the key if it is not a GPT-OSS model of a supported size.
+    Raise InputError, naming the file and the key, if it is not a GPT-OSS model of a supported size.
     """
     path, generation = Path(folder) / CONFIG_NAME, Path(folder) / GENERATION_NAME
     return parse_config(
@@ -231,9 +234,10 @@ def read_config(folder: Path) -> ModelConfig:
 def parse_config(
     config: bytes, generation: bytes | None, source: str = CONFIG_NAME, generation_source: str = GENERATION_NAME
 ) -> ModelConfig:
-    """The same of what these files hold; the sources name them in errors.
+    """Return the configuration in the content of `config.json` and `generation_config.json` (None if there is none).
 
-    Where there is a `generation_config.json`, its stop ids are the model's, be they none; else those of `config.json`.
+    The model's stop ids are those of `generation_config.json` if there is one, even if it has none, and else those of
+    `config.json`. Raise InputError, naming the source and the key, if it is not a GPT-OSS model of a supported size.
     """
     result = config_from_dict(_json_object(config, source), source)
     if generation is None:
@@ -243,15 +247,15 @@ def parse_config(
 
 
 def config_from_dict(raw: dict, source: str) -> ModelConfig:
-    """Check and translate the keys of a `config.json`; `source` names it in errors. Raises InputError."""
+    """Return the configuration in the keys of a `config.json`. Raise InputError, naming `source`, for a bad value."""
     if raw.get("model_type") != "gpt_oss":
         raise InputError(f"{source}: model_type is {raw.get('model_type')!r}, not 'gpt_oss'")
     quantization = raw.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "mxfp4":
         raise InputError(f"{source}: quantization_config is {quantization!r}, its quant_method must be 'mxfp4'")
-    for key, only in (("tie_word_embeddings", False), ("attention_bias", True), ("hidden_act", "silu")):
-        if raw.get(key, only) != only:
-            raise InputError(f"{source}: {key} is {raw[key]!r}, only {only!r} is supported")
+    for key, supported in (("tie_word_embeddings", False), ("attention_bias", True), ("hidden_act", "silu")):
+        if raw.get(key, supported) != supported:
+            raise InputError(f"{source}: {key} is {raw[key]!r}, only {supported!r} is supported")
 
     def size(key: str, default: int | None = None) -> int:
         return _size(raw, key, source, default)
@@ -264,7 +268,7 @@ def config_from_dict(raw: dict, source: str) -> ModelConfig:
         raise InputError(f"{source}: num_hidden_layers is {n_layers}, at most {MAX_LAYERS} are supported")
     n_heads, n_kv_heads, head_dim = size("num_attention_heads"), size("num_key_value_heads"), size("head_dim")
     n_experts, experts_per_token = size("num_local_experts"), size("num_experts_per_tok")
-    if raw.get("num_experts", n_experts) != n_experts:  # transformers' other name of it
+    if raw.get("num_experts", n_experts) != n_experts:  # another name that transformers accepts
         raise InputError(f"{source}: num_experts is {raw['num_experts']!r}, but num_local_experts {n_experts}")
     hidden, inter, vocab = size("hidden_size"), size("intermediate_size"), size("vocab_size")
     for key, value in (("hidden_size", hidden), ("intermediate_size", inter)):
@@ -321,7 +325,7 @@ def _number(raw: dict, key: str, source: str, default: float | None = None) -> f
 
 
 def _stop_ids(raw: dict, vocab_size: int, source: str) -> tuple[int, ...]:
-    """Without those that a model of this vocabulary cannot say: a smaller copy of a model may still name them."""
+    """Return the stop ids inside the vocabulary; a smaller copy of a model may still list ids outside it."""
     ids = raw.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -330,24 +334,24 @@ def _stop_ids(raw: dict, vocab_size: int, source: str) -> tuple[int, ...]:
 
 
 def _layer_is_sliding(raw: dict, n_layers: int, source: str) -> tuple[bool, ...]:
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        kinds = [LAYER_KINDS[layer % 2] for layer in range(n_layers)]
-    if not isinstance(kinds, list) or len(kinds) != n_layers or not all(kind in LAYER_KINDS for kind in kinds):
-        raise InputError(f"{source}: layer_types must hold {n_layers} of {' or '.join(map(repr, LAYER_KINDS))}")
-    return tuple(kind == "sliding_attention" for kind in kinds)
+    types = raw.get("layer_types")
+    if types is None:
+        types = [LAYER_TYPES[layer % 2] for layer in range(n_layers)]
+    if not isinstance(types, list) or len(types) != n_layers or not all(name in LAYER_TYPES for name in types):
+        raise InputError(f"{source}: layer_types must hold {n_layers} of {' or '.join(map(repr, LAYER_TYPES))}")
+    return tuple(name == "sliding_attention" for name in types)
 
 
 def _yarn(raw: dict, max_positions: int, source: str) -> YarnConfig:
-    """The keys of the older `rope_scaling`, all of them if there are any, or else of `rope_parameters`.
+    """Return the parameters in the older `rope_scaling` if it is there and not empty, and else in `rope_parameters`.
 
-    `rope_theta` counts inside before it does beside; `original_max_position_embeddings` the other way round, and
-    without either it is `max_position_embeddings`.
+    A `rope_theta` inside that object takes precedence over one beside it. For `original_max_position_embeddings` the
+    one beside it takes precedence, and `max_position_embeddings` is the default.
     """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters")
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "yarn":
         raise InputError(f"{source}: rope_parameters (or rope_scaling) does not describe YaRN")
-    for key in ("mscale", "mscale_all_dim", "partial_rotary_factor", *LAYER_KINDS):
+    for key in ("mscale", "mscale_all_dim", "partial_rotary_factor", *LAYER_TYPES):
         if rope.get(key) is not None:
             raise InputError(f"{source}: {key} is {rope[key]!r}, it is not supported")
     truncate = rope.get("truncate", True)

@@ -11,9 +11,9 @@ CHUNK = 1 << 24  # elements compared at a time
 
 
 def first_difference(ours: Checkpoint, theirs: Checkpoint, show_progress: bool = False) -> str | None:
-    """What first differs between two checkpoints, "tensor NAME" for example; None if nothing does.
+    """Return the first difference between two checkpoints, for example "tensor NAME", or None if they are equal.
 
-    Values are compared bit by bit, in the wider of two dtypes.
+    Values are compared bit by bit in the wider of the two dtypes. Raise InputError if a file changes meanwhile.
     """
     if dataclasses.replace(ours.config, dense=theirs.config.dense) != theirs.config:
         return "the configuration"

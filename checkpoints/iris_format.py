@@ -1,7 +1,7 @@
-"""The header of an .iris archive, as bytes and as values; docs/iris_format.md describes the format for other programs.
+"""Encode and decode the header of an .iris archive; docs/iris_format.md describes the format for other programs.
 
-Nothing here trusts a file: sizes are checked before anything of that size is read, and every error is an InputError
-that names the file.
+No file is trusted: a size is checked before anything of that size is read, and every error is an InputError that names
+the file.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from checkpoints.config import (
 from system.errors import InputError
 
 MAGIC = b"IRISMDL1"
-VERSION = 2  # of what is written; 1 is read
-PUBLISHED_ORDER = 0  # values stand in the order of the published checkpoints
+VERSION = 2  # the version that is written; version 1 can be read as well
+PUBLISHED_ORDER = 0  # values are stored in the order of the published checkpoints
 HEADER_ALIGNMENT = 4096
 BLOB_ALIGNMENT = 256
 DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.int32, torch.float8_e4m3fn)  # by code
-VERSION_1_DTYPES = 4  # the first ones
+VERSION_1_DTYPES = 4  # number of codes that version 1 knows
 SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -59,7 +59,7 @@ ENTRY = np.dtype(
 DIGEST_BYTES = 32  # SHA-256
 TRAILER = struct.Struct("<IIQ")  # order, 0, bytes of the file
 
-# What version 1 calls the tensors of the published layout.
+# Published name -> name in an archive. Those of a layer follow "L" and its number.
 _SHORT = {
     "model.embed_tokens.weight": "embed",
     "model.norm.weight": "final_norm",
@@ -87,7 +87,7 @@ _SHORT_OF_LAYER = {
     "mlp.experts.down_proj_bias": "down_b",
 }
 _FLOAT32 = {"norm_attn", "norm_moe", "sinks", "final_norm"}
-# What has scales in FP8, one of a model and five of a layer -> the field of DenseFormats that tells of it.
+# Dense matrices, which have scales in FP8 -> the field of DenseFormats with their format: 1 of a model, 5 of a layer.
 _SCALED = {"lm_head": "head", "w_q": "qkv", "w_k": "qkv", "w_v": "qkv", "w_o": "o", "router_w": "router"}
 SCALES_ENDING = "_scales"
 MAX_ENTRIES = len(_SHORT) + 1 + (len(_SHORT_OF_LAYER) + 5) * MAX_LAYERS + len(DOCUMENTS)
@@ -95,7 +95,7 @@ MAX_ENTRIES = len(_SHORT) + 1 + (len(_SHORT_OF_LAYER) + 5) * MAX_LAYERS + len(DO
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table: a tensor, or a document as uint8 [bytes]."""
+    """An entry of the table: a tensor, or a document as uint8 [bytes]."""
 
     name: str
     offset: int  # from the file's start, a multiple of BLOB_ALIGNMENT
@@ -110,7 +110,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header. Version 1 has no digests."""
+    """The header of an archive; version 1 has no digests."""
 
     version: int
     file_bytes: int
@@ -119,7 +119,7 @@ class Header:
 
 
 def archive_name(published: str) -> str:
-    """The name in an archive of a tensor of the published layout, or of the scales of one."""
+    """Return the name in an archive of the tensor, or scales, with this published name."""
     if published.endswith(SCALE_ENDING):
         return archive_name(published.removesuffix(SCALE_ENDING)) + SCALES_ENDING
     if published in _SHORT:
@@ -129,7 +129,7 @@ def archive_name(published: str) -> str:
 
 
 def archive_tensors(config: ModelConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name in an archive -> (dtype, shape) of each tensor of a model, in the order of expected_tensors."""
+    """Return name in an archive -> (dtype, shape) of each tensor of a model, in the order of expected_tensors."""
     tensors = {}
     for published, (shape, dtype) in expected_tensors(config).items():
         name = archive_name(published)
@@ -139,27 +139,27 @@ def archive_tensors(config: ModelConfig) -> dict[str, tuple[torch.dtype, tuple[i
 
 
 def stored_formats(entries: Mapping[str, Entry]) -> DenseFormats:
-    """How dense matrices are stored: a kind is FP8 if any of its matrices is, and most of its scales tell which FP8.
+    """Return the formats of the dense matrices in an archive, without checking that all matrices agree.
 
-    Whether the others are like that is not checked.
+    A component is FP8 if any of its matrices is, and the dtype of most of its scales tells which FP8 format.
     """
-    scales_of = {}
+    scale_dtypes = {}
     for name, entry in entries.items():
         component = _SCALED.get(name.rpartition(".")[2])
         if component and entry.dtype == torch.float8_e4m3fn:
             scales = entries.get(name + SCALES_ENDING)
-            scales_of.setdefault(component, []).extend([scales.dtype] if scales else [])
+            scale_dtypes.setdefault(component, []).extend([scales.dtype] if scales else [])
     formats = {}
-    for component, dtypes in scales_of.items():
+    for component, dtypes in scale_dtypes.items():
         formats[component] = FP8_GROUPS if dtypes and mode(dtypes) == torch.uint8 else FP8_ROWS
     return DenseFormats(**formats)
 
 
-def place_entries(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[Entry]:
-    """Entries for (name, dtype, shape), one behind the other behind the header."""
-    kinds = list(kinds)
-    end, entries = header_bytes(VERSION, len(kinds)), []
-    for name, dtype, shape in kinds:
+def place_entries(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[Entry]:
+    """Return an entry for each (name, dtype, shape), placed one after the other after the header."""
+    tensors = list(tensors)
+    end, entries = header_bytes(VERSION, len(tensors)), []
+    for name, dtype, shape in tensors:
         offset = _align(end, BLOB_ALIGNMENT)
         entries.append(Entry(name, offset, math.prod(shape) * dtype.itemsize, dtype, shape))
         end = entries[-1].end
@@ -167,15 +167,15 @@ def place_entries(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
 
 
 def header_bytes(version: int, n_entries: int) -> int:
-    """Bytes in front of the first blob."""
-    needed = PREFIX.size + n_entries * ENTRY.itemsize
+    """Return the bytes of a header, padded to HEADER_ALIGNMENT."""
+    n_bytes = PREFIX.size + n_entries * ENTRY.itemsize
     if version > 1:
-        needed += n_entries * DIGEST_BYTES + TRAILER.size + DIGEST_BYTES
-    return _align(needed, HEADER_ALIGNMENT)
+        n_bytes += n_entries * DIGEST_BYTES + TRAILER.size + DIGEST_BYTES
+    return _align(n_bytes, HEADER_ALIGNMENT)
 
 
 def encode_header(entries: list[Entry], digests: dict[str, bytes], order: int = PUBLISHED_ORDER) -> bytes:
-    """A version 2 header; `digests` are by name."""
+    """Return a version 2 header. digests: the SHA-256 of each entry's bytes, by name."""
     table = np.zeros(len(entries), ENTRY)
     for row, entry in zip(table, entries):
         row["name"] = np.void(entry.name.encode().ljust(ENTRY["name"].itemsize, b"\0"))
@@ -189,16 +189,16 @@ def encode_header(entries: list[Entry], digests: dict[str, bytes], order: int = 
 
 
 def seal(header: bytes) -> bytes:
-    """A header whose last bytes are the digest of those before."""
+    """Return a header with its last DIGEST_BYTES replaced by the digest of the bytes before them."""
     body = header[:-DIGEST_BYTES]
     return body + hashlib.sha256(body).digest()
 
 
 def read_header(read: Callable[[int, int], bytes], file_bytes: int, source: str) -> Header:
-    """Check and translate a file's header. `read(offset, n)` gives n bytes, or fewer at the file's end.
+    """Read and check a file's header. `read(offset, n)` returns n bytes, or fewer at the file's end.
 
-    Each entry lies within the file, aligned, and overlaps no other. Which tensors there should be is not checked.
-    Raises InputError.
+    Raise InputError, naming `source`, unless the header is valid and each entry is aligned, lies within the file and
+    overlaps no other. Whether the tensors are those of the model is not checked.
     """
     prefix = read(0, PREFIX.size)
     if len(prefix) < PREFIX.size or prefix[: len(MAGIC)] != MAGIC:
@@ -218,10 +218,10 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, source: str)
     entries, expected_bytes = _entries(table, version, source), file_bytes
     digests = None
     if version > 1:
-        at = PREFIX.size + table.nbytes
-        parts = [header[at + DIGEST_BYTES * i : at + DIGEST_BYTES * (i + 1)] for i in range(count)]
-        digests = dict(zip(entries, parts))
-        order, zero, expected_bytes = TRAILER.unpack_from(header, at + DIGEST_BYTES * count)
+        start = PREFIX.size + table.nbytes
+        end = start + DIGEST_BYTES * count
+        digests = {name: header[at : at + DIGEST_BYTES] for name, at in zip(entries, range(start, end, DIGEST_BYTES))}
+        order, zero, expected_bytes = TRAILER.unpack_from(header, end)
         if order != PUBLISHED_ORDER:
             raise InputError(f"{source}: stores its weights in order {order}, which is not known here")
         if zero != 0:
@@ -235,7 +235,7 @@ def read_header(read: Callable[[int, int], bytes], file_bytes: int, source: str)
 
 
 def unused_spans(header: Header) -> list[range]:
-    """The places in a file behind its header that belong to no blob."""
+    """Return the byte ranges after a file's header that belong to no blob."""
     end, spans = header_bytes(header.version, len(header.entries)), []
     for entry in sorted(header.entries.values(), key=lambda entry: (entry.offset, entry.end)):
         spans.append(range(end, entry.offset))

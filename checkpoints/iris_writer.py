@@ -16,7 +16,7 @@ from checkpoints.names import LAYER_TENSORS, MODEL_TENSORS, published_names
 from system.output_file import replacing
 
 CHUNK = 16 << 20  # bytes that are written and hashed at a time
-QUIET_SECONDS = 10  # between two lines of progress where there is no terminal
+QUIET_SECONDS = 10  # between two lines of progress without a terminal
 
 
 def write_archive(
@@ -28,12 +28,16 @@ def write_archive(
     check: Callable[[], None] = lambda: None,
     inputs: Sequence[Path] = (),
 ) -> int:
-    """Write an archive of version 2, returns its bytes. The host holds one tensor at a time, or a mapped file's pages.
+    """Write an archive of version 2, and return its size in bytes.
 
-    Dense matrices are written as the checkpoint has them; checkpoints.fp8.QuantizedCheckpoint has them in FP8.
-    `check` is called again and again: what it raises ends the writing, with nothing left at `path`.
-    InputError, and nothing at `path`, if it is there already (but with `force`), there is no space, or the checkpoint
-    is damaged. `inputs` are files that are not replaced by force either.
+    Host memory holds one tensor at a time, or a mapped file's pages. Dense matrices keep the checkpoint's formats; wrap
+    it in checkpoints.fp8.QuantizedCheckpoint to write FP8.
+
+    force: replace an existing file, unless it is one of `inputs`.
+    check: is called for every CHUNK; an exception that it raises ends the writing.
+
+    Raise InputError if `path` exists (without `force`), there is too little space, or the checkpoint is damaged. After
+    an error `path` is as it was before.
     """
     documents = _documents(checkpoint)
     entries = _plan(checkpoint, documents)
@@ -55,11 +59,11 @@ def write_archive(
 
         def write(entry: Entry, data: memoryview) -> None:
             digest = hashlib.sha256()
-            for at in range(0, len(data), CHUNK):
+            for start in range(0, len(data), CHUNK):
                 check()
-                chunk = data[at : at + CHUNK]
+                chunk = data[start : start + CHUNK]
                 hashed = hashing.submit(digest.update, chunk)
-                file.write(chunk, entry.offset + at)
+                file.write(chunk, entry.offset + start)
                 hashed.result()
                 bar.update(len(chunk))
             digests[entry.name] = digest.digest()
@@ -69,7 +73,7 @@ def write_archive(
         for name, tensor in checkpoint.tensors():
             entry = by_name[archive_name(name)]
             write(entry, _bytes_of(tensor, entry))
-            del tensor  # before the next one comes
+            del tensor  # frees it before the next one is read
         check()
         check_unchanged(checkpoint)
         file.write(encode_header(entries, digests), 0)
@@ -87,17 +91,17 @@ def _documents(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _plan(checkpoint: Checkpoint, documents: dict[str, bytes]) -> list[Entry]:
-    """Documents first, then the tensors of one kind behind each other, as a kernel on a CPU reads them in place."""
+    """Return the entries: documents, then each field's tensors contiguously, so that a CPU can read them in place."""
     config = checkpoint.config
     tensors = archive_tensors(config)
     names = []
     for field in (*MODEL_TENSORS, *LAYER_TENSORS):
         published = published_names(field, config.n_layers)
         names += map(archive_name, published)
-        if config.dense.of(published[0]) != BF16:
+        if config.dense.format_of(published[0]) != BF16:
             names += [archive_name(scale_name(name)) for name in published]
-    kinds = [(name, torch.uint8, (len(data),)) for name, data in documents.items()]
-    return place_entries(kinds + [(name, *tensors[name]) for name in names])
+    document_tensors = [(name, torch.uint8, (len(data),)) for name, data in documents.items()]
+    return place_entries(document_tensors + [(name, *tensors[name]) for name in names])
 
 
 def _bytes_of(tensor: torch.Tensor, entry: Entry) -> memoryview:

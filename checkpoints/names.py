@@ -1,4 +1,4 @@
-"""Name the published tensors that each field of host.weights.Weights holds: once, or for each layer, stacked."""
+"""Map each field of host.weights.Weights to the published tensors that it holds, one set per model or per layer."""
 
 from checkpoints.config import scale_name
 
@@ -28,14 +28,14 @@ PUBLISHED = MODEL_TENSORS | LAYER_TENSORS
 
 
 def published_names(field: str, n_layers: int) -> list[str]:
-    """Names of the published tensors of a field, in the order in which it holds their values."""
+    """Return the names of a field's published tensors, in the order in which it holds their values."""
     if field in MODEL_TENSORS:
         return list(MODEL_TENSORS[field])
     return [f"model.layers.{n}.{name}" for n in range(n_layers) for name in LAYER_TENSORS[field]]
 
 
 def tensor_names(field: str, n_layers: int) -> list[str]:
-    """Names of the tensors of a field, which may hold the scales of a dense matrix, unlike published_names'."""
+    """Return the names of a field's tensors in order; the field may also hold the scales of a dense matrix."""
     if field in PUBLISHED:
         return published_names(field, n_layers)
     return [scale_name(name) for name in published_names(field.removesuffix("_scales"), n_layers)]

@@ -1,8 +1,7 @@
-"""A process of its own for a tokenizer.json that may be anything.
+"""Run the `tokenizers` package in a separate process for a tokenizer.json that is not trusted.
 
-With such a file the `tokenizers` package can take all memory, never end, or abort the process, and a normalizer or a
-pattern that does so cannot be told from one that does not. So the package runs beside the program, with limits, and
-whatever happens to it is one TextError.
+Such a file can make the package take all memory, never end, or abort its process, and a normalizer or pattern that does
+so cannot be recognized beforehand. Here the package runs under limits, and each of its failures becomes one TextError.
 """
 
 import contextlib
@@ -16,29 +15,30 @@ import threading
 import weakref
 
 if __name__ == "__main__":
-    sys.path[:] = sys.argv[1:]  # the project's and the package's folders, as the starting process has them
+    sys.path[:] = sys.argv[1:]  # the import path of the parent process
 
 from checkpoints.text_backend import TextBackend
 
-SECONDS = 5  # of processor time for one request, plus
+# A request may take SECONDS of processor time and MEMORY bytes of address space, and more for each byte of its data.
+SECONDS = 5
 SECONDS_PER_BYTE = 4e-6  # of the tokenizer.json or text
-MEMORY = 1 << 30  # bytes of address space, plus
+MEMORY = 1 << 30
 MEMORY_PER_FILE_BYTE = 24
 MEMORY_PER_TEXT_BYTE = 1024
-MOST_ANSWER_BYTES = 128 << 20
+MAX_ANSWER_CHARACTERS = 128 << 20
 
 CHILD_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"}
 
 
 class TextError(Exception):
-    """Why the package did not answer, in a few words."""
+    """The package gave no answer; the message says why in a few words."""
 
 
 class TextProcess:
-    """The methods of TextBackend, run by another process. Each raises TextError, and the next call starts afresh."""
+    """The methods of TextBackend, run in another process. After a TextError the next call starts a new process."""
 
     def __init__(self, data: bytes):
-        """Loads the bytes of a tokenizer.json."""
+        """Load the bytes of a tokenizer.json. Raise TextError if the package cannot."""
         self._data = data
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
@@ -80,7 +80,7 @@ class TextProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | CHILD_ENVIRONMENT,
-                start_new_session=True,  # Ctrl-C is for the program, which ends this one
+                start_new_session=True,  # Ctrl-C must reach only the parent, which ends this process
             )
         except OSError as error:
             raise TextError(f"its process cannot be started: {error.strerror}") from None
@@ -106,7 +106,7 @@ class TextProcess:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = b""
-        except BaseException:  # such as Ctrl-C: the answer must not be taken for that of the next request
+        except BaseException:  # after Ctrl-C, for example, the answer must not be read as that of the next request
             self._stop(patience=0)
             raise
         if not line.endswith(b"\n"):
@@ -117,7 +117,7 @@ class TextProcess:
         return answer["value"]
 
     def _stop(self, patience: float) -> int:
-        """Ends the process and returns its exit code, its own if it has ended by itself within `patience` seconds."""
+        """Return the process's exit code after waiting `patience` seconds for it to end and then killing it."""
         process, self._process = self._process, None
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
@@ -129,7 +129,7 @@ def _end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # of bytes that were never read
+        with contextlib.suppress(OSError):  # closing fails if bytes were never read
             pipe.close()
 
 
@@ -142,7 +142,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _serve() -> None:
-    """Answers requests on stdin, one line of JSON each, until it is closed."""
+    """Answer the requests on stdin, one line of JSON each, until it is closed."""
     _limit(resource.RLIMIT_CORE, 0)
     size, seconds, memory = map(int, sys.stdin.buffer.readline().split())
     memory += MEMORY_PER_FILE_BYTE * size
@@ -161,23 +161,25 @@ def _serve() -> None:
 
 
 def _allow(seconds: float, memory: int) -> None:
-    """Limits the processor time from now on, and the address space in bytes."""
+    """Limit the processor time from now on, and the address space in bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
     _limit(resource.RLIMIT_AS, memory)
 
 
-def _limit(which: int, most: int) -> None:
-    hard = resource.getrlimit(which)[1]
-    resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+def _limit(resource_type: int, limit: int) -> None:
+    hard_limit = resource.getrlimit(resource_type)[1]
+    soft_limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
+    resource.setrlimit(resource_type, (soft_limit, hard_limit))
 
 
-def _answer(work) -> None:
+def _answer(call) -> None:
+    """Print the value that a call returns, or the error that it raises, as one line of JSON."""
     try:
-        answer = json.dumps({"value": work()})
-    except BaseException as error:  # noqa: BLE001 - a panic is a BaseException, and nobody else is here to see it
+        answer = json.dumps({"value": call()})
+    except BaseException as error:  # noqa: BLE001 - a panic is a BaseException, and the parent has to learn of it
         answer = json.dumps({"error": (str(error).splitlines() or [type(error).__name__])[0][:300]})
-    if len(answer) > MOST_ANSWER_BYTES:
+    if len(answer) > MAX_ANSWER_CHARACTERS:
         answer = json.dumps({"error": f"an answer of {len(answer)} bytes"})
     sys.stdout.write(answer + "\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Which tokenizer.json needs no guard: made of nothing but what GPT-OSS tokenizers are made of."""
+"""Recognize a tokenizer.json that is safe to load because it consists only of the parts of GPT-OSS tokenizers."""
 
 import hashlib
 import json
@@ -10,23 +10,23 @@ O200K_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Beyond these a file is not looked into: parsing it in Python would take as long as loading it.
-MOST_BYTES = 1 << 20
-MOST_ADDED_TOKENS = 4096
-MOST_CHARACTERS = 256  # of a token
+# Larger files are not examined, as parsing them in Python would take as long as loading them.
+MAX_BYTES = 1 << 20
+MAX_ADDED_TOKENS = 4096
+MAX_TOKEN_CHARACTERS = 256
 
 
 def is_known_good(data: bytes) -> bool:
-    """Whether a tokenizer.json can do no harm: byte-level BPE, no normalizer, only the pattern of GPT-OSS.
+    """Return whether a tokenizer.json is harmless: byte-level BPE without a normalizer, with only GPT-OSS's pattern.
 
-    The published file is told by its checksum.
+    The published file is recognized by its checksum.
     """
     if hashlib.sha256(data).hexdigest() == PUBLISHED:
         return True
-    if len(data) > MOST_BYTES:
+    if len(data) > MAX_BYTES:
         return False
     try:
-        parts = json.loads(data, object_pairs_hook=_without_repeats)
+        parts = json.loads(data, object_pairs_hook=_unique_keys)
         return (
             parts.get("normalizer") is None
             and _splits_as_gpt_oss(parts.get("pre_tokenizer"))
@@ -34,27 +34,27 @@ def is_known_good(data: bytes) -> bool:
                 part is None or part["type"] == "ByteLevel" for part in map(parts.get, ("post_processor", "decoder"))
             )
             and _is_byte_level_bpe(parts["model"])
-            and len(parts["added_tokens"]) <= MOST_ADDED_TOKENS
+            and len(parts["added_tokens"]) <= MAX_ADDED_TOKENS
             and _are_short(token["content"] for token in parts["added_tokens"])
         )
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """Of a key that is there twice, the package might take the other value."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Return a JSON object as a dict. Raise ValueError for a repeated key, whose other value the package might use."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
         raise ValueError("a key is repeated")
-    return found
+    return result
 
 
 def _splits_as_gpt_oss(part: dict | None) -> bool:
-    """At most one split and one ByteLevel: each ByteLevel after another doubles a text."""
+    """Return whether a pre-tokenizer is at most one split and one ByteLevel; each further ByteLevel doubles a text."""
     steps = part["pretokenizers"] if part and part["type"] == "Sequence" else [part] if part else []
-    kinds = [step["type"] for step in steps]
+    types = [step["type"] for step in steps]
     patterns = [step["pattern"] for step in steps if step["type"] == "Split"]
-    return kinds in ([], ["ByteLevel"], ["Split"], ["Split", "ByteLevel"]) and patterns in (
+    return types in ([], ["ByteLevel"], ["Split"], ["Split", "ByteLevel"]) and patterns in (
         [],
         [{"Regex": O200K_PATTERN}],
     )
@@ -66,4 +66,4 @@ def _is_byte_level_bpe(model: dict) -> bool:
 
 
 def _are_short(tokens) -> bool:
-    return all(len(token) <= MOST_CHARACTERS for token in tokens)
+    return all(len(token) <= MAX_TOKEN_CHARACTERS for token in tokens)

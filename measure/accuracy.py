@@ -1,8 +1,8 @@
-"""How far one model's logits are from another's on the same tokens: metrics, their means, intervals and thresholds.
+"""Compare two models' logits on the same tokens: metrics, their means, confidence intervals and thresholds.
 
-Logits are r (reference) and t (test), [vocab]; p = softmax(r), q = softmax(t), in float64 throughout. Of equal logits
-the one with the lowest index comes first, as in the kernel's argmax. The additive constant that a softmax does not see
-is part of a logit here: cosine and rms are of logits as they are.
+Logits are r (reference) and t (test), [vocab]; p = softmax(r), q = softmax(t), in float64 throughout. Equal logits are
+ordered by index, lowest first, as in the kernel's argmax. Cosine and rms use the logits as they are, including the
+additive constant that a softmax ignores.
 """
 
 import itertools
@@ -17,31 +17,31 @@ from torch import Tensor
 CONFIDENT = 0.9
 BIN_EDGES = (0.0, 0.25, 0.5, 0.75, CONFIDENT, 0.99, 1.0)
 CONFIDENCE = 0.95  # of the intervals
-BLOCK_ROWS = 16  # compared at a time: float64 values of a large vocabulary take 26 MB
+BLOCK_ROWS = 16  # compared at a time; with a large vocabulary their float64 values take 26 MB
 
 
 def top_ids(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits' indices, largest first: [n, vocab] -> int64 [n, min(k, vocab)]."""
+    """Return the indices of the k largest logits, largest first: [n, vocab] -> int64 [n, min(k, vocab)]."""
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """|A and B| / k of two sets of k indices [n, k] in each row: float64 [n]."""
+    """Return the share of indices that two sets of k indices, [n, k], have in common in each row: float64 [n]."""
     return (a[:, :, None] == b[:, None, :]).any(-1).double().mean(-1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum p (log p - log q), in nats: float64 [n] of logarithms [n, vocab].
+    """Return KL(p || q) = sum p (log p - log q) in nats, float64 [n], for log-probabilities [n, vocab].
 
-    It cannot be negative: what rounding leaves below 0 counts as 0.
+    It cannot be negative; values that rounding makes negative become 0.
     """
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
 
 
 def cosine(r: Tensor, t: Tensor) -> Tensor:
-    """r.t / (|r| |t|) of float64 [n, vocab]: float64 [n]. Two vectors of zeros are alike, one and another are not.
+    """Return r.t / (|r| |t|), float64 [n], for float64 [n, vocab]. It is 1 for two zero vectors, and 0 for only one.
 
-    As 1 - |r/|r| - t/|t||^2 / 2, which is exactly 1 for equal vectors, and accurate near it.
+    It is computed as 1 - |r/|r| - t/|t||^2 / 2, which is exactly 1 for equal vectors, and accurate near 1.
     """
     r_norm, t_norm = (x.norm(dim=-1, keepdim=True) for x in (r, t))
     r_unit, t_unit = r / r_norm.where(r_norm > 0, 1), t / t_norm.where(t_norm > 0, 1)
@@ -50,23 +50,23 @@ def cosine(r: Tensor, t: Tensor) -> Tensor:
 
 
 def rank(logits: Tensor, ids: Tensor) -> Tensor:
-    """The place, 1 being the first, of one index in each row's order: [n, vocab] and int64 [n] -> int64 [n]."""
-    own = logits.gather(-1, ids[:, None])
-    before = torch.arange(logits.shape[-1], device=logits.device) < ids[:, None]
-    return 1 + ((logits > own) | ((logits == own) & before)).sum(-1)
+    """Return the rank, starting at 1, of one index in each row: logits [n, vocab] and ids int64 [n] -> int64 [n]."""
+    logit = logits.gather(-1, ids[:, None])
+    has_lower_index = torch.arange(logits.shape[-1], device=logits.device) < ids[:, None]
+    return 1 + ((logits > logit) | ((logits == logit) & has_lower_index)).sum(-1)
 
 
 def finite_rows(logits: Tensor) -> Tensor:
-    """Whether all of a row is finite: [n, vocab] -> bool [n]."""
+    """Return whether all logits of each row are finite: [n, vocab] -> bool [n]."""
     return logits.isfinite().all(-1)
 
 
 class Positions(NamedTuple):
-    """A value for each position: float64 [n], on the CPU. All are NaN where a logit of either side is not finite."""
+    """Metrics of each position: float64 [n] on the CPU, NaN at positions where a logit of either side is not finite."""
 
     top1: Tensor  # 1 if both sides' first choice is the same, else 0
-    top5: Tensor  # share of the reference's first 5 that are among the test's first 5; of all if there are fewer
-    top10: Tensor
+    top5: Tensor  # share of the reference's first 5 among the test's first 5; of the whole vocabulary if it is smaller
+    top10: Tensor  # share of the reference's first 10 among the test's first 10
     kl: Tensor  # KL(p || q), nats
     cosine: Tensor  # of the logits
     mean_square: Tensor  # mean over the vocabulary of (t - r)^2
@@ -77,7 +77,7 @@ class Positions(NamedTuple):
 
 
 def compare(ref: Tensor, test: Tensor, next_ids: Tensor) -> Positions:
-    """Logits of both sides, float [n, vocab], and the tokens that come next in the text, int64 [n]."""
+    """Return the metrics for both sides' logits, float [n, vocab], and the text's next tokens, int64 [n]."""
     blocks = (x.split(BLOCK_ROWS) for x in (ref, test, next_ids))
     return join(_compare_block(*block) for block in zip(*blocks))
 
@@ -103,25 +103,25 @@ def _compare_block(ref: Tensor, test: Tensor, next_ids: Tensor) -> Positions:
     return Positions(*(value.double().where(finite, math.nan).cpu() for value in values))
 
 
-def join(parts: Iterable[Positions]) -> Positions:
-    """One after another; at least one."""
-    return Positions(*map(torch.cat, zip(*parts)))
+def join(blocks: Iterable[Positions]) -> Positions:
+    """Concatenate the metrics of one or more blocks of positions."""
+    return Positions(*map(torch.cat, zip(*blocks)))
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table, and what a threshold for it means. The meaning stands in a Markdown table: no bars."""
+    """A row of the table of metrics, and the direction of its threshold."""
 
     key: str
-    meaning: str
-    least: bool  # a threshold is the least that will do; else the most
+    meaning: str  # without "|", as it is printed in a Markdown table
+    higher_is_better: bool  # a threshold is a minimum; else a maximum
 
 
 METRICS = (
     Metric("top1", "share of positions where both sides' first choice is the same", True),
-    Metric("top1_confident", f"the same, where the reference's probability is above {CONFIDENT}", True),
+    Metric("top1_confident", f"top1 where the reference's probability is above {CONFIDENT}", True),
     Metric("top5", "share of the reference's first 5 among the test's first 5", True),
-    Metric("top10", "the same of 10", True),
+    Metric("top10", "share of the reference's first 10 among the test's first 10", True),
     Metric("kl", "mean KL divergence of the test side from the reference, nats", False),
     Metric("cosine", "mean cosine of the logits", True),
     Metric("rms", "root mean square difference of the logits", False),
@@ -129,24 +129,24 @@ METRICS = (
     Metric("ppl_ref", "perplexity of the reference", False),
     Metric("ppl_test", "perplexity of the test side", False),
     Metric("nll_difference", "test - ref, nats per token: mean of the windows", False),
-    Metric("ppl_ratio", "test / ref: exp of that", False),
+    Metric("ppl_ratio", "test / ref: exp of nll_difference", False),
 )
 METRIC_OF = {metric.key: metric for metric in METRICS}
 
 
 def nll_differences(windows: Iterable[Positions]) -> list[float]:
-    """For each window the mean over its positions of test_nll - ref_nll, nats per token."""
+    """Return, for each window, the mean over its positions of test_nll - ref_nll, in nats per token."""
     return [(window.test_nll - window.ref_nll).mean().item() for window in windows]
 
 
 def summarize(windows: Sequence[Positions]) -> dict[str, float]:
-    """The METRICS of one window or more, by key; NaN where a logit was not finite, or no position is meant.
+    """Return the METRICS of one or more windows by key; NaN if a logit was not finite or no position contributes.
 
-    Means are over all positions alike, rms = sqrt(mean mean_square), ppl = exp(mean nll). The last two are means over
-    windows alike, however many positions each has: nll_difference = mean of nll_differences, ppl_ratio = its exp.
+    Means weigh all positions equally; rms = sqrt(mean mean_square), ppl = exp(mean nll). The last two metrics weigh all
+    windows equally, however many positions each has: nll_difference = mean of nll_differences, ppl_ratio = its exp.
     """
     p = join(windows)
-    confident = p.top1[~(p.ref_probability <= CONFIDENT)]  # NaN stays in
+    confident = p.top1[~(p.ref_probability <= CONFIDENT)]  # negated so that NaN is included
     difference = math.fsum(nll_differences(windows)) / len(windows)
     means = {key: getattr(p, key).mean().item() for key in ("top1", "top5", "top10", "kl", "cosine", "rank")}
     values = means | {
@@ -161,13 +161,13 @@ def summarize(windows: Sequence[Positions]) -> dict[str, float]:
 
 
 def _exp(x: float) -> float:
-    """Infinite where math.exp raises."""
+    """Return e^x, or infinity where math.exp would raise OverflowError."""
     return torch.tensor(x, dtype=torch.float64).exp().item()
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Positions at which low < max p <= high. The means are NaN without a position."""
+    """Means over the n positions with low < max p <= high; NaN if n is 0."""
 
     low: float
     high: float
@@ -177,7 +177,7 @@ class Bin:
 
 
 def confidence_bins(p: Positions) -> tuple[Bin, ...]:
-    """Agreement by the reference's probability, between BIN_EDGES. Positions that are NaN are in no bin."""
+    """Group positions by the reference's probability between BIN_EDGES. Positions that are NaN are in no bin."""
 
     def bin_of(low: float, high: float) -> Bin:
         inside = (p.ref_probability > low) & (p.ref_probability <= high)
@@ -188,7 +188,7 @@ def confidence_bins(p: Positions) -> tuple[Bin, ...]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and where it lies with probability CONFIDENCE, if the samples are independent and normal."""
+    """A mean and its confidence interval at level CONFIDENCE, for independent, normally distributed samples."""
 
     mean: float
     low: float
@@ -196,12 +196,15 @@ class Interval:
     n: int
 
     def exp(self) -> "Interval":
-        """Of a mean of logarithms: of the ratio."""
+        """Return the interval of a ratio, given that of the mean of its logarithm."""
         return Interval(_exp(self.mean), _exp(self.low), _exp(self.high), self.n)
 
 
 def mean_interval(samples: Sequence[float]) -> Interval:
-    """Student's: mean +- t s / sqrt(n), s^2 = sum (x - mean)^2 / (n - 1), t of n - 1 degrees of freedom; n >= 2."""
+    """Return Student's interval of n >= 2 samples: mean +- t s / sqrt(n), where s^2 = sum (x - mean)^2 / (n - 1).
+
+    t is the quantile of n - 1 degrees of freedom.
+    """
     n = len(samples)
     mean = math.fsum(samples) / n
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in samples) / (n - 1))
@@ -210,9 +213,9 @@ def mean_interval(samples: Sequence[float]) -> Interval:
 
 
 def t_quantile(probability: float, df: int) -> float:
-    """The t for which Student's distribution of df degrees of freedom has that probability between -t and t.
+    """Return the t for which Student's distribution with df degrees of freedom has a probability between -t and t.
 
-    Bisected on the angle atan(t / sqrt(df)), in which the probability rises from 0 to 1 between 0 and pi / 2.
+    It is found by bisection on the angle atan(t / sqrt(df)): from 0 to pi / 2 the probability rises from 0 to 1.
     """
     low, high = 0.0, math.pi / 2
     for _ in range(60):
@@ -222,7 +225,10 @@ def t_quantile(probability: float, df: int) -> float:
 
 
 def _t_probability(theta: float, df: int) -> float:
-    """A(t | df) for t = sqrt(df) tan(theta); Abramowitz and Stegun, Handbook, 26.7.3 (odd df) and 26.7.4 (even)."""
+    """Return A(t | df) for t = sqrt(df) tan(theta).
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 (odd df) and 26.7.4 (even df).
+    """
     cos = math.cos(theta)
     odd = df % 2
     term = cos if odd else 1.0
@@ -235,12 +241,12 @@ def _t_probability(theta: float, df: int) -> float:
 
 
 def failures(values: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
-    """A line for each threshold, by metric key, that does not hold; none holds for NaN."""
+    """Return a line for each threshold, by metric key, that a value misses; NaN misses every threshold."""
     lines = []
     for key, threshold in thresholds.items():
-        value, least = values[key], METRIC_OF[key].least
+        value, is_minimum = values[key], METRIC_OF[key].higher_is_better
         if math.isnan(value):
             lines.append(f"{key} is undefined, and {threshold:.9g} was asked for")
-        elif value < threshold if least else value > threshold:
-            lines.append(f"{key} {value:.9g} is {'below' if least else 'above'} {threshold:.9g}")
+        elif value < threshold if is_minimum else value > threshold:
+            lines.append(f"{key} {value:.9g} is {'below' if is_minimum else 'above'} {threshold:.9g}")
     return lines

@@ -1,4 +1,4 @@
-"""A device's read bandwidth, measured: what a token's bytes are divided by to get the floor of its time."""
+"""Measure a device's read bandwidth, which gives a lower bound of a token's time from the bytes that it reads."""
 
 import functools
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ import triton.language as tl
 from host.limits import available_bytes
 from measure.timing import Spread, device_times_ms, spread
 
-MOST_BYTES = 8 << 30  # far more than any cache holds
+MAX_BYTES = 8 << 30  # far more than any cache holds
 WARM_UP = 5
 REPEATS = 20
-# (elements a program loads at a time, how many times, warps): the best is a matter of the device.
+# (elements that a program loads at a time, number of loads, warps); which is fastest depends on the device.
 SHAPES = ((4096, 1, 4), (8192, 1, 8), (16384, 1, 8), (4096, 64, 8))
-GRAIN = max(block * n_blocks for block, n_blocks, _ in SHAPES)  # of which the others are divisors
-LEAST = min(block * n_blocks for block, n_blocks, _ in SHAPES)
+MAX_PROGRAM_VALUES = max(block * n_blocks for block, n_blocks, _ in SHAPES)  # a multiple of every shape's values
+MIN_PROGRAM_VALUES = min(block * n_blocks for block, n_blocks, _ in SHAPES)
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """One way to stream `n_bytes`, the fastest of SHAPES, timed over and over."""
+    """Times to read `n_bytes` with the fastest of SHAPES."""
 
     n_bytes: int
-    ms: Spread
+    ms: Spread  # milliseconds of device time
 
     @property
     def bytes_per_second(self) -> float:
@@ -33,7 +33,7 @@ class Bandwidth:
 
 @triton.jit
 def sum_blocks(values, sums, N_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[program], int64, is the sum of the program's N_BLOCKS * BLOCK int32 values, but for a multiple of 2^32."""
+    """Store in sums[program], int64, the sum modulo 2^32 of the program's N_BLOCKS * BLOCK int32 values."""
     pid = tl.program_id(0)
     offsets = pid.to(tl.int64) * (N_BLOCKS * BLOCK) + tl.arange(0, BLOCK)
     total = tl.load(values + offsets)
@@ -43,7 +43,10 @@ def sum_blocks(values, sums, N_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def sum_int32(values: torch.Tensor, sums: torch.Tensor, shape: tuple[int, int, int]) -> int:
-    """Queue `sum_blocks` in one of SHAPES; returns how many of `sums` it fills. values: a multiple of GRAIN int32."""
+    """Queue `sum_blocks` with one of SHAPES, and return how many of `sums` it fills.
+
+    values: int32, as many as a multiple of MAX_PROGRAM_VALUES.
+    """
     block, n_blocks, num_warps = shape
     n_programs = values.numel() // (block * n_blocks)
     sum_blocks[(n_programs,)](values, sums, n_blocks, block, num_warps=num_warps)
@@ -51,19 +54,20 @@ def sum_int32(values: torch.Tensor, sums: torch.Tensor, shape: tuple[int, int, i
 
 
 def measure_read_bandwidth(device: torch.device) -> Bandwidth | None:
-    """Stream random int32 values with the fastest of SHAPES. None on a CPU, where it means nothing."""
+    """Return the time to read random int32 values with the fastest of SHAPES, or None on a CPU."""
     if device.type == "cpu":
         return None
-    n_values = max(1, min(MOST_BYTES, available_bytes(device) // 2) // 4 // GRAIN) * GRAIN
+    n_bytes = min(MAX_BYTES, available_bytes(device) // 2)
+    n_values = max(1, n_bytes // 4 // MAX_PROGRAM_VALUES) * MAX_PROGRAM_VALUES
     fastest = fastest_stream(torch.empty(n_values, dtype=torch.int32, device=device).random_())
-    torch.cuda.empty_cache()  # what is free is what a model may take
+    torch.cuda.empty_cache()  # models are loaded into the memory that is free
     return fastest
 
 
 def fastest_stream(values: torch.Tensor) -> Bandwidth:
-    """Time each of SHAPES, all of which must find the same sum as PyTorch."""
+    """Time each of SHAPES and return the fastest. Raise RuntimeError if one finds another sum than PyTorch."""
     expected = int(values.sum(dtype=torch.int64)) % 2**32
-    sums = torch.empty(values.numel() // LEAST, dtype=torch.int64, device=values.device)
+    sums = torch.empty(values.numel() // MIN_PROGRAM_VALUES, dtype=torch.int64, device=values.device)
     times = []
     for shape in SHAPES:
         n_sums = sum_int32(values, sums, shape)

@@ -1,4 +1,4 @@
-"""Under what conditions a figure was measured."""
+"""Describe the conditions of a measurement: device, clocks and versions."""
 
 import subprocess
 
@@ -11,7 +11,7 @@ GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clo
 
 
 def conditions(device: torch.device) -> dict[str, str | int | dict[str, str] | None]:
-    """Device, its SMs or CUs, its clocks as they are now, versions. None for what does not apply or is not known."""
+    """Return the device, its number of SMs or CUs, its current clocks, and versions; None for what is not known."""
     on_gpu = device.type == "cuda"
     return {
         "device": device_name(device),
@@ -22,34 +22,34 @@ def conditions(device: torch.device) -> dict[str, str | int | dict[str, str] | N
     }
 
 
-def device_line(found: dict, num_programs: int) -> str:
-    """For a list in Markdown: the device of `conditions`, its programs, the versions."""
-    size = "" if found["multiprocessors"] is None else f", {found['multiprocessors']} multiprocessors"
-    versions = f"torch {found['torch']}, triton {found['triton']}"
-    return f"- {found['device']}{size}; programs: {num_programs}; {versions}"
+def device_line(conditions: dict, num_programs: int) -> str:
+    """Return an item of a Markdown list: the device of some `conditions`, its programs, the versions."""
+    size = "" if is_cpu(conditions) else f", {conditions['multiprocessors']} multiprocessors"
+    versions = f"torch {conditions['torch']}, triton {conditions['triton']}"
+    return f"- {conditions['device']}{size}; programs: {num_programs}; {versions}"
 
 
-def state_line(found: dict) -> str:
-    """For a list in Markdown: the clocks of `conditions`; of a CPU that its times are no claim."""
-    if is_cpu(found):
+def state_line(conditions: dict) -> str:
+    """Return an item of a Markdown list: the clocks of some `conditions`, or that a CPU's times are no claim."""
+    if is_cpu(conditions):
         return "- Triton's CPU interpreter: its times say nothing of a GPU. No claim."
-    fields = found["clocks"]
+    fields = conditions["clocks"]
     clocks = "clocks not known" if fields is None else ", ".join(f"{name} {value}" for name, value in fields.items())
     return f"- right after the runs: {clocks}"
 
 
-def axis_label(text: str, found: dict) -> str:
-    """A label for a plot's axis of times."""
-    return f"{text} (CPU interpreter, no claim)" if is_cpu(found) else text
+def axis_label(text: str, conditions: dict) -> str:
+    """Return the label of a plot's time axis, which says if the times are a CPU's."""
+    return f"{text} (CPU interpreter, no claim)" if is_cpu(conditions) else text
 
 
-def is_cpu(found: dict) -> bool:
-    """Whether these `conditions` are a CPU's."""
-    return found["multiprocessors"] is None
+def is_cpu(conditions: dict) -> bool:
+    """Return whether these `conditions` are a CPU's."""
+    return conditions["multiprocessors"] is None
 
 
 def gpu_fields(device: torch.device) -> dict[str, str] | None:
-    """GPU_FIELDS as nvidia-smi tells them, with their units; None if it does not."""
+    """Return the GPU_FIELDS that nvidia-smi reports, with their units, or None if it fails."""
     uuid = torch.cuda.get_device_properties(device).uuid
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", "-i", f"GPU-{uuid}"]
     try:
@@ -60,6 +60,6 @@ def gpu_fields(device: torch.device) -> dict[str, str] | None:
 
 
 def parse_gpu_fields(reply: str) -> dict[str, str] | None:
-    """One line of nvidia-smi's CSV; None if it is not what was asked for."""
+    """Return the GPU_FIELDS in a line of nvidia-smi's CSV, or None if their number is wrong."""
     values = [value.strip() for value in reply.strip().split(",")]
     return dict(zip(GPU_FIELDS, values)) if len(values) == len(GPU_FIELDS) else None

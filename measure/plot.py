@@ -1,4 +1,4 @@
-"""What matplotlib draws, which only those who want a plot need: times over a number of tokens."""
+"""Plot times over a number of tokens; matplotlib is imported only when a plot is drawn."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ def plot_times(
     floor: Sequence[tuple[int, float]] = (),
     log_y: bool = False,
 ) -> bytes:
-    """A PNG: medians over tokens, p10 to p90 as bars, a line per name; the floor, if there is one, dashed."""
+    """Return a PNG: a line per name with medians over tokens and p10 to p90 as bars, and the floor, if any, dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -44,7 +44,7 @@ def plot_times(
 
 
 def png(figure) -> bytes:
-    """A matplotlib figure as a file's content."""
+    """Return a matplotlib figure as the content of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     return file.getvalue()

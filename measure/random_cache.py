@@ -1,12 +1,12 @@
-"""A KV cache as if many tokens had been fed, without feeding them."""
+"""Fill a KV cache as if many tokens had been fed, without feeding them."""
 
 import torch
 
 
 def fill_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, n_positions: int, seed: int) -> None:
-    """Random keys and values of order 1 at the first n_positions of [layers, kv heads, context, head_dim].
+    """Write normal random keys and values at the first n_positions of caches [layers, kv heads, context, head_dim].
 
-    They depend on the seed, on n_positions and on the kind of device, but not on how long the cache is.
+    They depend on the seed, on n_positions and on the type of device, but not on the length of the cache.
     """
     generator = torch.Generator(k_cache.device).manual_seed(seed)
     for keys, values in zip(k_cache, v_cache):

@@ -1,4 +1,4 @@
-"""What scripts that measure have in common: output files checked before the work and written after it, and tables."""
+"""Write the reports of scripts that measure: files that are checked before the work, and tables."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from system.output_file import check_output, replacing
 
 
 def check_report_files(args: argparse.Namespace, inputs: Sequence[Path] = ()) -> None:
-    """InputError if --json or --plot could not be written or drawn, are the same file, or one of `inputs`."""
+    """Raise InputError if --json or --plot cannot be written or drawn, are the same file, or are one of `inputs`."""
     check_output_file("--json", args.json, inputs)
     check_output_file("--plot", args.plot, inputs)
     if args.json and args.plot and os.path.realpath(args.json) == os.path.realpath(args.plot):
@@ -22,18 +22,18 @@ def check_report_files(args: argparse.Namespace, inputs: Sequence[Path] = ()) ->
 
 
 def check_output_file(flag: str, path: Path | None, inputs: Sequence[Path] = ()) -> None:
-    """InputError if the file could not be written: known before the measurement, not after."""
+    """Raise InputError, before the measurement, if the file cannot be written."""
     if path is None:
         return
     if not path.absolute().parent.is_dir():
         raise InputError(f"{flag} {path}: there is no such folder")
     if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK | os.X_OK):
         raise InputError(f"{flag} {path}: its folder cannot be written to")
-    check_output(_end_of_links(path), True, inputs, flag)
+    check_output(_follow_links(path), True, inputs, flag)
 
 
 def check_matplotlib(path: Path | None) -> None:
-    """InputError if a plot is wanted and cannot be drawn: an empty one is."""
+    """Raise InputError if a plot is requested but matplotlib cannot draw an empty one."""
     if path is None:
         return
     try:
@@ -43,32 +43,32 @@ def check_matplotlib(path: Path | None) -> None:
     except ImportError as error:
         missing = "matplotlib is not installed" if "matplotlib" in str(error.name) else str(error)
         raise InputError(f"--plot {path}: {missing}") from None
-    except Exception as error:  # noqa: BLE001 - a library that is only half there
+    except Exception as error:  # noqa: BLE001 - an incomplete installation may raise anything
         raise InputError(f"--plot {path}: matplotlib fails ({error})") from None
 
 
 def write_file(flag: str, path: Path, data: bytes, inputs: Sequence[Path] = ()) -> None:
-    """The whole file or none, in the place of an earlier one. InputError names the flag."""
-    target = _end_of_links(path)
-    with replacing(target, len(data), force=True, inputs=inputs, flag=flag, alone=False) as file:
+    """Write a file completely or not at all, replacing an earlier one. Raise InputError, naming the flag, if not."""
+    target = _follow_links(path)
+    with replacing(target, len(data), force=True, inputs=inputs, flag=flag, exclusive=False) as file:
         file.write(data, 0)
 
 
-def _end_of_links(path: Path) -> Path:
-    """A report's name may be a link, to the latest one for example, which stays."""
+def _follow_links(path: Path) -> Path:
+    """Return the target of a path that is a link, for example to the latest report, so that the link stays."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def display_name(checkpoint: Checkpoint) -> str:
-    """What a report calls a model."""
+    """Return a model's name in a report."""
     return f"{Path(checkpoint.name).name}, {checkpoint.config.n_layers} layers"
 
 
 def progress(message: str) -> None:
-    """On stderr, at once."""
+    """Print a message on stderr without buffering."""
     print(message, file=sys.stderr, flush=True)
 
 
 def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Its lines."""
+    """Return the lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]

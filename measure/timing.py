@@ -1,4 +1,4 @@
-"""Timing of what runs on a device, and what is said about it: durations, their spread, the ids' checksum."""
+"""Time launches on a device and on the host, and summarize durations and token ids."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """Sums up samples, in their unit. p10 and p90 are percentiles, interpolated linearly."""
+    """Statistics of n samples, in their unit. p10 and p90 are percentiles, interpolated linearly."""
 
     median: float
     mean: float
@@ -23,7 +23,7 @@ class Spread:
 
 
 def spread(samples: Iterable[float]) -> Spread:
-    """Of one sample or more."""
+    """Return the statistics of one or more samples."""
     ordered = sorted(samples)
     return Spread(
         median=statistics.median(ordered),
@@ -36,7 +36,7 @@ def spread(samples: Iterable[float]) -> Spread:
 
 
 def percentile(ordered: list[float], percent: float) -> float:
-    """Of samples in ascending order, interpolated linearly between the two nearest."""
+    """Return a percentile of samples in ascending order, interpolated linearly between the two nearest."""
     place = (len(ordered) - 1) * percent / 100
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
@@ -44,31 +44,31 @@ def percentile(ordered: list[float], percent: float) -> float:
 
 
 def checksum(token_ids: Iterable[int]) -> str:
-    """CRC-32 of the ids as little-endian int32, eight hexadecimal digits: tells whether two runs wrote the same."""
+    """Return the CRC-32 of the ids as little-endian int32 in eight hexadecimal digits, to compare two runs."""
     return f"{zlib.crc32(b''.join(token_id.to_bytes(4, 'little') for token_id in token_ids)):08x}"
 
 
 class DeviceMarks:
-    """Points in a device's queue, for the time between them."""
+    """Points in a device's queue between which its time is measured."""
 
     def __init__(self):
         self._events: list[torch.cuda.Event] = []
 
     def mark(self) -> None:
-        """After what was queued so far."""
+        """Add a point after all that was queued so far."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._events.append(event)
 
     def intervals_ms(self) -> list[float]:
-        """Milliseconds of device time from each mark to the next; waits until the last one is reached."""
+        """Return the milliseconds of device time from each mark to the next, after waiting for the last one."""
         if self._events:
             self._events[-1].synchronize()
         return [start.elapsed_time(end) for start, end in zip(self._events, self._events[1:])]
 
 
 class WallMarks:
-    """Points in the host's time."""
+    """Points in the host's wall-clock time."""
 
     def __init__(self):
         self._seconds = array("d")
@@ -77,12 +77,12 @@ class WallMarks:
         self._seconds.append(time.perf_counter())
 
     def intervals_ms(self) -> list[float]:
-        """Milliseconds from each mark to the next."""
+        """Return the milliseconds from each mark to the next."""
         return [(end - start) * 1e3 for start, end in zip(self._seconds, self._seconds[1:])]
 
 
 def device_times_ms(launch: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of device time of each of `repeats` launches, queued one behind the other."""
+    """Return the milliseconds of device time of each of `repeats` launches, queued one after the other."""
     marks = DeviceMarks()
     marks.mark()
     for _ in range(repeats):

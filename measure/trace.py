@@ -1,6 +1,6 @@
-"""What the timestamps of one launch say: a Chrome trace, a table of its phases, and the file that holds the trace.
+"""Turn the timestamps of one launch into a Chrome trace and a table of its phases.
 
-The timestamps (common/trace.py) are int64 nanoseconds [events, programs]: phase i of a program lasts from event 2 i to
+The timestamps (common/trace.py) are int64 nanoseconds [events, programs]. Phase i of a program lasts from event 2 i to
 event 2 i + 1, barrier b from event 2 b - 1 to event 2 b.
 """
 
@@ -23,34 +23,37 @@ from measure.traffic import bytes_by_phase
 from system.errors import InputError
 from system.output_file import check_output, output_path, replacing
 
-USUAL_TOKEN = 16  # by then the caches are warm
-SLICES = 20  # of the token's time, for bytes over time
+DEFAULT_TRACE_TOKEN = 16  # by then the caches are warm
+SLICES = 20  # equal parts of the token's time in which bytes are counted
 HEADER = ("phase", "calls", "span us", "work us", "longest", "wait us", "total us", "share", "MB", "GB/s")
 LEGEND = (
-    "span: from the first program's entry to the last one's leaving, median of the calls;",
-    "work: a program's time in the phase, mean and longest; wait: at the barrier behind it, mean;",
-    "barriers: from the last arrival to the first leaving.",
-    "Bytes count for the phase that uses them, also where they are loaded ahead of it.",
+    "span: from the first program's entry to the last one's exit, median of the calls;",
+    "work: a program's time in the phase, mean and longest; wait: at the barrier after it, mean;",
+    "barriers: from the last arrival to the first exit.",
+    "Bytes count for the phase that uses them, even if they are loaded before it.",
 )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that gave a token."""
+    """The timestamps of one launch that gave a token."""
 
     phases: list[Phase]
-    ns: np.ndarray  # int64 [phases, 2, programs] from the first event on: when a program enters a phase and leaves it
+    ns: np.ndarray  # int64 [phases, 2, programs], since the first event: when each program enters and leaves a phase
     n_bytes: list[int]  # that each phase reads, see measure.traffic.bytes_by_phase
 
     @classmethod
     def from_events(cls, events: np.ndarray, n_layers: int, n_bytes: list[int]) -> "Launch":
-        """Of int64 nanoseconds [events, programs]; ValueError unless they are all those of a launch."""
+        """Return the launch with these events, int64 nanoseconds [events, programs].
+
+        Raise ValueError if the number of events or byte counts is wrong, or an event has no time.
+        """
         phases = phases_of_token(n_layers)
         if len(events) != 2 * len(phases) or len(n_bytes) != len(phases):
             raise ValueError(f"{len(events)} events and {len(n_bytes)} byte counts for {len(phases)} phases")
         if not events.all():
             raise ValueError("some events have no time: the position was not decoded")
-        # A device's clock may be set back; a trace must not go backwards.
+        # A device's clock may be set back, but the times of a trace must not decrease.
         ns = np.maximum.accumulate(events - events.min(), axis=0)
         return cls(phases, ns.reshape(len(phases), 2, -1), n_bytes)
 
@@ -62,15 +65,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. Times are microseconds; None is what a row has not."""
+    """A row of the table. Times are microseconds; None marks a cell that does not apply."""
 
     name: str
     calls: int | None
-    span_us: float | None  # from the first program's entry to the last one's leaving, median of the calls
-    work_us: float | None  # between a program's entry and its leaving: mean, and the longest
-    longest_us: float | None
+    span_us: float | None  # from the first program's entry to the last one's exit, median of the calls
+    work_us: float | None  # from a program's entry to its exit, mean
+    longest_us: float | None  # from a program's entry to its exit, maximum
     wait_us: float | None  # of a program at the barrier that follows, mean
-    total_us: float  # all spans together
+    total_us: float  # sum of all spans
     share: float  # of the token's time
     n_bytes: int | None  # read in all calls together
 
@@ -80,7 +83,7 @@ class Row:
 
 
 def table_rows(launch: Launch) -> list[Row]:
-    """A row for each name of a phase, one for the barriers, and their sum, which is the token."""
+    """Return a row for each name of a phase, one for the barriers, and their total, which is the token's time."""
     work_us = (launch.ns[:, 1] - launch.ns[:, 0]) / 1e3
     waits_us = (launch.ns[1:, 0] - launch.ns[:-1, 1]) / 1e3
     spans = launch.spans
@@ -95,14 +98,14 @@ def table_rows(launch: Launch) -> list[Row]:
     for name in PHASE_NAMES:
         calls = [i for i, phase in enumerate(launch.phases) if phase.name == name]
         total_us = float(spans_us[calls].sum())
-        waited = [i for i in calls if i < len(waits_us)]
+        calls_with_barrier = [i for i in calls if i < len(waits_us)]
         row = Row(
             name=name,
             calls=len(calls),
             span_us=statistics.median(spans_us[calls].tolist()),
             work_us=float(work_us[calls].mean()),
             longest_us=float(work_us[calls].max()),
-            wait_us=float(waits_us[waited].mean()) if waited else None,
+            wait_us=float(waits_us[calls_with_barrier].mean()) if calls_with_barrier else None,
             total_us=total_us,
             share=share(total_us),
             n_bytes=sum(launch.n_bytes[i] for i in calls),
@@ -116,10 +119,10 @@ def table_rows(launch: Launch) -> list[Row]:
 
 
 def table_text(rows: list[Row]) -> str:
-    """The rows in columns, and what the columns mean."""
+    """Return the table as aligned text, followed by the legend of its columns."""
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+    def number(value: float | None, format_spec: str) -> str:
+        return "-" if value is None else format(value, format_spec)
 
     cells = [HEADER]
     for row in rows:
@@ -136,17 +139,17 @@ def table_text(rows: list[Row]) -> str:
 
 
 def chrome_trace(launch: Launch, title: str) -> dict:
-    """The launch in Chrome's trace format: a thread for each program, and GB/s over time as a counter.
+    """Return the launch in Chrome's trace format: a thread for each program, and GB/s over time as a counter.
 
-    Times are microseconds from the launch's first event. Begin and end events of a program are in their order.
+    Times are microseconds since the launch's first event. A program's begin and end events are in chronological order.
     """
     events = [{"ph": "M", "name": "process_name", "pid": 0, "args": {"name": title}}]
     for program in range(launch.ns.shape[-1]):
         thread = {"pid": 0, "tid": program}
         events.append({"ph": "M", "name": "thread_name", **thread, "args": {"name": f"program {program}"}})
-        for name, kind, args, start, end in _intervals(launch, program):
-            events.append({"ph": "B", "name": name, "cat": kind, "ts": start / 1e3, **thread, "args": args})
-            events.append({"ph": "E", "name": name, "cat": kind, "ts": end / 1e3, **thread})
+        for name, category, args, start, end in _intervals(launch, program):
+            events.append({"ph": "B", "name": name, "cat": category, "ts": start / 1e3, **thread, "args": args})
+            events.append({"ph": "E", "name": name, "cat": category, "ts": end / 1e3, **thread})
     rates = gb_per_s_over_time(launch)
     width_us = launch.spans[-1, 1] / 1e3 / SLICES
     for i, rate in enumerate([*rates, 0.0] if rates else []):
@@ -156,7 +159,7 @@ def chrome_trace(launch: Launch, title: str) -> dict:
 
 
 def _intervals(launch: Launch, program: int) -> Iterator[tuple[str, str, dict, int, int]]:
-    """(name, kind, arguments, start, end in nanoseconds) of what a program went through, in order."""
+    """Yield (name, category, arguments, start, end) of a program's phases and barriers, in order and in nanoseconds."""
     times = launch.ns[:, :, program].tolist()
     for i, ((name, layer), (start, end)) in enumerate(zip(launch.phases, times)):
         args = {} if layer is None else {"layer": layer}
@@ -166,7 +169,10 @@ def _intervals(launch: Launch, program: int) -> Iterator[tuple[str, str, dict, i
 
 
 def gb_per_s_over_time(launch: Launch, slices: int = SLICES) -> list[float]:
-    """GB/s in equal slices of the token's time, as if each phase read evenly over its span; [] if it took no time."""
+    """Return GB/s in equal slices of the token's time, or [] if it took no time.
+
+    Each phase is assumed to read at a constant rate over its span.
+    """
     spans = launch.spans.astype(float)
     edges = np.linspace(0.0, spans[-1, 1], slices + 1)
     width = edges[1]
@@ -183,13 +189,13 @@ def gb_per_s_over_time(launch: Launch, slices: int = SLICES) -> list[float]:
 
 
 def launch_of(model) -> Launch:
-    """What a Decoder's launch at its trace_position noted, once it has ended. ValueError if there was none."""
+    """Return a Decoder's finished launch at its trace_position. Raise ValueError if there was none."""
     n_bytes = bytes_by_phase(model.config, model.trace_position or 0)
     return Launch.from_events(model.state.trace.cpu().numpy(), model.config.n_layers, n_bytes)
 
 
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    """--trace and --trace-token; see token_to_trace."""
+    """Add --trace and --trace-token, which token_to_trace reads."""
     parser.add_argument(
         "--trace",
         metavar="FILE.json",
@@ -200,37 +206,38 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace-token",
         metavar="N",
         type=positive_int,
-        help=f"time the Nth generated token; default: {USUAL_TOKEN}, or the last one",
+        help=f"time the Nth generated token; default: {DEFAULT_TRACE_TOKEN}, or the last one",
     )
 
 
 def token_to_trace(args: argparse.Namespace, n_prompt: int, max_context: int) -> int | None:
-    """Which generated token, from 1, --trace and --trace-token ask for; None without --trace.
+    """Return the number, from 1, of the generated token to trace, or None without --trace.
 
-    InputError if there cannot be that many after a prompt of n_prompt tokens, or --logits-out is the same file.
+    Raise InputError if a prompt of n_prompt tokens leaves no room for that many, --max-new-tokens is smaller, or
+    --logits-out is the same file.
     """
-    asked = args.trace_token
+    requested = args.trace_token
     if args.trace is None:
-        if asked is not None:
-            raise InputError(f"--trace-token {asked}: without --trace FILE there is no trace")
+        if requested is not None:
+            raise InputError(f"--trace-token {requested}: without --trace FILE there is no trace")
         return None
     if args.logits_out is not None and os.path.realpath(args.logits_out) == os.path.realpath(args.trace):
         raise InputError(f"--trace {args.trace}: is --logits-out's file")
     room = max_context - n_prompt + 1
-    if asked is None:
-        return min(USUAL_TOKEN, args.max_new_tokens, room)
-    if asked > args.max_new_tokens:
-        raise InputError(f"--trace-token {asked}: --max-new-tokens is {args.max_new_tokens}")
-    if asked > room:
-        raise InputError(f"--trace-token {asked}: a context of {max_context} ends {room} tokens after the prompt")
-    return asked
+    if requested is None:
+        return min(DEFAULT_TRACE_TOKEN, args.max_new_tokens, room)
+    if requested > args.max_new_tokens:
+        raise InputError(f"--trace-token {requested}: --max-new-tokens is {args.max_new_tokens}")
+    if requested > room:
+        raise InputError(f"--trace-token {requested}: a context of {max_context} ends {room} tokens after the prompt")
+    return requested
 
 
 @contextlib.contextmanager
 def trace_writer(path: Path | None, inputs: Sequence[Path] = ()) -> Iterator[Callable | None]:
-    """A function that writes the trace of a Generation, see write_trace, to be called once; without a path it is None.
+    """Give a function that writes the trace of a Generation and is called once, or None without a path.
 
-    InputError if the file cannot be written, at once, is one of `inputs`, or the disk is full.
+    Raise InputError at once if the file cannot be written or is one of `inputs`, and later if the disk is full.
     """
     if path is None:
         yield None
@@ -238,13 +245,13 @@ def trace_writer(path: Path | None, inputs: Sequence[Path] = ()) -> Iterator[Cal
     check_output(path, True, inputs, "--trace")
 
     def write(model, traced: int, generation: Generation) -> None:
-        """Writes what token `traced` of a generation by `model` noted, and prints a table of it on stderr."""
+        """Write the trace of token number `traced` that `model` generated, and print its table on stderr."""
         if len(generation.token_ids) < traced:
             raise InputError(f"--trace-token {traced}: the answer ended after {len(generation.token_ids)} tokens")
         launch = launch_of(model)
         title = f"token {traced} at position {model.trace_position}: {generation.device}, {generation.path}"
         data = json.dumps(chrome_trace(launch, title), separators=(",", ":")).encode() + b"\n"
-        with replacing(path, len(data), True, inputs=inputs, flag="--trace", alone=False) as file:
+        with replacing(path, len(data), True, inputs=inputs, flag="--trace", exclusive=False) as file:
             file.write(data, 0)
         print(f"{title}\n{table_text(table_rows(launch))}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What decoding a token has to read from memory: the bytes that the bandwidth limit is made of."""
+"""Count the bytes that decoding a token has to read from memory, from which its bandwidth limit follows."""
 
 import math
 
@@ -6,7 +6,7 @@ from checkpoints.config import ITEM_BYTES, SCALE_ENDING, ModelConfig, expected_t
 from host.phases import Phase, phases_of_token
 
 KV_ITEM_BYTES = 2  # bfloat16
-PHASE_OF_TENSOR = {  # the phase that reads a tensor, by what precedes the last part of its published name
+PHASE_OF_TENSOR = {  # published name without the layer and the last part -> the phase that reads the tensor
     "model.embed_tokens": "embedding",
     "input_layernorm": "QKV",
     "self_attn.q_proj": "QKV",
@@ -24,16 +24,16 @@ PHASE_OF_TENSOR = {  # the phase that reads a tensor, by what precedes the last 
 
 
 def weight_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes of the weights that one token uses, each read once, as published but for `config.dense`.
+    """Return the bytes of the weights that one token uses, each read once, in the formats of `config`.
 
-    All dense matrices, norms, biases and sinks, the router, the LM head, one embedding row, and of each layer's
-    experts the chosen ones: their blocks, scales and biases.
+    They are all dense matrices, norms, biases and sinks, the router, the LM head, one embedding row, and the blocks,
+    scales and biases of the experts chosen in each layer.
     """
     return sum(_tensor_bytes(config).values())
 
 
 def kv_bytes_per_token(config: ModelConfig, context: int) -> int:
-    """Bytes of the KV cache that a token reads when `context` tokens were fed before it.
+    """Return the bytes of the KV cache that a token reads when `context` tokens were fed before it.
 
     A sliding layer reads one position less than its window, which counts the token itself.
     """
@@ -41,12 +41,12 @@ def kv_bytes_per_token(config: ModelConfig, context: int) -> int:
 
 
 def bytes_per_token(config: ModelConfig, context: int) -> int:
-    """Bytes that decoding one token reads when `context` tokens were fed before it: weights and KV cache."""
+    """Return the bytes of weights and KV cache that a token reads when `context` tokens were fed before it."""
     return weight_bytes_per_token(config) + kv_bytes_per_token(config, context)
 
 
 def bytes_by_phase(config: ModelConfig, context: int) -> list[int]:
-    """The parts of bytes_per_token that each of phases_of_token(n_layers) reads, in their order."""
+    """Return the bytes that each of phases_of_token(n_layers) reads, in order; their sum is bytes_per_token."""
     n_bytes = dict.fromkeys(phases_of_token(config.n_layers), 0)
     for name, tensor_bytes in _tensor_bytes(config).items():
         n_bytes[_phase_of(name)] += tensor_bytes
@@ -56,7 +56,7 @@ def bytes_by_phase(config: ModelConfig, context: int) -> list[int]:
 
 
 def _tensor_bytes(config: ModelConfig) -> dict[str, int]:
-    """Published name -> bytes of it that a token uses."""
+    """Return published name -> the bytes of that tensor that a token uses."""
     sizes = {}
     for name, (shape, dtype) in expected_tensors(config).items():
         n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
@@ -69,7 +69,7 @@ def _tensor_bytes(config: ModelConfig) -> dict[str, int]:
 
 
 def _phase_of(name: str) -> Phase:
-    """The phase that reads a tensor of the published name `name`."""
+    """Return the phase that reads the tensor of this published name."""
     layer = None
     if name.startswith("model.layers."):
         number, name = name.removeprefix("model.layers.").split(".", 1)

@@ -1,6 +1,6 @@
-"""Checks of what Python code hands to the public functions: the wrong kind is a TypeError that names the argument.
+"""Check the arguments of public functions: a wrong type raises a TypeError that names the argument.
 
-A value of the right kind that lies out of range is an InputError.
+A value of the right type that is out of range raises an InputError.
 """
 
 import operator
@@ -10,51 +10,57 @@ from types import UnionType
 from system.errors import InputError
 
 
-def integer(value, name: str, least: int | None = None) -> int:
-    """An int, or what stands for one: of NumPy, or a tensor without dimensions. Booleans stand for none."""
+def integer(value, name: str, minimum: int | None = None) -> int:
+    """Return an int, a NumPy integer or a tensor without dimensions as an int; booleans are not accepted.
+
+    Raise TypeError for another type, InputError for a value below `minimum`.
+    """
     is_boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     if is_boolean or getattr(value, "ndim", 0):
-        raise _wrong_kind(name, "an integer", value)
+        raise _wrong_type(name, "an integer", value)
     try:
         number = operator.index(value)
     except (TypeError, RuntimeError):  # RuntimeError: a tensor without numbers
-        raise _wrong_kind(name, "an integer", value) from None
-    if least is not None and number < least:
-        raise InputError(f"{name} {number}: at least {least}")
+        raise _wrong_type(name, "an integer", value) from None
+    if minimum is not None and number < minimum:
+        raise InputError(f"{name} {number}: at least {minimum}")
     return number
 
 
-def integer_or_none(value, name: str, least: int | None = None) -> int | None:
-    return None if value is None else integer(value, name, least)
+def integer_or_none(value, name: str, minimum: int | None = None) -> int | None:
+    return None if value is None else integer(value, name, minimum)
 
 
 def integers(values: Iterable, name: str) -> list[int]:
-    """A sequence of integers, such as a list, a NumPy array or a tensor with one dimension, or what yields them."""
+    """Return the integers of an iterable, such as a list, a NumPy array, a tensor with one dimension or a generator.
+
+    Raise TypeError if it is no ordered iterable or yields something else.
+    """
     if isinstance(values, str | bytes | bytearray | Mapping | Set):
-        raise _wrong_kind(name, "a sequence of integers", values)
+        raise _wrong_type(name, "a sequence of integers", values)
     try:
         items = iter(values)
     except TypeError:
-        raise _wrong_kind(name, "a sequence of integers", values) from None
+        raise _wrong_type(name, "a sequence of integers", values) from None
     return [integer(value, f"{name}[{n}]") for n, value in enumerate(items)]
 
 
 def boolean(value, name: str) -> bool:
     if not isinstance(value, bool):
-        raise _wrong_kind(name, "True or False", value)
+        raise _wrong_type(name, "True or False", value)
     return value
 
 
-def instance(value, kind: type | UnionType, name: str) -> None:
-    """None, or of that kind."""
-    if value is not None and not isinstance(value, kind):
-        shown = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise _wrong_kind(name, f"of type {shown}", value)
+def instance(value, expected_type: type | UnionType, name: str) -> None:
+    """Raise TypeError unless a value is None or of the expected type."""
+    if value is not None and not isinstance(value, expected_type):
+        type_name = expected_type.__name__ if isinstance(expected_type, type) else str(expected_type)
+        raise _wrong_type(name, f"of type {type_name}", value)
 
 
 def function_or_none(value: Callable | None, name: str) -> None:
     if value is not None and not callable(value):
-        raise _wrong_kind(name, "a function", value)
+        raise _wrong_type(name, "a function", value)
 
 
 def one_of(value, choices: tuple, name: str) -> None:
@@ -62,7 +68,7 @@ def one_of(value, choices: tuple, name: str) -> None:
         raise InputError(f"{name} {value!r}: one of {', '.join(map(str, choices))}")
 
 
-def _wrong_kind(name: str, expected: str, value) -> TypeError:
+def _wrong_type(name: str, expected: str, value) -> TypeError:
     shape = f" of shape {tuple(value.shape)}" if getattr(value, "ndim", 0) else ""
-    shown = "" if shape else f" {value!r:.40}" if isinstance(value, bool | int | float | str | bytes) else ""
-    return TypeError(f"{name} must be {expected}, not {type(value).__name__}{shape}{shown}")
+    text = "" if shape else f" {value!r:.40}" if isinstance(value, bool | int | float | str | bytes) else ""
+    return TypeError(f"{name} must be {expected}, not {type(value).__name__}{shape}{text}")

@@ -1,31 +1,36 @@
-"""The errors that a user's input or machine can cause."""
+"""Errors that a user's input or machine can cause, and how their text becomes one line."""
 
-EXIT_INPUT_ERROR = 2  # of a script that ends by an InputError
-MOST_CHARACTERS = 500  # of an error's line: enough for a path and a reason
-CUT = " [...] "
+EXIT_INPUT_ERROR = 2  # exit code of a script that ends with an InputError
+MAX_CHARACTERS = 500  # of an error's line: enough for a path and a reason
+ELLIPSIS = " [...] "
 
 
-def printable(text: str, most: int = MOST_CHARACTERS) -> str:
-    """One line of at most `most` characters, of which a long text keeps its beginning and its end.
+def printable(text: str, max_characters: int = MAX_CHARACTERS) -> str:
+    """Return a text as one line of at most max_characters; a longer one keeps its beginning and its end.
 
-    A stranger's words may hold what would move a terminal's cursor: all that is not printable comes out as an escape.
+    Text from a file may hold sequences that command a terminal, so every unprintable character becomes an escape.
     """
-    if len(text) > most:
-        text = _cut(text, most)  # first, so that a text of any length costs little
+    if len(text) > max_characters:
+        text = _shorten(text, max_characters)  # before the rest, so that a text of any length costs little
     line = " ".join(text.splitlines())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    return shown if len(shown) <= most else _cut(shown, most)
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return escaped if len(escaped) <= max_characters else _shorten(escaped, max_characters)
 
 
-def _cut(text: str, most: int) -> str:
-    kept = most - len(CUT)
-    return text[: kept - kept // 2] + CUT + text[len(text) - kept // 2 :]
+def _shorten(text: str, max_characters: int) -> str:
+    n_kept = max_characters - len(ELLIPSIS)
+    return text[: n_kept - n_kept // 2] + ELLIPSIS + text[len(text) - n_kept // 2 :]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its type if it has no text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class InputError(Exception):
     """Bad input: one clear line that names the file, tensor or flag. Scripts print it and exit with code 2.
 
-    The line is made `printable` here, whatever names and values of a file it holds.
+    The constructor makes the line `printable`, as it may quote names and values from a file.
     """
 
     def __init__(self, message: str):
@@ -33,7 +38,7 @@ class InputError(Exception):
 
 
 class LogitsNotFinite(InputError):
-    """A position's logits hold NaN or an infinity, so that no token follows from them."""
+    """A position's logits hold NaN or an infinity, so that no token can be chosen from them."""
 
     def __init__(self, position: int):
         super().__init__(
@@ -43,20 +48,20 @@ class LogitsNotFinite(InputError):
 
 
 class PositionsLost(InputError):
-    """A token cannot be fed behind positions that an interrupted call was feeding."""
+    """A token cannot be fed after positions whose feeding was interrupted."""
 
 
 class GenerationOvertaken(RuntimeError):
-    """A generator's model has been put to another use since its last token."""
+    """A generator was resumed after its model had been used for something else."""
 
 
 class ModelInUse(RuntimeError):
-    """A thread uses a model while it is amid a use of one, or launches a kernel amid a launch."""
+    """A thread used a model during a use of one, or launched a kernel during a launch."""
 
 
 class RunsDiffer(RuntimeError):
-    """The same input gave different tokens twice: what was timed is not what it seems."""
+    """Two runs on the same input gave different tokens, so that their times are not comparable."""
 
 
 class MegakernelAborted(RuntimeError):
-    """A grid barrier gave up waiting: the message names the phase and the layer."""
+    """A grid barrier gave up waiting; the message names the phase and the layer."""

@@ -1,4 +1,4 @@
-"""What mapped files need beyond being mapped: one line when they shrink, and their pages back."""
+"""Handle mapped files: report one that shrinks in one line, and release pages that are no longer needed."""
 
 import ctypes
 import mmap
@@ -10,14 +10,14 @@ import torch
 
 from system.errors import EXIT_INPUT_ERROR
 
-_first = threading.Lock()
+_report_lock = threading.Lock()
 _names: dict[str, None] = {}  # of the files in use, in order
 
 
 def name_on_bus_error(path: str) -> None:
-    """From now on reading a page that a mapped file no longer has prints one line naming it, and exits with code 2.
+    """Make a read from a page that a mapped file has lost print one line naming it, and exit with code 2.
 
-    The kernel tells of this by SIGBUS, on which Python's own handlers would return to the same access for ever.
+    The kernel signals this by SIGBUS. A handler in Python would return to the same access forever.
     """
     if hasattr(signal, "SIGBUS"):
         _names[path] = None
@@ -26,19 +26,19 @@ def name_on_bus_error(path: str) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _handler(_signal: int) -> None:
-    _first.acquire()  # for ever: threads that read together come here together, and one line is enough
+    _report_lock.acquire()  # never released: several threads may fail together, and one line is enough
     files = ", ".join(_names)
     os.write(2, os.fsencode(f"error: {files}: could not be read on: was it cut short while in use?\n"))
     os._exit(EXIT_INPUT_ERROR)
 
 
 def release_pages(tensor: torch.Tensor, path: str) -> None:
-    """Take the pages of a tensor, if it is a view of that mapped file, out of this process's memory.
+    """Remove a tensor's pages from this process's memory if the tensor is a view of the mapped file at `path`.
 
-    They stay in the page cache, from where they come back when they are read.
+    They stay in the page cache and return when they are read.
     """
     if _mapped_file(tensor.data_ptr()) != path:
-        return  # elsewhere the kernel would forget what is in them
+        return  # pages that no file backs would lose their content
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
@@ -47,7 +47,7 @@ def release_pages(tensor: torch.Tensor, path: str) -> None:
 
 
 def _mapped_file(address: int) -> str | None:
-    """The file of the mapping that an address lies in, where the system tells."""
+    """Return the file whose mapping contains an address, or None if there is none or the system does not tell."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
             for line in maps:

@@ -1,6 +1,6 @@
-"""What surrounds a program's work: the signals that end it, and standard streams that may be closed, full or gone.
+"""Handle the signals that end a program, and standard streams that may be closed, full or disconnected.
 
-host.cli.run_main puts both around a script's main. Imports nothing that takes long or may be missing.
+host.cli.run_main does both around a script's main. This module imports nothing that is slow or may be missing.
 """
 
 import contextlib
@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 from system.errors import InputError
 
@@ -19,61 +20,66 @@ REPEAT_SECONDS = 1.0
 
 
 @contextlib.contextmanager
-def signals_as_interrupts() -> Iterator[list[int]]:
-    """In the body each of ENDING_SIGNALS raises KeyboardInterrupt; gives the list of those that came.
-
-    One that is ignored, as nohup leaves SIGHUP, stays ignored. Those that follow within REPEAT_SECONDS, as from a
-    terminal that closes, are noted only: they would break into the cleaning up that the first one began.
-    """
-    came: list[int] = []
-    last = -REPEAT_SECONDS
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal last
-        came.append(number)
-        if time.monotonic() - last >= REPEAT_SECONDS:
-            last = time.monotonic()
-            raise KeyboardInterrupt
-
-    usual = (signal.SIG_DFL, signal.default_int_handler)
-    handlers = {n: signal.signal(n, handle) for n in ENDING_SIGNALS if signal.getsignal(n) in usual}
+def replaced_handlers(handlers: Mapping[int, Any], replacement: Callable) -> Iterator[None]:
+    """Replace the handlers of these signals in the body, and restore them after it."""
     try:
-        yield came
+        for number in handlers:
+            signal.signal(number, replacement)
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def signals_deferred() -> Iterator[Callable[[], None]]:
-    """In the body signals that have a handler interrupt nothing: a call of the function that this gives handles them.
+def signals_as_interrupts() -> Iterator[list[int]]:
+    """Make each of ENDING_SIGNALS raise KeyboardInterrupt in the body. Give the list of the signals received so far.
 
-    An exception out of a signal's handler reaches whatever runs then; torch may take it for one of a tensor's.
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Signals that follow within REPEAT_SECONDS, as
+    when a terminal closes, are only recorded, because they would interrupt the cleanup that the first one started.
     """
-    came: list[int] = []
+    received: list[int] = []
+    last = -REPEAT_SECONDS
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal last
+        received.append(number)
+        if time.monotonic() - last >= REPEAT_SECONDS:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    handlers = {n: signal.getsignal(n) for n in ENDING_SIGNALS if signal.getsignal(n) in defaults}
+    with replaced_handlers(handlers, handle):
+        yield received
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[Callable[[], None]]:
+    """Defer signals that have a handler in the body. Give a function that runs the handler of one received since.
+
+    An exception from a signal's handler would reach the code that runs at that moment, and torch may mistake it for an
+    error of a tensor.
+    """
+    pending: list[int] = []
 
     def check() -> None:
-        if came:
-            number = came.pop(0)
+        if pending:
+            number = pending.pop(0)
             handlers[number](number, None)
 
     handlers = {n: signal.getsignal(n) for n in ENDING_SIGNALS if callable(signal.getsignal(n))}
-    try:
-        for number in handlers:
-            signal.signal(number, lambda number, _: came.append(number))
+    with replaced_handlers(handlers, lambda number, _: pending.append(number)):
         yield check
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
-def signal_exit_code(came: list[int]) -> int:
-    """A shell's for a program that the first of these signals ended; without any that of Ctrl-C."""
-    return 128 + (came[0] if came else signal.SIGINT)
+def signal_exit_code(received: list[int]) -> int:
+    """Return a shell's exit code for a program that the first of these signals ended, or Ctrl-C if there is none."""
+    return 128 + (received[0] if received else signal.SIGINT)
 
 
 class Stdout(io.FileIO):
-    """Turns the system's first error into an InputError, but for BrokenPipeError, and takes no more after it."""
+    """Turns the system's first error into an InputError (BrokenPipeError stays) and discards later output."""
 
     failure: Exception | None = None
 
@@ -91,7 +97,7 @@ class Stdout(io.FileIO):
 
 
 class Stderr(io.FileIO):
-    """Passes over what cannot be written: a message that is lost must not cost the work that it is about."""
+    """Ignores errors, as a message that cannot be written must not cost the work that it is about."""
 
     def write(self, data) -> int | None:
         try:
@@ -102,10 +108,10 @@ class Stderr(io.FileIO):
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[Callable[[], None]]:
-    """In the body sys.stdout and sys.stderr work as Stdout and Stderr say, also where they were closed.
+    """Make sys.stdout and sys.stderr use Stdout and Stderr in the body, even if they were closed.
 
-    Gives a function that raises what was, or is now, wrong with stdout. Streams that are not the process's own, as in
-    tests, are left alone.
+    Give a function that flushes stdout and raises its first error. Streams that are not the process's own, as in tests,
+    are not replaced.
     """
     open_descriptors()
     before = sys.stdout, sys.stderr
@@ -132,7 +138,7 @@ def standard_streams() -> Iterator[Callable[[], None]]:
 
 
 def open_descriptors() -> None:
-    """Descriptors 0 to 2 that are closed become /dev/null, so that no file gets their numbers."""
+    """Open /dev/null at those of descriptors 0 to 2 that are closed, so that no file gets their numbers."""
     for descriptor in (0, 1, 2):
         if not _is_open(descriptor):
             null = os.open(os.devnull, os.O_RDWR)
@@ -150,11 +156,11 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _text(raw: io.FileIO, like: io.TextIOWrapper | None, **options) -> io.TextIOWrapper:
-    """A text stream on `raw` that encodes and buffers as another one does."""
+    """Return a text stream on `raw` that encodes and buffers like another stream, if one is given."""
     if like is not None:
         options = {
             "encoding": like.encoding,
-            "errors": "backslashreplace",  # a model may write what the terminal cannot show
+            "errors": "backslashreplace",  # a model may write characters that the terminal cannot show
             "line_buffering": like.line_buffering,
             "write_through": like.write_through,
         } | options

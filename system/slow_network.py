@@ -1,22 +1,22 @@
-"""Ends a reply of the hub that comes too slowly.
+"""Abort replies of the hub that arrive too slowly.
 
-The timeouts of the hub's client are for one read each, so that a server that sends a byte a second holds it for ever.
+The timeouts of the hub's client apply to a single read, so a server that sends a byte per second would hold it forever.
 """
 
 import time
 
 import httpx
 
-REPLY_SECONDS = 30.0  # of waiting for one reply, after which it must have brought LEAST_RATE bytes for each of them
-LEAST_RATE = 1024  # bytes a second
+REPLY_SECONDS = 30.0  # of waiting for a reply, in which it must bring at least MIN_RATE bytes per second
+MIN_RATE = 1024  # bytes per second
 
 
 class TooSlow(Exception):
-    """A reply brought fewer bytes than LEAST_RATE asks for."""
+    """A reply arrived at less than MIN_RATE."""
 
 
 def watch(client: httpx.Client) -> None:
-    """From now on the client's new connections raise TooSlow."""
+    """Make a client's new connections raise TooSlow for replies that arrive at less than MIN_RATE."""
     for transport in (client._transport, *client._mounts.values()):
         pool = getattr(transport, "_pool", None)
         backend = getattr(pool, "_network_backend", None)
@@ -41,7 +41,7 @@ class _WatchedBackend:
 
 
 class _WatchedStream:
-    """An httpcore.NetworkStream: what it brings is set against the seconds that reads of it have taken."""
+    """An httpcore.NetworkStream that compares the bytes of a reply with the seconds spent reading it."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -53,13 +53,13 @@ class _WatchedStream:
         self._waited += time.monotonic() - start
         self._received += len(data)
         if self._waited > REPLY_SECONDS:
-            if self._received < LEAST_RATE * REPLY_SECONDS:
+            if self._received < MIN_RATE * REPLY_SECONDS:
                 raise TooSlow(f"{self._received} bytes in {self._waited:.0f} s")
             self._waited = self._received = 0
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._waited = self._received = 0  # another request
+        self._waited = self._received = 0  # a new request begins
         self._stream.write(buffer, timeout)
 
     def start_tls(self, *args, **kwargs) -> "_WatchedStream":

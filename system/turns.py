@@ -1,7 +1,7 @@
-"""Who may use a model now: one thread at a time, and one sequence at a time.
+"""Let one thread at a time, and one sequence at a time, use a model.
 
-A public method takes a turn. A generator takes one when its first token is asked for and goes on in it, holding nothing
-between two tokens; once another use has taken a turn, the sequence that it was decoding is gone, and it raises.
+A public method takes a turn. A generator takes one when its first token is requested and continues in it, holding no
+lock between two tokens. Once another use takes a turn, the generator's sequence is gone, and its next token raises.
 """
 
 import functools
@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 from system.errors import GenerationOvertaken, ModelInUse
 
-# Held while kernels are compiled and launched, whatever the model: neither Triton nor its interpreter is made for
-# several threads at once.
+# Held while a kernel of any model is compiled and launched: neither Triton nor its interpreter is thread-safe.
 LAUNCHING = threading.RLock()
 
 
@@ -23,19 +22,19 @@ _this_thread = _ThisThread()
 
 
 class Turns:
-    """Counts the turns of one model; see exclusive."""
+    """Counts the turns of one model, and has the lock that `exclusive` holds."""
 
     def __init__(self):
         self.lock = threading.RLock()
         self._turn = 0
 
     def take(self) -> int:
-        """A new turn, which ends the one before."""
+        """Return the number of a new turn, which ends the one before."""
         self._turn += 1
         return self._turn
 
     def check(self, turn: int) -> None:
-        """GenerationOvertaken unless this is the turn that was taken last."""
+        """Raise GenerationOvertaken unless this is the turn that was taken last."""
         if turn != self._turn:
             raise GenerationOvertaken(
                 "another use of this model has overtaken the generation: call generate() again, or use a model for each"
@@ -43,16 +42,16 @@ class Turns:
 
 
 def exclusive(method: Callable) -> Callable:
-    """A method of what has `turns`: other threads wait until it is over.
+    """Decorate a method of an object with `turns` so that other threads wait until it returns.
 
-    A thread uses one model at a time, so that none waits for another in a circle. ModelInUse if it is amid a use
-    already, as a signal handler's call can be.
+    A thread uses one model at a time, so that no threads wait for each other in a circle. The method raises ModelInUse
+    if its thread is already using a model, as a signal handler's call can find.
     """
 
     @functools.wraps(method)
     def wrapper(self, *args, **options):
         if _this_thread.uses_a_model:
-            raise ModelInUse("a signal handler or callback uses a model while its thread is amid the use of one")
+            raise ModelInUse("a signal handler or callback uses a model while its thread is using one")
         with self.turns.lock:
             try:
                 _this_thread.uses_a_model = True

@@ -76,12 +76,12 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 
 @pytest.fixture(scope="module")
 def good() -> dict[int, ArchiveBytes]:
-    """Version -> archive, not to be changed."""
+    """Version -> archive. Tests must not change it."""
     return {version: archive_of(CHECKPOINT, version, DOCUMENTS) for version in (1, 2)}
 
 
 def write(archive: ArchiveBytes, folder: Path) -> Path:
-    """An archive of version 1 has its documents beside it."""
+    """Write an archive; one of version 1 has its documents beside it."""
     path = folder / "small.iris"
     path.write_bytes(archive.encode())
     if archive.version == 1:
@@ -179,7 +179,7 @@ def test_cut_to_layers_that_are_not_there(good, tmp_path, version, n_layers):
 def test_documents(good, tmp_path, version):
     archive = open_archive(write(good[version], tmp_path))
     assert {name: archive.document(name) for name in DOCUMENTS} == DOCUMENTS
-    assert Tokenizer.of(archive).encode("ab") == [97, 98]
+    assert Tokenizer.from_checkpoint(archive).encode("ab") == [97, 98]
 
 
 @VERSIONS
@@ -189,7 +189,7 @@ def test_documents_that_are_not_there(tmp_path, version):
     archive = open_archive(tmp_path / "small.iris")
     assert archive.config == SMALL
     assert archive.document(TOKENIZER) is archive.document(GENERATION) is None
-    assert Tokenizer.of(archive) is None
+    assert Tokenizer.from_checkpoint(archive) is None
 
 
 def test_version_2_needs_nothing_beside_it(good, tmp_path):
@@ -214,24 +214,24 @@ def test_runs_of_tensors_that_follow_each_other(tmp_path):
     for field in LAYER_TENSORS:
         names = published_names(field, SMALL.n_layers)
         tensors = [archive.tensor(name) for name in names]
-        run = archive.run_of(names)
+        run = archive.contiguous_bytes(names)
         assert (run is not None) == all(tensor.nbytes % 256 == 0 for tensor in tensors[:-1]), field
         if run is not None:
             in_one_piece += 1
             assert torch.equal(run, torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors]))
             assert run.data_ptr() == tensors[0].data_ptr(), "a copy"
-            assert archive.run_of(names[::-1]) is None
+            assert archive.contiguous_bytes(names[::-1]) is None
     assert 3 < in_one_piece < len(LAYER_TENSORS)
-    alone = archive.run_of(["model.norm.weight"])
+    alone = archive.contiguous_bytes(["model.norm.weight"])
     assert torch.equal(alone.view(torch.float32), archive.tensor("model.norm.weight"))
     with pytest.raises(KeyError):
-        archive.run_of(["embed"])
+        archive.contiguous_bytes(["embed"])
 
 
 def test_no_run_where_layers_lie_apart(good, tmp_path):
     archive = open_archive(write(good[2], tmp_path))
-    assert archive.run_of(published_names("gate_up", 3)) is None
-    assert archive.run_of(published_names("qkv", 1)) is not None
+    assert archive.contiguous_bytes(published_names("gate_up", 3)) is None
+    assert archive.contiguous_bytes(published_names("qkv", 1)) is not None
 
 
 @linux_only
@@ -251,7 +251,7 @@ def test_tensors_are_views_of_the_mapped_file(good, tmp_path, version):
 
 
 def status(key: str) -> int:
-    """Bytes of this process that /proc tells of."""
+    """Return a figure of this process from /proc, in bytes."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
     return int(line.split()[1]) * 1024
 
@@ -273,7 +273,7 @@ def test_iterating_copies_nothing_and_keeps_no_pages(tmp_path):
 
 
 def write_sparse_preset(config: ModelConfig, path: Path) -> None:
-    """The header of a published model, version 1, and holes of its size."""
+    """Write the header of a published model, version 1, and holes of its size."""
     tensors = expected_tensors(config)
     kinds = row_kinds(config.n_layers)
     end, rows = (16 + 216 * len(kinds) + 4095) // 4096 * 4096, []
@@ -354,7 +354,7 @@ def test_configuration_beside_version_1_that_is_no_file(good, tmp_path):
 
 @contextlib.contextmanager
 def time_limit(seconds: int = 20) -> Iterator[None]:
-    """Fails instead of waiting for ever."""
+    """Fail the test instead of waiting for ever."""
 
     def fail(*_) -> None:
         pytest.fail(f"took longer than {seconds} s")
@@ -414,7 +414,7 @@ def test_flipped_bit_of_a_blob(good, tmp_path, name):
             archive = open_archive(path, n_layers=1)
         if name == TOKENIZER:
             with pytest.raises(InputError, match=f"{TOKENIZER}: the checksum does not match"):
-                Tokenizer.of(archive)
+                Tokenizer.from_checkpoint(archive)
 
 
 def test_flipped_bit_of_a_layer_that_is_cut_off(good, tmp_path):
@@ -461,7 +461,7 @@ def test_tensor_of_another_shape(good, tmp_path, version, name):
 @VERSIONS
 @pytest.mark.parametrize("name", NAMES)
 def test_tensor_of_another_shape_of_the_same_size(good, tmp_path, version, name):
-    """Transposed, or with one dimension more."""
+    """The shape is transposed, or has one dimension more."""
     archive = good[version].copy()
     row = archive.row(name)
     row.shape = row.shape[::-1] if len(set(row.shape)) > 1 else (1, *row.shape)
@@ -472,7 +472,7 @@ def test_tensor_of_another_shape_of_the_same_size(good, tmp_path, version, name)
 @VERSIONS
 @pytest.mark.parametrize("name", NAMES)
 def test_tensor_of_another_dtype(good, tmp_path, version, name):
-    """Of another dtype of the same size, or of half as many values of twice the size."""
+    """The dtype is another one of equal size, or one of twice the size for half as many values."""
     archive = good[version].copy()
     row = archive.row(name)
     spelled = {F32: "int32", BF16: "float32", U8: "bfloat16"}[row.dtype]
@@ -499,7 +499,7 @@ def test_norms_and_sinks_as_bfloat16(tmp_path, good):
     "name", ["L3.sinks", "L00.sinks", "L-1.sinks", "l0.sinks", "L٢.sinks", "L0.w_k ", "sinks", "model.norm.weight"]
 )
 def test_unknown_tensor(good, tmp_path, version, name):
-    """Instead of one there should be, and as one too many."""
+    """An unknown tensor replaces an expected one, or is one too many."""
     archive = good[version].copy()
     archive.row("L2.sinks").name = name.encode()
     assert_rejected(write(archive, tmp_path), f"unknown tensor {name!r}")
@@ -603,7 +603,7 @@ def test_largest_document_and_one_byte_more(tmp_path, name):
 
 
 def test_tokenizer_that_is_too_large(good, tmp_path):
-    """A hole in the file, and not read."""
+    """The tokenizer is a hole in the file and is not read."""
     archive = good[2].copy()
     archive.row(TOKENIZER).offset = archive.header_bytes + len(archive.body) + -len(archive.body) % 256
     row = archive.row(TOKENIZER)
@@ -616,7 +616,7 @@ def test_tokenizer_that_is_too_large(good, tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match="tokenizer.json has 67108865 bytes, at most 67108864 are expected"):
-            Tokenizer.of(opened)
+            Tokenizer.from_checkpoint(opened)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -631,7 +631,7 @@ def test_tokenizer_that_is_none(good, tmp_path, version, data):
     (tmp_path / TOKENIZER).write_bytes(data)
     archive = open_archive(path)
     with pytest.raises(InputError) as caught:
-        Tokenizer.of(archive)
+        Tokenizer.from_checkpoint(archive)
     assert str(caught.value).startswith(str(tmp_path))
     assert f"{TOKENIZER}: not a tokenizer file" in str(caught.value)
     assert str(caught.value).isprintable()
@@ -687,7 +687,7 @@ def test_what_is_no_archive(tmp_path, make, culprit):
 
 
 def test_link_to_an_archive(good, tmp_path):
-    """Version 1 has its configuration beside the link."""
+    """An archive of version 1 has its configuration beside the link."""
     for version in (1, 2):
         (tmp_path / f"{version}").mkdir()
         link = write(good[version], tmp_path / f"{version}")
@@ -715,7 +715,7 @@ HUGE = {
 
 
 def write_huge(good: dict[int, ArchiveBytes], folder: Path) -> list[Path]:
-    """Small files that claim to be large, and one that is large: a hole of 13 GB, which can only be mapped."""
+    """Write small files that claim to be large, and a hole of 13 GB, which can only be mapped."""
     paths = []
     for version in (1, 2):
         for what, change in HUGE.items():
@@ -882,7 +882,7 @@ def test_file_that_shrinks_while_mapped(tmp_path, kept):
 
 
 def write_behind(path: Path, keep_times: bool = False) -> None:
-    """Another last weight; perhaps with the old time of modification, as some copying programs leave it."""
+    """Change the last weight, perhaps with the old modification time, as some copying programs leave it."""
     before = path.stat()
     with open(path, "r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -921,7 +921,7 @@ def test_file_that_is_written_to_while_it_is_read(tmp_path, keep_times):
 
 @pytest.mark.parametrize("how", ["replaced", "removed", "linked"])
 def test_file_whose_name_changes_while_it_is_read_stays_what_it_was(tmp_path, how):
-    """The mapping is of the file that was opened."""
+    """The mapping belongs to the file that was opened."""
     path = tmp_path / "small.iris"
     write_archive(CHECKPOINT, path)
     archive = open_archive(path)
@@ -934,7 +934,7 @@ def test_file_whose_name_changes_while_it_is_read_stays_what_it_was(tmp_path, ho
 
 
 def test_file_that_is_written_to_while_a_model_runs(tmp_path):
-    """On a CPU its weights are those of the mapped file."""
+    """On a CPU the model's weights are those of the mapped file."""
     path = tmp_path / "small.iris"
     write_archive(small_model.small_checkpoint(), path)
     model = MegaModel.from_pretrained(path, max_context=16, device="cpu")
@@ -972,7 +972,7 @@ def test_bytes_between_blobs_are_zeros(tmp_path, gap, at, monkeypatch, capsys):
 
 
 def test_a_large_gap_is_looked_at_to_verify(good, tmp_path):
-    """Whoever moves a blob may leave its bytes behind; they are not read before."""
+    """A program that moves a blob may leave its bytes behind; only --verify reads them."""
     archive = good[2].copy()
     row = archive.rows[-1]
     at = row.offset - archive.header_bytes
@@ -1043,7 +1043,7 @@ COMMANDS = {
 
 @pytest.fixture
 def former_signals() -> Iterator[None]:
-    """The scripts take over SIGTERM."""
+    """Restore the signal handlers: the scripts take over SIGTERM."""
     former = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, former)
@@ -1097,7 +1097,7 @@ def test_program_refuses_in_one_line_and_waits_for_nothing(good, tmp_path, comma
 
 @pytest.fixture
 def fuzz(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """fuzz(cases) gives the exit code and what was printed."""
+    """Return fuzz(cases) -> (exit code, printed text)."""
 
     def run(cases: int) -> tuple[int, str]:
         try:

@@ -47,7 +47,7 @@ PAIRS = {
 
 
 def plain(ref: list[float], test: list[float], next_id: int) -> dict[str, float]:
-    """All of `Positions`, at one position."""
+    """Compute all fields of `Positions` at one position."""
     with localcontext() as context:
         context.prec = 60
         r, t = [Decimal(x) for x in ref], [Decimal(x) for x in test]
@@ -100,8 +100,8 @@ def test_hard_cases(ref, test):
 
 @pytest.mark.parametrize("vocab_size", range(1, 11))
 @pytest.mark.parametrize("spread", [0.1, 3.0, 300.0])
-def test_random_logits(vocab_size, spread):
-    """The test side is sometimes near, sometimes far; every fourth row has ties throughout."""
+def test_metrics_of_random_logits_agree(vocab_size, spread):
+    """The test side is sometimes near, sometimes far; every fourth row consists of ties."""
     rng = torch.Generator().manual_seed(vocab_size)
     ref = torch.randn(24, vocab_size, generator=rng) * spread
     distance = torch.tensor([1e-3, 0.1, 1.0, 10.0]).repeat(6)[:, None]
@@ -111,7 +111,7 @@ def test_random_logits(vocab_size, spread):
 
 
 def test_a_small_divergence_is_not_lost_in_rounding():
-    """KL of steps d is about variance(d) / 2: here 1e-9, of terms of 1e-5."""
+    """KL of small differences d is about variance(d) / 2, here 1e-9 as a sum of terms of 1e-5."""
     rng = torch.Generator().manual_seed(1)
     ref = torch.randn(4, 10, generator=rng)
     test = ref + torch.randn(4, 10, generator=rng) * 1e-5
@@ -149,7 +149,7 @@ def test_blocks_of_rows_are_rows(n):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_row_that_is_not_finite_has_no_value(bad, side):
-    """Nothing of it may look like agreement, in whichever logit it is; other rows keep theirs."""
+    """Such a row must not look like agreement, whichever logit it is; other rows keep their values."""
     for column in range(6):
         pair = [torch.randn(3, 6), torch.randn(3, 6)]
         clean = compare(*pair, torch.tensor([0, 1, 2]))
@@ -162,7 +162,7 @@ def test_a_row_that_is_not_finite_has_no_value(bad, side):
 
 
 def positions_of(**columns) -> Positions:
-    """Those given; the others are zeros."""
+    """Make Positions of the given fields; the others are zeros."""
     n = len(next(iter(columns.values())))
     values = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
     return Positions(**{name: values.get(name, torch.zeros(n).double()) for name in Positions._fields})
@@ -246,7 +246,7 @@ def test_bins_hold_each_position_once():
 
 
 def test_a_sure_reference_is_in_the_last_bin():
-    """Whatever exp(log softmax) rounds to."""
+    """This holds whatever exp(log softmax) rounds to."""
     ref = torch.tensor([[100.0, 0.0], [0.0, 1e30]])
     assert confidence_bins(compare(ref, ref, torch.tensor([0, 1])))[-1].n == 2
 
@@ -284,7 +284,7 @@ def test_quantiles_of_student(probability, df, expected):
 
 
 def test_an_interval_worked_out_by_hand():
-    """1 .. 5: mean 3, s^2 = 10 / 4, so 2.776 * sqrt(2.5 / 5) on either side."""
+    """For 1 .. 5 the mean is 3 and s^2 = 10 / 4, so the interval is 2.776 * sqrt(2.5 / 5) on either side."""
     interval = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (interval.mean, interval.n) == (3, 5)
     assert (interval.low, interval.high) == pytest.approx((3 - 1.9633, 3 + 1.9633), abs=1e-4)
@@ -310,7 +310,7 @@ def test_thresholds():
 
 
 def test_which_way_each_threshold_goes():
-    better_if_more = [metric.key for metric in METRICS if metric.least]
+    better_if_more = [metric.key for metric in METRICS if metric.higher_is_better]
     assert better_if_more == ["top1", "top1_confident", "top5", "top10", "cosine"]
 
 

@@ -4,19 +4,26 @@ import pytest
 import torch
 
 from measure import bandwidth
-from measure.bandwidth import GRAIN, LEAST, SHAPES, fastest_stream, measure_read_bandwidth, sum_int32
+from measure.bandwidth import (
+    MAX_PROGRAM_VALUES,
+    MIN_PROGRAM_VALUES,
+    SHAPES,
+    fastest_stream,
+    measure_read_bandwidth,
+    sum_int32,
+)
 
 
 @pytest.fixture(scope="module")
 def values():
-    """Two programs of the largest share; their sum does not fit 32 bits."""
+    """Return values for two programs of the largest share; their sum does not fit 32 bits."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**31), 2**31, (2 * GRAIN,), generator=generator, dtype=torch.int32)
+    return torch.randint(-(2**31), 2**31, (2 * MAX_PROGRAM_VALUES,), generator=generator, dtype=torch.int32)
 
 
 @pytest.fixture
 def made_up_times(monkeypatch):
-    """The second shape is the fastest."""
+    """Return times under which the second shape is the fastest."""
     times = iter([[5.0]] * 2 + [[1.0]] * 2 + [[4.0, 3.0, 8.0]] * 4)
     monkeypatch.setattr(bandwidth, "device_times_ms", lambda launch, repeats: next(times))
 
@@ -24,7 +31,7 @@ def made_up_times(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_program_sums_its_share(values, shape):
     block, n_blocks, _ = shape
-    sums = torch.zeros(values.numel() // LEAST, dtype=torch.int64)
+    sums = torch.zeros(values.numel() // MIN_PROGRAM_VALUES, dtype=torch.int64)
     n_sums = sum_int32(values, sums, shape)
     expected = values.view(-1, block * n_blocks).sum(1, dtype=torch.int64)
     assert torch.equal(sums[:n_sums] % 2**32, expected % 2**32)
@@ -33,8 +40,8 @@ def test_each_program_sums_its_share(values, shape):
 def test_the_fastest_shape_counts(values, made_up_times):
     found = fastest_stream(values)
     assert found.ms.median == 1.0
-    assert found.n_bytes == 2 * GRAIN * 4
-    assert found.bytes_per_second == 2 * GRAIN * 4 * 1000
+    assert found.n_bytes == 2 * MAX_PROGRAM_VALUES * 4
+    assert found.bytes_per_second == 2 * MAX_PROGRAM_VALUES * 4 * 1000
 
 
 def test_a_kernel_that_reads_something_else_is_noticed(values, made_up_times, monkeypatch):

@@ -24,7 +24,7 @@ def target(tmp_path) -> Path:
 
 @pytest.fixture
 def part(target) -> Path:
-    """What another run may have left."""
+    """A temporary file that another run may have left."""
     return Path(f"{target}.0123456789abcdef.part")
 
 
@@ -170,9 +170,9 @@ def test_two_writers_of_one_file(target):
 
 
 def test_of_writers_that_need_not_be_alone_the_last_one_counts(target):
-    with replacing(target, 3, True, alone=False) as first:
+    with replacing(target, 3, True, exclusive=False) as first:
         first.write(b"new", 0)
-        write(target, b"not", force=True, alone=False)
+        write(target, b"not", force=True, exclusive=False)
         assert target.read_bytes() == b"not"
     assert (files(target), target.read_bytes()) == ([target.name], b"new")
 
@@ -203,13 +203,13 @@ def test_what_a_process_that_was_killed_leaves_is_removed(target):
     assert (files(target), target.read_bytes()) == (["file", "other file"], b"new")
 
 
-def test_many_writers_at_once(target):
-    """Those that come later take nobody's new file for a leftover; the file is one writer's, and whole."""
+def test_many_writers_at_once_leave_one_whole_file(target):
+    """Later writers take no new file for a leftover; the file is one writer's, and whole."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "from system.output_file import replacing\n"
         "for n in range(40):\n"
-        "    with replacing(Path(sys.argv[2]), 3, True, alone=False) as file:\n"
+        "    with replacing(Path(sys.argv[2]), 3, True, exclusive=False) as file:\n"
         "        for at in range(0, 50000, 5000): file.write(sys.argv[3].encode() * 5000, at)\n"
     )
     root = Path(__file__).parents[2]
@@ -239,8 +239,8 @@ def test_a_file_that_another_process_takes_for_a_leftover_before_it_is_locked(ta
     assert taken
 
 
-def test_a_file_system_without_locks(target, part, monkeypatch):
-    """There it cannot be known what is left."""
+def test_a_file_system_without_locks_keeps_leftovers(target, part, monkeypatch):
+    """Without locks a leftover cannot be told from a file in use."""
 
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -384,7 +384,7 @@ def test_no_descriptor_is_left_open(target, part):
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error(target, monkeypatch):
-    """Not every file system can, and the file is in its place."""
+    """Not every file system can sync a folder, and the file is in its place."""
     fsync = os.fsync
 
     def of_files_only(descriptor: int) -> None:
@@ -398,7 +398,7 @@ def test_a_folder_that_cannot_be_synced_is_no_error(target, monkeypatch):
 
 
 def test_an_interrupt_after_the_file_is_in_its_place_touches_no_other_part(target, part, monkeypatch):
-    """The next process may already be writing there."""
+    """The next process may already be writing its part."""
 
     def interrupt(folder: Path) -> None:
         part.write_bytes(b"another's")
