@@ -1,4 +1,6 @@
-"""Mends and extends Triton's CPU interpreter (TRITON_INTERPRET=1): right numbers, speed, and concurrent grids.
+"""Correct and extend Triton's CPU interpreter (TRITON_INTERPRET=1): exact numbers, speed, and concurrent grids.
+
+Comments that begin with "Stock:" say what Triton's own interpreter does instead.
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton or a module with kernels is imported
 import interpreter
@@ -23,14 +25,14 @@ _KNOWN_VERSIONS = ("3.6.", "3.9.")
 
 
 def install():
-    """Mends the interpreter for the life of the process; a second call does nothing.
+    """Correct and extend the interpreter for the life of the process; a second call does nothing.
 
-    Launches of several threads wait for each other from then on. A launch within a launch is refused by ModelInUse.
-    Raises InputError when this version of Triton is not known, RuntimeError when TRITON_INTERPRET=1 came too late.
+    From then on launches of several threads wait for each other, and a launch within a launch raises ModelInUse. Raise
+    InputError if this version of Triton is not known, RuntimeError if TRITON_INTERPRET=1 was set too late.
     """
     from triton.runtime import interpreter
 
-    if getattr(interpreter, "_mended", False):
+    if getattr(interpreter, "_is_patched", False):
         return
     if not triton.__version__.startswith(_KNOWN_VERSIONS):
         known = ", ".join(version + "x" for version in _KNOWN_VERSIONS)
@@ -40,7 +42,7 @@ def install():
     from interpreter import assembly, fast_paths, language, launch, numerics, reductions
 
     with LAUNCHING:
-        if getattr(interpreter, "_mended", False):
+        if getattr(interpreter, "_is_patched", False):
             return
         numerics.install()
         language.install()
@@ -48,4 +50,4 @@ def install():
         launch.install()
         fast_paths.install()
         assembly.install()
-        interpreter._mended = True
+        interpreter._is_patched = True

@@ -1,6 +1,6 @@
-"""What the inline assembly of common/sm90, common/gfx950 and common/cpu means on a CPU, text by text.
+"""Emulate the inline assembly of common/sm90, common/gfx950 and common/cpu on a CPU, with a function for each text.
 
-A program's shared memory is an array of bytes of its own, and the copy engine copies at once.
+The shared memory of a program is an array of bytes, and the copy engine copies immediately.
 """
 
 import ctypes
@@ -24,12 +24,12 @@ from common.sm90.tiles import FACTORS, MASKS
 from interpreter.scheduler import Grid
 
 Handle = interpreter.TensorHandle
-POISON = 0xFF  # in shared memory that nobody has written: NaN as a float
-REQUEST = re.compile(r"// shared memory behind Triton's own: (\d+) bytes")
+POISON = 0xFF  # fills shared memory that was never written; as a float it is NaN
+REQUEST = re.compile(r"// shared memory behind Triton's own: (\d+) bytes")  # host.shared_memory reads it on a GPU
 
 
 class Results:
-    """What Triton takes for an operation of several results."""
+    """The results of an operation, with the method by which Triton reads them."""
 
     def __init__(self, handles: list[Handle]):
         self._handles = handles
@@ -42,24 +42,24 @@ class Results:
 
 
 def open_memory(n_bytes: int) -> np.ndarray:
-    """The address of a program's new shared memory: 0."""
+    """Allocate the running program's shared memory, and return its address, 0."""
     Grid.active.running.shared = np.full(n_bytes, POISON, np.uint8)
     return np.zeros(1, np.int32)
 
 
 def memory(dtype: type) -> np.ndarray:
-    """The running program's shared memory as items of a type."""
+    """Return the running program's shared memory as an array of a type."""
     shared = Grid.active.running.shared
     return shared[: len(shared) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize].view(dtype)
 
 
 def load(dtype: type, count: int) -> Callable:
-    """Loads `count` items that follow each other at each address."""
+    """Return a function that loads `count` consecutive items at each address."""
 
-    def meaning(address: np.ndarray) -> list[np.ndarray]:
+    def load_items(address: np.ndarray) -> list[np.ndarray]:
         return [memory(dtype)[address // np.dtype(dtype).itemsize + i] for i in range(count)]
 
-    return meaning
+    return load_items
 
 
 def load_byte(address: np.ndarray) -> list[np.ndarray]:
@@ -72,14 +72,14 @@ def load_4_words_if(address: np.ndarray, inside: np.ndarray) -> list[np.ndarray]
 
 
 def store(dtype: type) -> Callable:
-    """Stores items that follow each other at each address."""
+    """Return a function that stores consecutive items at each address."""
 
-    def meaning(address: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+    def store_items(address: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
         for i, value in enumerate(values):
             memory(dtype)[address // np.dtype(dtype).itemsize + i] = value
         return [np.zeros_like(address)]
 
-    return meaning
+    return store_items
 
 
 def store_4_longs_if(address: np.ndarray, *values_and_mask: np.ndarray) -> list[np.ndarray]:
@@ -90,16 +90,17 @@ def store_4_longs_if(address: np.ndarray, *values_and_mask: np.ndarray) -> list[
 
 
 def copy_tile(_barrier: np.ndarray, stage: np.ndarray, description: np.ndarray) -> list[np.ndarray]:
-    at, place = int(description.item()) // 8, int(stage.item())
-    ptr, n_bytes, more_ptr, more_bytes = memory(np.int64)[at : at + 4].tolist()
+    """Copy the two pieces of a tile, whose description is (pointer, bytes) of each, to a stage of the ring."""
+    index, offset = int(description.item()) // 8, int(stage.item())
+    first_ptr, first_bytes, second_ptr, second_bytes = memory(np.int64)[index : index + 4].tolist()
     shared = Grid.active.running.shared
-    for source, size in ((ptr, n_bytes), (more_ptr, more_bytes)):
+    for source, size in ((first_ptr, first_bytes), (second_ptr, second_bytes)):
         if size:
-            target = shared[place : place + size]
+            target = shared[offset : offset + size]
             if len(target) < size:
                 raise IndexError(f"a tile of {size} bytes does not fit shared memory")
             ctypes.memmove(target.ctypes.data, source, size)
-        place += size
+        offset += size
     return [np.zeros_like(stage)]
 
 
@@ -107,17 +108,17 @@ def wait_for_copy(_barrier: np.ndarray, _parity: np.ndarray, stage: np.ndarray) 
     return [stage]
 
 
-# ---------------------------------------------------------------- numbers, by the language itself
+# ---------------------------------------------------------------- numbers, computed in Triton's language
 
 
 def by_language(function: Callable) -> Callable:
-    """What an interpreted function of tensors gives."""
+    """Return a function of arrays that calls an interpreted function of tensors."""
 
-    def meaning(*arrays: np.ndarray) -> list[np.ndarray]:
+    def call(*arrays: np.ndarray) -> list[np.ndarray]:
         results = function(*map(as_tensor, arrays))
         return [result.handle.data for result in results]
 
-    return meaning
+    return call
 
 
 def as_tensor(array: np.ndarray) -> tl.tensor:
@@ -127,7 +128,10 @@ def as_tensor(array: np.ndarray) -> tl.tensor:
 
 @triton.jit
 def decode_word(words, scales):
-    """The eight float16 of a packed word, times the scale that a word holds twice: see prompt_tiles.DECODE."""
+    """Return the eight float16 of a packed word times its scale, which a word of `scales` holds twice.
+
+    See prompt_tiles.DECODE.
+    """
     e = ()
     scale = as_half(scales)
     for i in tl.static_range(8):
@@ -137,18 +141,21 @@ def decode_word(words, scales):
 
 
 def multiply_quad(step: int) -> Callable:
-    """tile_product's product of a quad, number `step` of two whose scales share a word."""
+    """Return a function for tile_product's product of a quad: number `step` of two whose scales share a word."""
 
-    def meaning(*arrays: np.ndarray) -> list[np.ndarray]:
+    def multiply(*arrays: np.ndarray) -> list[np.ndarray]:
         even, odd, *operands, scales, x_scale = map(as_tensor, arrays)
         return [result.handle.data for result in add_quad(even, odd, tuple(operands), scales, x_scale, step)]
 
-    return meaning
+    return multiply
 
 
 @triton.jit
 def add_quad(even, odd, operands, scales, x_scale, STEP: tl.constexpr):
-    """The sums of even and odd rows and a quad's products; operands: four words of each row, sixteen of the vector."""
+    """Add a quad's products to the sums of even and odd rows, and return both sums.
+
+    operands: four words of the even row, four of the odd row, and sixteen of the vector.
+    """
     even_scale = e8m0_to_float32((scales >> (16 * STEP)) & 0xFF)
     odd_scale = e8m0_to_float32((scales >> (16 * STEP + 8)) & 0xFF)
     x = operands[8:]
@@ -158,7 +165,7 @@ def add_quad(even, odd, operands, scales, x_scale, STEP: tl.constexpr):
 
 @triton.jit
 def products(words, x):
-    """What the tensor cores make of a row's four words and the vector: the sum in thread 4 r + q is that of group q."""
+    """Return the tensor cores' products of a row's four words and the vector; thread 4 r + q has the sum of group q."""
     w = stack(words[0], words[1], words[2], words[3])
     places = ()
     for place in tl.static_range(4):
@@ -174,14 +181,14 @@ def products(words, x):
 
 @triton.jit
 def stack(a, b, c, d):
-    """Four tensors side by side in a last dimension of four."""
+    """Stack four tensors along a new last dimension."""
     both = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(both, a.shape + [4])
 
 
 @triton.jit
 def column_sums(w, x):
-    """[threads] of the lower halves of int32 w and x [threads, 4, 4], as float16."""
+    """Return the sums of products [threads] of the lower halves, as float16, of int32 w and x [threads, 4, 4]."""
     WARPS: tl.constexpr = w.shape[0] // 32
     w = tl.reshape(w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (WARPS, 8, 1, 64))
     x = tl.reshape(x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (WARPS, 4, 2, 64))
@@ -190,19 +197,19 @@ def column_sums(w, x):
     return tl.reshape(tl.sum(w * x, axis=3), (WARPS * 32,))
 
 
-# ---------------------------------------------------------------- the rest
+# ---------------------------------------------------------------- memory ordering and clocks
 
 
-def nothing(*arrays: np.ndarray) -> list[np.ndarray]:
-    """0, for texts that order what is in order here."""
+def no_op(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Return 0, for texts that order memory operations, which the interpreter executes in order."""
     return [np.zeros(arrays[0].shape if arrays else 1, np.int32)]
 
 
 def write_back() -> list[np.ndarray]:
-    """0, behind which the running program's next atomic publishes what it stored."""
+    """Let the running program's next atomic publish what it has stored, and return 0."""
     if (detector := Grid.active.detector) is not None:
         detector.write_back(Grid.active.running.number)
-    return nothing()
+    return no_op()
 
 
 def clock_ns() -> list[np.ndarray]:
@@ -213,7 +220,7 @@ def clock_100_mhz() -> list[np.ndarray]:
     return [np.array([time.perf_counter_ns() // 10], np.int64)]
 
 
-MEANINGS = {
+EMULATIONS = {
     ptx.LOAD_WORD: load(np.int32, 1),
     ptx.LOAD_BYTE: load_byte,
     ptx.LOAD_FLOAT: load(np.float32, 1),
@@ -225,24 +232,24 @@ MEANINGS = {
     ptx.STORE_4_LONGS_IF: store_4_longs_if,
     ptx.COPY: copy_tile,
     ptx.WAIT: wait_for_copy,
-    ptx.PREFETCH: nothing,
+    ptx.PREFETCH: no_op,
     ptx.CLOCK: clock_ns,
     ptx.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),
     tile_product.FIRST_STEP: multiply_quad(0),
     tile_product.SECOND_STEP: multiply_quad(1),
     prompt_tiles.DECODE: by_language(decode_word),
-    asm.DRAIN: nothing,
+    asm.DRAIN: no_op,
     asm.WRITE_BACK: write_back,
-    asm.ZERO: nothing,
+    asm.ZERO: no_op,
     asm.CLOCK: clock_100_mhz,
     asm.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),
     cpu.CLOCK: clock_ns,
 }
-BY_TEXT = {text.value: meaning for text, meaning in MEANINGS.items()}
+BY_TEXT = {text.value: emulate for text, emulate in EMULATIONS.items()}
 
 
 def inline_asm(self, text: str, _constraints: str, handles: list[Handle], types: list, *_options) -> Results:
-    """The interpreter's operation. NotImplementedError for a text without a meaning here."""
+    """Execute inline assembly, as an operation of the interpreter. Raise NotImplementedError for an unknown text."""
     if text == ptx.POLL.value:
         return Results([poll(self, *handles)])
     if request := REQUEST.search(text):
@@ -254,18 +261,18 @@ def inline_asm(self, text: str, _constraints: str, handles: list[Handle], types:
             "inline assembly has no meaning on a CPU: interpreter/assembly.py must say what it does, or a constexpr "
             "that is false under TRITON_INTERPRET=1 keep it out"
         )
-    return Results([Handle(array, kind.scalar) for array, kind in zip(arrays, types)])
+    return Results([Handle(array, type_.scalar) for array, type_ in zip(arrays, types)])
 
 
 def poll(builder, address: Handle, target: Handle) -> Handle:
-    """What a counter holds, acquired."""
+    """Return the value of a counter, read by an atomic with acquire semantics."""
     pointer = Handle(address.data.astype(np.uint64), tl.pointer_type(tl.int32))
-    zero, every = Handle(np.zeros_like(target.data), tl.int32), Handle(np.ones(target.data.shape, bool), tl.int1)
+    zero, mask = Handle(np.zeros_like(target.data), tl.int32), Handle(np.ones(target.data.shape, bool), tl.int1)
     return builder.create_atomic_rmw(
-        ir.ATOMIC_OP.ADD, pointer, zero, every, ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SYNC_SCOPE.GPU
+        ir.ATOMIC_OP.ADD, pointer, zero, mask, ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SYNC_SCOPE.GPU
     )
 
 
 def install() -> None:
-    """Give the interpreter inline assembly."""
+    """Add inline assembly to the interpreter."""
     interpreter.InterpreterBuilder.create_inline_asm = inline_asm

@@ -1,7 +1,6 @@
-"""Shortcuts for the common cases of the language, which stock takes through dozens of Python calls an operation.
+"""Shortcuts for the common cases of the language, for which the stock interpreter makes dozens of Python calls.
 
-Each shortcut gives what the ordinary way gives, bit for bit, and hands the cases that it does not know to the ordinary
-way, which is its `__wrapped__`.
+Each shortcut returns exactly what the stock function returns, and calls it, its `__wrapped__`, for all other cases.
 """
 
 import functools
@@ -49,7 +48,7 @@ _NEGATIVE_ZERO_BECOMES_ZERO = triton.__version__.startswith("3.6.")  # also in c
 
 
 def _tensor_init(self, handle, type):
-    # Stock: builds shape and numel anew for each tensor.
+    # Stock: rebuilds shape and numel for each tensor.
     self.handle = handle
     self.type = type
     self.shape, self.numel = type._extents
@@ -57,7 +56,7 @@ def _tensor_init(self, handle, type):
 
 
 def _handle_init(self, data, dtype, attr=None):
-    # Stock: makes a dictionary for each handle.
+    # Stock: creates a dictionary for each handle.
     self.data = data
     self.dtype = dtype
     self.__post_init__()
@@ -68,7 +67,7 @@ def _handle_set_attr(self, key, value):
 
 
 def _extents(dims):
-    """A tensor's `shape` and `numel`, for the extents of its block; () for a scalar."""
+    """Return a tensor's `shape` and `numel` for the extents of its block, which are () for a scalar."""
     return tl.core.tuple([tl.constexpr(extent) for extent in dims]), tl.constexpr(math.prod(dims))
 
 
@@ -79,12 +78,12 @@ _block_shapes = {}
 def _block_init(self, element_ty, shape):
     # Stock: checks the shape and formats a name for each type.
     dims = tuple(tl.core._unwrap_shape(shape))
-    known = _block_shapes.get(dims)
-    if known is None:
+    cached = _block_shapes.get(dims)
+    if cached is None:
         _stock_block_init(self, element_ty, list(dims))
-        known = _block_shapes[dims] = (self.shape, self.numel, _extents(dims))
+        cached = _block_shapes[dims] = (self.shape, self.numel, _extents(dims))
     self.element_ty = element_ty
-    self.shape, self.numel, self._extents = known
+    self.shape, self.numel, self._extents = cached
     self._dims = dims
 
 
@@ -93,7 +92,7 @@ def _block_name(self):
 
 
 def _block(scalar, dims):
-    """The block type, made once for each scalar type and shape."""
+    """Return the block type, which is created once for each scalar type and shape."""
     try:
         return scalar._blocks[dims]
     except AttributeError:
@@ -117,7 +116,7 @@ def _make(data, dtype, type):
 
 
 def _common_shape(left, right):
-    """The shape that two shapes broadcast to; None where that takes the ordinary way."""
+    """Return the shape that two shapes broadcast to, or None if the stock function must decide."""
     if left == right or not right:
         return left
     if not left:
@@ -133,17 +132,17 @@ def _common_shape(left, right):
 
 
 def _constant(value, name, compared=False):
-    """A Python number as a numpy scalar of the dtype, or None where stock would use another dtype or fail."""
-    kind = type(value)
+    """Return a Python number as a numpy scalar of the dtype, or None if stock would use another dtype or fail."""
+    number_type = type(value)
     if name in _FLOATS:
-        if kind is not float and kind is not int:
+        if number_type is not float and number_type is not int:
             return None
         if value == 0 and _NEGATIVE_ZERO_BECOMES_ZERO:
             return _NUMPY[name](0)
         if compared and not 1e-37 < abs(value) < 3e38:
             return None
         return _NUMPY[name](value)
-    if kind is not int or name not in _LIMITS:
+    if number_type is not int or name not in _LIMITS:
         return None
     low, high = _LIMITS[name]
     return _NUMPY[name](value) if low <= value <= high else None
@@ -156,45 +155,36 @@ def _binary(owner, method, operation, names, compared=False, reflected=False):
     stock = getattr(owner, method)
 
     def fast(self, other):
-        dtype = self.dtype
+        dtype, result_type = self.dtype, self.type
         name = dtype.name
-        if name in names:
-            kind = type(other)
-            if kind is Tensor:
-                if other.dtype is dtype:
-                    left_type, right_type = self.type, other.type
-                    if left_type is right_type or right_type is dtype:
-                        result_type = left_type
-                    elif left_type is dtype:
-                        result_type = right_type
-                    else:
-                        shape = _common_shape(left_type._dims, right_type._dims)
-                        if shape is None:
-                            return stock(self, other)
-                        result_type = _block(dtype, shape)
-                    left, right = self.handle.data, other.handle.data
-                    data = operation(right, left) if reflected else operation(left, right)
-                    if compared:
-                        result_type = tl.int1 if result_type is dtype else _block(tl.int1, result_type._dims)
-                        return _make(data, tl.int1, result_type)
-                    return _make(data, dtype, result_type)
-            else:
-                if kind is tl.constexpr:
-                    other = other.value
-                constant = _constant(other, name, compared)
-                if constant is not None:
-                    data = self.handle.data
-                    data = operation(constant, data) if reflected else operation(data, constant)
-                    result_type = self.type
-                    if compared:
-                        result_type = tl.int1 if result_type is dtype else _block(tl.int1, result_type._dims)
-                        return _make(data, tl.int1, result_type)
-                    return _make(data, dtype, result_type)
-        elif name not in _STORAGE and method in ("__add__", "__radd__") and dtype.is_ptr():
-            moved = _move_pointer(self, other)
-            if moved is not None:
-                return moved
-        return stock(self, other)
+        if name not in names:
+            moved = None
+            if name not in _STORAGE and method in ("__add__", "__radd__") and dtype.is_ptr():
+                moved = _move_pointer(self, other)
+            return stock(self, other) if moved is None else moved
+        if type(other) is Tensor:
+            if other.dtype is not dtype:
+                return stock(self, other)
+            other_type = other.type
+            if result_type is dtype:
+                result_type = other_type
+            elif result_type is not other_type and other_type is not dtype:
+                shape = _common_shape(result_type._dims, other_type._dims)
+                if shape is None:
+                    return stock(self, other)
+                result_type = _block(dtype, shape)
+            right = other.handle.data
+        else:
+            if type(other) is tl.constexpr:
+                other = other.value
+            right = _constant(other, name, compared)
+            if right is None:
+                return stock(self, other)
+        left = self.handle.data
+        data = operation(right, left) if reflected else operation(left, right)
+        if compared:
+            return _make(data, tl.int1, tl.int1 if result_type is dtype else _block(tl.int1, result_type._dims))
+        return _make(data, dtype, result_type)
 
     fast.__wrapped__ = stock
     setattr(owner, method, fast)
@@ -226,8 +216,8 @@ _stock_np_dtype = interpreter._get_np_dtype
 
 
 def _get_np_dtype(dtype):
-    known = _STORAGE.get(dtype.scalar.name)
-    return _stock_np_dtype(dtype) if known is None else known
+    storage = _STORAGE.get(dtype.scalar.name)
+    return _stock_np_dtype(dtype) if storage is None else storage
 
 
 def _install_operators():
@@ -263,17 +253,17 @@ def _install_getitem():
 
 
 class _Memory:
-    """All memory from an address on, for numpy."""
+    """The process's memory from an address on, as a numpy array."""
 
     def __init__(self, address, size, typestr):
         self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": typestr, "version": 3}
 
 
-_GATHER_FROM = 256  # elements: below it, stock's loop is quicker
+_MIN_GATHER_SIZE = 256  # elements; for fewer, stock's loop is faster
 
 
 def _gather(pointers, dtype):
-    """The memory that holds all of flat `pointers`, as an array, and their positions in it; None if misaligned."""
+    """Return an array of the memory that spans flat `pointers` and their indices in it, or None if misaligned."""
     start = int(pointers.min())
     positions = pointers - np.uint64(start)
     width = dtype.itemsize
@@ -286,16 +276,16 @@ def _gather(pointers, dtype):
 
 
 def _read(stock_read, pointers, mask, other, dtype):
-    if pointers.size >= _GATHER_FROM:
+    if pointers.size >= _MIN_GATHER_SIZE:
         if mask.all():
-            found = _gather(pointers.reshape(-1), dtype)
-            if found:
-                return found[0].take(found[1]).reshape(pointers.shape)
+            gathered = _gather(pointers.reshape(-1), dtype)
+            if gathered:
+                return gathered[0].take(gathered[1]).reshape(pointers.shape)
         elif mask.any():
-            found = _gather(pointers[mask], dtype)
-            if found:
+            gathered = _gather(pointers[mask], dtype)
+            if gathered:
                 result = other.copy()
-                result[mask] = found[0].take(found[1])
+                result[mask] = gathered[0].take(gathered[1])
                 return result
         else:
             return other.copy()
@@ -303,20 +293,20 @@ def _read(stock_read, pointers, mask, other, dtype):
 
 
 def _write(stock_write, pointers, value, mask):
-    if pointers.size >= _GATHER_FROM:
+    if pointers.size >= _MIN_GATHER_SIZE:
         everywhere = mask.all()
         lanes = pointers.reshape(-1) if everywhere else pointers[mask]
         if not lanes.size:
             return None
-        found = _gather(lanes, value.dtype)
-        if found:
-            found[0][found[1]] = value.reshape(-1) if everywhere else value[mask]
+        gathered = _gather(lanes, value.dtype)
+        if gathered:
+            gathered[0][gathered[1]] = value.reshape(-1) if everywhere else value[mask]
             return None
     return stock_write(pointers, value, mask)
 
 
 class _FastMemory:
-    """triton's C++ interpreter, with quicker loads and stores of large blocks (stock: 10 to 30 ns an element)."""
+    """Triton's C++ interpreter with faster loads and stores of large blocks (stock: 10 to 30 ns per element)."""
 
     def __init__(self, stock):
         self._stock = stock
@@ -328,7 +318,7 @@ class _FastMemory:
 
 
 def _lanes(mask, shape):
-    """A mask's data in the shape of the pointers; None where it needs the ordinary way."""
+    """Return a mask's data in the shape of the pointers, or None if the stock function must decide."""
     if type(mask) is not Tensor or mask.dtype is not tl.int1:
         return None
     data = mask.handle.data
@@ -338,13 +328,13 @@ def _lanes(mask, shape):
 
 
 def _number(value):
-    """A number and its text, which tells -0.0 from 0.0 and 1 from 1.0 where they are keys."""
+    """Return a number and its text, which distinguishes -0.0 from 0.0 and 1 from 1.0 in a cache's key."""
     value = tl.core._unwrap_if_constexpr(value)
     return (value, repr(value)) if type(value) in (int, float) else (None, "")
 
 
 def _fill(dims, name, value, text):
-    """What masked-off lanes of a load get, for a number; None where it needs the ordinary way."""
+    """Return the block that masked-off lanes of a load take their value from, or None if stock must make it."""
     if text in ("0", "0.0"):
         return np.zeros(dims, _STORAGE[name])
     constant = _constant(value, name) if name in _NUMBERS else None
@@ -358,51 +348,51 @@ def _install_memory(module):
     fills = functools.lru_cache(256)(_fill)
 
     def load(pointer, mask=None, other=None, *rest, **options):
-        def ordinary():
+        def call_stock():
             return stock_load(pointer, mask, other, *rest, **options)
 
         volatile = options.get("volatile", False)
         if rest or not options.keys() <= _HINTS or type(volatile) is not bool:
-            return ordinary()
+            return call_stock()
         if type(pointer) is not Tensor or not pointer.dtype.is_ptr():
-            return ordinary()
+            return call_stock()
         element = pointer.dtype.element_ty
         name = element.name
         if name not in _STORAGE or name == "int1" or (mask is None and other is not None):
-            return ordinary()
+            return call_stock()
         data = pointer.handle.data
         shape = data.shape
         lanes = ones(shape) if mask is None else _lanes(mask, pointer.type._dims)
         if lanes is None:
-            return ordinary()
+            return call_stock()
         if other is None:
             fill = fills(shape, name, 0, "0")
         else:
             fill = fills(shape, name, *_number(other))
             if fill is None:
-                return ordinary()
+                return call_stock()
         handle = builder.create_masked_load(
             pointer.handle, _bare(lanes, tl.int1), _bare(fill, element), *_NO_POLICY, volatile
         )
         return _make(handle.data, element, _block(element, shape) if pointer.type.is_block() else element)
 
     def store(pointer, value, mask=None, *rest, **options):
-        def ordinary():
+        def call_stock():
             return stock_store(pointer, value, mask, *rest, **options)
 
         if rest or not options.keys() <= _HINTS:
-            return ordinary()
+            return call_stock()
         if type(pointer) is not Tensor or not pointer.dtype.is_ptr() or pointer.dtype.const:
-            return ordinary()
+            return call_stock()
         element = pointer.dtype.element_ty
         if type(value) is not Tensor or element.name not in _STORAGE or element.name == "int1":
-            return ordinary()
+            return call_stock()
         shape = pointer.type._dims
         if value.type._dims != shape:
-            return ordinary()
+            return call_stock()
         lanes = ones(pointer.handle.data.shape) if mask is None else _lanes(mask, shape)
         if lanes is None:
-            return ordinary()
+            return call_stock()
         value = value if value.dtype is element else value.to(element)
         builder.create_masked_store(pointer.handle, value.handle, _bare(lanes, tl.int1), *_NO_POLICY)
 
@@ -529,7 +519,7 @@ def _arange(stock):
 
 
 def _reduction(stock, operation, names):
-    """tl.sum, tl.max, tl.min over one axis of the plain dtypes."""
+    """Return a shortcut for tl.sum, tl.max or tl.min over one axis of the dtypes in `names`."""
 
     def reduce(input, axis=None, *args, **kwargs):
         axis = tl.core._unwrap_if_constexpr(axis)
@@ -582,13 +572,13 @@ def install():
     Handle.set_attr = _handle_set_attr
     Tensor.__init__ = _tensor_init
     tl.block_type.__init__ = _block_init
-    # The extents of a type as a tuple of int, and as a tensor's shape and numel; blocks have their own.
+    # Scalars have no extents; _block_init sets those of blocks.
     tl.dtype._dims = ()
     tl.dtype._extents = _extents(())
     tl.block_type.name = property(_block_name, lambda self, name: None)
-    # Stock: builds a table of all dtypes for each look-up.
+    # Stock: builds a table of all dtypes for each lookup.
     interpreter._get_np_dtype = _get_np_dtype
-    # Stock: seven operations beside each on integers, for an overflow check whose outcome it drops.
+    # Stock: seven more operations for each one on integers, for an overflow check whose result it discards.
     interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, operation: None
     _install_operators()
     _install_getitem()
@@ -625,7 +615,7 @@ def _method(function):
 
 
 def _without_semantic(function, stock):
-    """Lets the library's own code pass `_semantic`."""
+    """Accept the argument `_semantic`, which Triton's library passes, and drop it."""
 
     def shortcut(*args, **kwargs):
         kwargs.pop("_semantic", None)

@@ -1,6 +1,6 @@
-"""Exact conversions between float32 and the narrow float formats that numpy lacks: bf16, fp8 e4m3/e5m2, e2m1, e8m0.
+"""Convert exactly between float32 and the narrow float formats that numpy lacks: bf16, fp8 e4m3/e5m2, e2m1, e8m0.
 
-Encoded values are the bit patterns (uint16 or uint8), as Triton's interpreter keeps them. Rounding is to nearest even.
+Encoded values are bit patterns (uint16 or uint8), as in Triton's interpreter. Rounding is to nearest even.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ E8M0_VALUES = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float3
 
 
 def bf16_to_float32(bits):
-    """uint16 bf16 patterns -> float32, exact."""
+    """Return uint16 bf16 patterns as float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def float32_to_bf16(values):
-    """float32 -> uint16 bf16 patterns; overflow gives infinity, NaN stays NaN."""
+    """Return float32 values as uint16 bf16 patterns; overflow gives infinity, NaN stays NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
@@ -30,7 +30,7 @@ def float32_to_bf16(values):
 
 
 def float64_to_odd_float32(values):
-    """float64 -> float32 rounded to odd, so that a further rounding to a narrower format is right."""
+    """Return float64 values as float32, rounded to odd, so that another rounding to a narrower format is correct."""
     nearest = values.astype(np.float32)
     inexact = nearest.astype(np.float64) != values
     truncated = nearest.view(np.uint32) - (np.abs(nearest) > np.abs(values))
@@ -38,7 +38,10 @@ def float64_to_odd_float32(values):
 
 
 class Float8:
-    """An fp8 format: sign bit, `exponent_bits`, `mantissa_bits`; `largest` is the code of the largest finite value."""
+    """An fp8 format with a sign bit, `exponent_bits` and `mantissa_bits`.
+
+    largest, nan and infinity are the codes of the largest finite value, of NaN and of infinity, if there is one.
+    """
 
     def __init__(self, exponent_bits, mantissa_bits, largest, nan, infinity=None):
         self.mantissa_bits = mantissa_bits
@@ -55,11 +58,11 @@ class Float8:
         self.values = np.concatenate([positive, -positive]).astype(np.float32)
 
     def decode(self, codes):
-        """uint8 -> float32, exact."""
+        """Return uint8 codes as float32, exactly."""
         return self.values[codes]
 
     def encode(self, values):
-        """float32 -> uint8, saturating: infinity and all above the largest finite value become that value."""
+        """Return float32 values as uint8 codes; magnitudes above the largest finite value, and infinity, saturate."""
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         magnitude = bits & 0x7FFFFFFF
         dropped = 23 - self.mantissa_bits
@@ -83,7 +86,7 @@ _E2M1_PAIRS = np.stack([np.tile(E2M1_VALUES, 16), np.repeat(E2M1_VALUES, 16)], -
 
 
 def unpack_e2m1(packed, axis):
-    """uint8 with two E2M1 values a byte, the first in the low bits -> float32, `axis` twice as long."""
+    """Return the float32 values of uint8 with two E2M1 values each, the first in the low bits; `axis` doubles."""
     pairs = np.moveaxis(_E2M1_PAIRS.take(packed, 0), -1, axis + 1)
     shape = list(packed.shape)
     shape[axis] *= 2
@@ -91,15 +94,15 @@ def unpack_e2m1(packed, axis):
 
 
 def fused_multiply_add(x, y, z):
-    """x * y + z rounded once, for float32 (or float16) arrays; float64 rounds twice."""
+    """Return x * y + z, rounded once for float32 and float16 arrays and twice for float64."""
     narrow = z.dtype
     product = x.astype(np.float64) * y.astype(np.float64)
     addend = z.astype(np.float64)
     total = product + addend
     if narrow == np.float64:
         return total
-    # The product is exact in float64. The sum's error (Knuth's TwoSum) says on which side the exact value lies:
-    # rounding the sum to odd makes the last rounding right.
+    # The product is exact in float64. The error of the sum (Knuth's TwoSum) tells on which side of it the exact value
+    # lies. Rounding the sum to odd makes the final rounding correct.
     part = total - product
     error = (product - (total - part)) + (addend - part)
     inexact = np.isfinite(error) & np.isfinite(total) & (error != 0)

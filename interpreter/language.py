@@ -1,4 +1,4 @@
-"""Runs the language as compiled: binds triton.language once; converts arguments, loops and boolean operators."""
+"""Run the language as if compiled: bind triton.language once, and convert arguments, loops and boolean operators."""
 
 import ast
 
@@ -11,7 +11,7 @@ semantic = interpreter.interpreter_semantic
 
 
 class _KeepPatches:
-    """Stands in for stock's patch scope: the patches stay for the life of the process."""
+    """Replaces stock's patch scope, so that patches stay for the life of the process."""
 
     def set_attr(self, owner, name, value):
         setattr(owner, name, value)
@@ -32,7 +32,7 @@ def _bind(owner, name, member, builder, scope):
 
 
 def bind_language():
-    # Stock: walks triton.language at every launch and at every device function call.
+    # Stock: patches all of triton.language at every launch and at every call of a device function.
     interpreter._patch_attr = _bind
     scope = _KeepPatches()
     for module in (tl.core, tl):
@@ -43,7 +43,7 @@ def bind_language():
     interpreter._patch_builtin(tl.core.tensor_descriptor_base, interpreter.interpreter_builder, scope)
     interpreter._patch_lang_tensor(tl.tensor, scope)
     interpreter._patch_lang = lambda function: scope
-    # Stock: numpy >= 2.4 refuses int() of a one-element array, which a runtime range bound is.
+    # Stock: calls int() on a one-element array for a bound of a runtime range, which numpy >= 2.4 refuses.
     tl.tensor.__index__ = lambda self: int(self.handle.data.item())
     tl.tensor.__bool__ = _tensor_bool
     for module in (tl.core, tl):
@@ -68,17 +68,17 @@ def _unwrap(value):
 
 
 def _runtime_range(first, second=None, step=1, **hints):
-    """range() and tl.range(): as compiled, the loop variable is a scalar tensor (stock: a Python int)."""
+    """Run range() and tl.range() as compiled: the loop variable is a scalar tensor (stock: a Python int)."""
     start, stop = (0, first) if second is None else (first, second)
     bounds = [_unwrap(bound) for bound in (start, stop, step)]
-    wide = any(isinstance(b, tl.tensor) and b.dtype.primitive_bitwidth == 64 for b in bounds)
-    dtype = tl.int64 if wide or not all(-(2**31) <= int(b) < 2**31 for b in bounds[:2]) else tl.int32
+    is_wide = any(isinstance(bound, tl.tensor) and bound.dtype.primitive_bitwidth == 64 for bound in bounds)
+    dtype = tl.int64 if is_wide or not all(-(2**31) <= int(bound) < 2**31 for bound in bounds[:2]) else tl.int32
     for value in range(*map(int, bounds)):
         yield _scalar(value, dtype)
 
 
 def _static_range(first, second=None, step=1, **hints):
-    """tl.static_range(): the loop variable is a Python int, which the language takes where it takes a constexpr."""
+    """Run tl.static_range(): the loop variable is a Python int, which the language accepts as a constexpr."""
     start, stop = (0, first) if second is None else (first, second)
     return range(*(int(_unwrap(bound)) for bound in (start, stop, step)))
 
@@ -88,7 +88,10 @@ def _is_block(value):
 
 
 def _logical(left, right, method):
-    """`left and right`, `left or right`; `right` is a thunk. Elementwise on blocks (stock: Python's, so one side)."""
+    """Evaluate `left and right` or `left or right`, where `right` is a thunk, elementwise on blocks.
+
+    Stock: evaluates them as Python does, which returns one of the blocks.
+    """
     if _is_block(left):
         return getattr(left, method)(right())
     decided = bool(left) == (method == "logical_or")
@@ -102,12 +105,12 @@ def _logical_not(value):
 
 
 def _assigned(value):
-    """What a variable holds after an assignment: numbers become scalar tensors."""
+    """Return the value that a variable has after an assignment: numbers become scalar tensors."""
     return value if type(value) is tl.tensor else semantic.to_tensor(value, False)
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Stock's rewriting of assignments, and beside it that of loops, `and`, `or` and `not`."""
+    """Rewrites assignments, as stock does, and also loops, `and`, `or` and `not`."""
 
     def visit_Assign(self, node):
         self.generic_visit(node)
@@ -145,7 +148,7 @@ class _Rewriter(ast.NodeTransformer):
 
 def rewrite_functions():
     interpreter.FunctionRewriter.ast_transformer = _Rewriter()
-    # The rewriter gives every kernel module those names of the interpreter's module that it does not have itself.
+    # Rewritten kernels find these names because stock adds the interpreter module's names to every kernel's module.
     for helper in (_assigned, _runtime_range, _logical, _logical_not):
         setattr(interpreter, helper.__name__, helper)
     interpreter.InterpretedFunction.rewritten_fn.clear()
@@ -169,7 +172,7 @@ _stock_implicit_cvt = interpreter._implicit_cvt
 
 
 def _call_device_function(self, *args, **kwargs):
-    # Stock: patches the language anew at each call, and wraps an error once a level.
+    # Stock: patches the language again at each call, and wraps an error once per level of calls.
     function = self.rewritten_fn.get(self.fn) or self.rewrite()
     return function(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Launches grids, and tells the scheduler and the race detector of their memory accesses."""
+"""Launch grids, and report their memory accesses to the scheduler and the race detector."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ _DEADLOCK_LIMIT = 1000
 
 @dataclasses.dataclass
 class Simulation:
-    """How launches run, and what came of them."""
+    """The settings of launches and their results, see simulate."""
 
     random: random.Random
     detect_races: bool
@@ -32,18 +32,18 @@ class Simulation:
     switches: int = 0
 
 
-_simulation = ContextVar("_simulation", default=None)  # each thread's own
+_simulation = ContextVar("_simulation", default=None)  # one per thread
 
 
 @contextlib.contextmanager
 def simulate(seed=0, detect_races=False, deadlock_limit=_DEADLOCK_LIMIT, watch=None):
-    """Configures this thread's launches inside the `with` block; gives a Simulation.
+    """Configure this thread's launches inside the `with` block, and give a Simulation.
 
-    seed: the order in which programs take turns; the same seed gives the same order.
-    detect_races: fill `.races` with one line for each pair of code places whose accesses race. Followed is the memory
-        of the tensors that are passed to the launch, also inside tuples, and of those in `watch`.
-    deadlock_limit: GridDeadlock is raised when each live program has polled that often while nothing changed memory;
-        None: never, for kernels that bound their spinning themselves.
+    seed: determines the order in which programs take turns.
+    detect_races: fill `.races` with one line for each pair of code locations whose accesses race. The memory of tensors
+        passed to the launch, also inside tuples, and of those in `watch` is observed.
+    deadlock_limit: raise GridDeadlock when each live program has polled that often while nothing changed memory; None
+        means never, for kernels that bound their own spinning.
     watch: {name: tensor, or a tuple, list or dict of tensors} that kernels reach through a table of addresses.
     """
     simulation = Simulation(random.Random(seed), detect_races, deadlock_limit, watch or {})
@@ -55,7 +55,10 @@ def simulate(seed=0, detect_races=False, deadlock_limit=_DEADLOCK_LIMIT, watch=N
 
 
 class _Executor(interpreter.GridExecutor):
-    """Stock: runs programs one after another, and copies every argument's storage onto itself after a launch."""
+    """Runs a grid's programs concurrently.
+
+    Stock: runs programs one after another, and copies every argument's storage onto itself after a launch.
+    """
 
     def __call__(self, *args, **kwargs):
         parameters = inspect.signature(self.fn).parameters
@@ -85,10 +88,10 @@ class _Executor(interpreter.GridExecutor):
 
 
 def _run(self, *args, grid, warmup, **kwargs):
-    # Stock: several threads' launches meet in what the interpreter keeps for the process, such as the program's index.
+    # Stock: launches of several threads share the interpreter's global state, such as the program's index.
     if warmup:
         return
-    if (grid_now := Grid.active) is not None and grid_now.runs_in(threading.current_thread()):
+    if (active := Grid.active) is not None and active.runs_in(threading.current_thread()):
         raise ModelInUse("a kernel launches another one")
     with LAUNCHING:
         if Grid.active is not None:
@@ -131,8 +134,8 @@ def _load(self, pointers, mask, other, *policy, **options):
         if is_volatile:
             grid.switch()
         if grid.detector is not None:
-            kind = races.VOLATILE_LOAD if is_volatile else races.LOAD
-            grid.detector.access(kind, grid.running.number, pointers.data, mask.data, _width(pointers))
+            access_type = races.VOLATILE_LOAD if is_volatile else races.LOAD
+            grid.detector.access(access_type, grid.running.number, pointers.data, mask.data, _width(pointers))
     return _stock_load(self, pointers, mask, other, *policy, **options)
 
 

@@ -1,4 +1,4 @@
-"""Mends the arithmetic of Triton's interpreter: what it computes on a CPU becomes what compiled kernels compute."""
+"""Correct the arithmetic of Triton's interpreter, so that it computes the same numbers as compiled kernels."""
 
 import numpy as np
 import triton
@@ -24,13 +24,13 @@ _NEAREST = (None, ir.ROUNDING_MODE.RTNE)
 
 
 def decode(data, dtype):
-    """The numbers that interpreter data of a scalar dtype stands for: float32 for bf16 and fp8, else `data`."""
+    """Return the numbers in interpreter data of a scalar dtype: float32 for bf16 and fp8, else `data` itself."""
     decoder = _DECODE.get(dtype.name)
     return decoder(data) if decoder else data
 
 
 def encode(values, dtype):
-    """Float numbers -> interpreter data of a float dtype, rounded once to nearest even."""
+    """Return float numbers as interpreter data of a float dtype, rounded once to nearest even."""
     encoder = _ENCODE.get(dtype.name)
     if encoder is None:
         return values.astype(_NUMPY_FLOATS[dtype.name])
@@ -41,8 +41,8 @@ def encode(values, dtype):
 
 def _convert_float(data, source, target, rounding):
     # Stock: float32 -> bf16 and fp8 truncate or round wrongly, and do not saturate.
-    known = all(t.name in _DECODE or t.name in _NUMPY_FLOATS for t in (source, target))
-    if not known or rounding not in _NEAREST:
+    is_known = all(dtype.name in _DECODE or dtype.name in _NUMPY_FLOATS for dtype in (source, target))
+    if not is_known or rounding not in _NEAREST:
         return _stock_convert_float(data, source, target, rounding)
     if source == tl.float64 and target == tl.float16:
         return data.astype(np.float16)
@@ -84,7 +84,7 @@ def _unary(self, arg, op):
 
 
 def _ashr(self, lhs, rhs):
-    # Stock 3.6: makes its operands themselves signed, and its result signed under an unsigned dtype.
+    # Stock 3.6: converts its operands in place to signed, and returns signed data with an unsigned dtype.
     signed = [interpreter._get_signed_np_dtype(h.data.dtype) for h in (lhs, rhs)]
     shifted = np.right_shift(lhs.data.astype(signed[0]), rhs.data.astype(signed[1]))
     return Handle(shifted.astype(lhs.data.dtype), lhs.dtype.scalar)
@@ -107,7 +107,7 @@ def _clamp(self, arg, low, high, propagate_nan):
 
 
 def _get_bf16(self, value):
-    # Stock 3.6: no bf16 constants.
+    # Stock 3.6: has no bf16 constants.
     return Handle(formats.float32_to_bf16(np.array([value], np.float32)), tl.bfloat16)
 
 
@@ -125,7 +125,10 @@ def _dot(self, a, b, accumulator, *precision):
 
 
 def _scaled_operand(handle, element_format, scale, k_axis, pack_axis):
-    """float32, or float64 where a scale may bring an element beyond float32, as matrix cores scale the product."""
+    """Return an operand's scaled values, float32 or, if a scale may take an element beyond float32, float64.
+
+    Matrix cores scale the product, which stays in range.
+    """
     if element_format == ir.ScaleDotElemTypeTY.E2M1:
         values = formats.unpack_e2m1(handle.data.view(np.uint8), handle.data.ndim + pack_axis)
     else:
@@ -146,7 +149,7 @@ def _scaled_operand(handle, element_format, scale, k_axis, pack_axis):
 def _dot_scaled(
     self, lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, fast_math, lhs_k_pack, rhs_k_pack, accumulator
 ):
-    # Stock 3.6: missing. 3.9: decodes through wrong conversions.
+    # Stock 3.6: is missing. Stock 3.9: decodes operands by wrong conversions.
     left = _scaled_operand(lhs, lhs_format, lhs_scale, -1, -1 if lhs_k_pack else -2)
     right = _scaled_operand(rhs, rhs_format, rhs_scale, -2, -2 if rhs_k_pack else -1)
     return Handle((np.matmul(left, right) + accumulator.data).astype(np.float32), tl.float32)
@@ -168,7 +171,7 @@ def install():
     Builder.create_ashr = _ashr
     Builder.create_fma = _fma
     Builder.create_clampf = _clamp
-    # Stock 3.6: the forms that ignore NaN return it.
+    # Stock 3.6: the variants that should ignore NaN return it.
     Builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     Builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     Builder.get_bf16 = _get_bf16

@@ -1,10 +1,10 @@
-"""Happens-before race detection: vector clocks on the atomics, shadow memory on loads and stores.
+"""Detect races by happens-before order: vector clocks on atomics, shadow memory for loads and stores.
 
-Programs are the threads of the model. An atomic with release semantics publishes its program's clock at its address;
-one with acquire semantics takes over what is published there. The first atomic after a write-back (gfx950) publishes
-its program's clock of that moment, whatever its semantics. All atomics are read-modify-writes, so each continues the
-release sequence of the earlier ones, whatever its own semantics; a plain store to the address ends it. Scopes are
-ignored.
+Programs are the threads of the memory model. An atomic with release semantics publishes its program's clock at its
+address, and one with acquire semantics merges the clock published there into its own. The first atomic after a
+write-back (gfx950) publishes its program's clock at the write-back, whatever its semantics. All atomics are
+read-modify-writes, so each one continues the release sequence of earlier ones; a plain store to the address ends it.
+Scopes are ignored.
 """
 
 import sys
@@ -27,9 +27,10 @@ _RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 
 
 class _Shadow:
-    """Per cell of one storage: when and where each program last accessed it, for each kind of access.
+    """The clock and code site of each program's last access to each cell of one storage, by type of access.
 
-    A cell is as wide as the narrowest access so far. Zeros come lazily from the system: untouched memory costs nothing.
+    A cell is as wide as the narrowest access so far. The system provides zeroed pages lazily, so that untouched memory
+    costs nothing.
     """
 
     def __init__(self, base, size, owners, programs):
@@ -39,26 +40,26 @@ class _Shadow:
         self.sites = {}
 
     def cells(self, offsets, width):
-        """Cell numbers of the accesses of `width` bytes at byte `offsets`; makes the cells narrower if need be."""
+        """Return the cell numbers of accesses of `width` bytes at byte `offsets`, narrowing the cells if necessary."""
         while self.cell > 1 and (width % self.cell or (offsets % self.cell).any()):
             self.cell //= 2
             for table in (self.clocks, self.sites):
-                for kind in table:
-                    table[kind] = np.repeat(table[kind], 2, axis=0)
+                for access_type in table:
+                    table[access_type] = np.repeat(table[access_type], 2, axis=0)
         first = offsets // self.cell
         count = width // self.cell
         return first if count == 1 else (first[:, None] + np.arange(count)).reshape(-1)
 
-    def record(self, kind, cells, program, clock, site):
-        if kind not in self.clocks:
+    def record(self, access_type, cells, program, clock, site):
+        if access_type not in self.clocks:
             shape = (-(-self.size // self.cell), self.programs)
-            self.clocks[kind] = np.zeros(shape, np.int32)
-            self.sites[kind] = np.zeros(shape, np.int32)
-        self.clocks[kind][cells, program] = clock
-        self.sites[kind][cells, program] = site
+            self.clocks[access_type] = np.zeros(shape, np.int32)
+            self.sites[access_type] = np.zeros(shape, np.int32)
+        self.clocks[access_type][cells, program] = clock
+        self.sites[access_type][cells, program] = site
 
     def describe(self, offset):
-        """The tensor argument that holds a byte of the storage, with the byte's offset in it."""
+        """Return the name of the tensor that holds a byte of the storage, and the byte's offset in it."""
         address = self.base + offset
         for name, start, end in self.owners:
             if start <= address < end:
@@ -68,6 +69,7 @@ class _Shadow:
 
 
 def named_tensors(name, value):
+    """Yield (name, tensor) for the tensors in a value, also in nested tuples, lists and dicts."""
     if isinstance(value, tuple):
         fields = getattr(value, "_fields", None)
         for position, item in enumerate(value):
@@ -82,7 +84,7 @@ def named_tensors(name, value):
 
 
 class RaceDetector:
-    """Follows one launch of `programs` programs on named arguments; appends a line a race to `races`."""
+    """Observes one launch of `programs` programs on named arguments, and appends a line per race to `races`."""
 
     def __init__(self, arguments, programs, races):
         self.races = races
@@ -104,8 +106,11 @@ class RaceDetector:
         self.shadows = [_Shadow(base, size, owners, programs) for (base, size), owners in sorted(storages.items())]
         self.bases = np.array([shadow.base for shadow in self.shadows], np.int64)
 
-    def access(self, kind, program, pointers, mask, width, time=None):
-        """An access of `width` bytes at each pointer that the mask (None: all) leaves; `time`: if not now."""
+    def access(self, access_type, program, pointers, mask, width, time=None):
+        """Check and record accesses of `width` bytes at the pointers selected by a mask, or all if it is None.
+
+        time: the clock to record, if not the program's current one.
+        """
         if not self.shadows:
             return
         pointers = pointers.reshape(-1)
@@ -117,7 +122,7 @@ class RaceDetector:
             return
         addresses = pointers.astype(np.int64)
         site = self._site(sys._getframe(1))
-        if kind == STORE and self.published:
+        if access_type == STORE and self.published:
             for address in self.published.keys() & set(addresses.tolist()):
                 del self.published[address]
         first, last = np.searchsorted(self.bases, (addresses.min(), addresses.max()), "right") - 1
@@ -128,28 +133,28 @@ class RaceDetector:
             if not inside.all():
                 offsets = offsets[inside]
             if offsets.size:
-                self._access_storage(shadow, kind, program, shadow.cells(offsets, width), site, time)
+                self._access_storage(shadow, access_type, program, shadow.cells(offsets, width), site, time)
 
-    def _access_storage(self, shadow, kind, program, cells, site, time):
+    def _access_storage(self, shadow, access_type, program, cells, site, time):
         clock = self.clock[program]
-        for earlier in _CONFLICTS[kind]:
+        for earlier in _CONFLICTS[access_type]:
             if earlier in shadow.clocks:
                 unordered = shadow.clocks[earlier][cells] > clock
                 if unordered.any():
-                    self._report(shadow, kind, earlier, program, cells, unordered, site)
-        shadow.record(kind, cells, program, clock[program] if time is None else time, site)
+                    self._report(shadow, access_type, earlier, program, cells, unordered, site)
+        shadow.record(access_type, cells, program, clock[program] if time is None else time, site)
 
-    def _report(self, shadow, kind, earlier, program, cells, unordered, site):
+    def _report(self, shadow, access_type, earlier, program, cells, unordered, site):
         for other in np.flatnonzero(unordered.any(axis=0)):
             cell = cells[np.argmax(unordered[:, other])]
             other_site = shadow.sites[earlier][cell, other]
             offset = int(cell) * shadow.cell
             place = shadow.describe(offset)
-            key = (kind, earlier, place.rpartition("+")[0], site, int(other_site))
+            key = (access_type, earlier, place.rpartition("+")[0], site, int(other_site))
             if key not in self.reported:
                 self.reported.add(key)
                 self.races.append(
-                    f"{_NAMES[kind]} of program {program} at {describe_sites(self.site_list[site])} races with "
+                    f"{_NAMES[access_type]} of program {program} at {describe_sites(self.site_list[site])} races with "
                     f"{_NAMES[earlier]} of program {other} at {describe_sites(self.site_list[other_site])}: {place}"
                 )
 
@@ -161,7 +166,7 @@ class RaceDetector:
         return number
 
     def atomic(self, program, pointers, mask, semantics, stored, width):
-        """An atomic: the ordering that it gives, and its access. `stored` is False for a failed compare-and-swap."""
+        """Record an atomic's access and its ordering. `stored` is False for a compare-and-swap that failed."""
         lanes = pointers.reshape(-1) if mask is None else pointers.reshape(-1)[mask.reshape(-1)]
         addresses = set(lanes.tolist())
         clock = self.clock[program]
@@ -170,7 +175,7 @@ class RaceDetector:
                 np.maximum(clock, self.published[address], out=clock)
         written_back = self.written_back.pop(program, None) if stored else None
         released = clock if semantics in _RELEASES else written_back
-        # Who acquires it comes after this atomic too, as it has one address.
+        # A program that acquires what this atomic releases is also ordered after the atomic itself.
         time = None if released is None else released[program]
         self.access(ATOMIC if stored else VOLATILE_LOAD, program, pointers, mask, width, time)
         if released is not None and stored:
@@ -181,6 +186,6 @@ class RaceDetector:
             clock[program] += 1
 
     def write_back(self, program):
-        """All that a program has stored so far comes before its next atomic."""
+        """Order a program's stores so far before its next atomic."""
         self.written_back[program] = self.clock[program].copy()
         self.clock[program][program] += 1

@@ -1,6 +1,6 @@
-"""Mends tl.reduce and tl.associative_scan: whole blocks at a time instead of element by element, and right for bf16.
+"""Replace tl.reduce and tl.associative_scan: they combine whole blocks instead of single elements, and support bf16.
 
-Both take the combine function for associative, as Triton does, and keep the order of the elements.
+Both assume that the combine function is associative, as Triton does, and keep the order of the elements.
 """
 
 import numpy as np
@@ -14,11 +14,11 @@ _NARROW = {"bf16", "fp8e4nv", "fp8e5"}
 _stock_reduce = interpreter.ReduceOps.apply_impl
 _stock_scan = interpreter.ScanOps.apply_impl
 _stock_min_max = interpreter.ReduceOps.min_max
-_SILENT = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
+_WITHOUT_WARNINGS = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
 
 
 def _combine(combine_fn, left, right, dtypes):
-    """The combine function on lists of equally shaped arrays, elementwise."""
+    """Apply the combine function elementwise to lists of equally shaped arrays."""
     operands = [
         tl.tensor(interpreter.TensorHandle(array, dtype), tl.block_type(dtype, list(array.shape)))
         for arrays in (left, right)
@@ -31,7 +31,7 @@ def _combine(combine_fn, left, right, dtypes):
 
 
 def _generic_reduce(self, input):
-    # Stock: one call of the combine function for each element; with axis None it flattens the first input only.
+    # Stock: calls the combine function once per element, and flattens only the first input if axis is None.
     dtypes = [tensor.dtype for tensor in input]
     arrays = [tensor.handle.data for tensor in input]
     rank = arrays[0].ndim
@@ -49,7 +49,7 @@ def _generic_reduce(self, input):
 
 
 def _generic_scan(self, input):
-    # Stock: one call of the combine function for each element.
+    # Stock: calls the combine function once per element.
     dtypes = [tensor.dtype for tensor in input]
     arrays = [np.moveaxis(tensor.handle.data, self.axis, 0) for tensor in input]
     length, distance = arrays[0].shape[0], 1
@@ -75,8 +75,8 @@ def _reduce(self, input):
 
 
 def _min_max(self, input, val_reduce_op, idx_reduce_op=None):
-    # Stock: warns where all values are NaN.
-    return _stock_min_max(self, input, _SILENT.get(val_reduce_op, val_reduce_op), idx_reduce_op)
+    # Stock: warns if all values are NaN.
+    return _stock_min_max(self, input, _WITHOUT_WARNINGS.get(val_reduce_op, val_reduce_op), idx_reduce_op)
 
 
 def _scan(self, input):

@@ -1,6 +1,6 @@
-"""Runs the programs of a grid concurrently: one thread a program, one of them running at a time, in a seeded order.
+"""Run the programs of a grid concurrently: one thread per program, of which one runs at a time, in a seeded order.
 
-The running program may lose its turn at every atomic and at every volatile load.
+The running program may lose its turn at every atomic and every volatile load.
 """
 
 import contextlib
@@ -13,19 +13,21 @@ import numpy as np
 import triton
 from triton.runtime import interpreter
 
+from system.program import replaced_handlers
+
 _SKIPPED_FOLDERS = (os.path.dirname(triton.__file__), os.path.dirname(np.__file__), os.path.dirname(__file__))
 
 
 class GridDeadlock(RuntimeError):
-    """All live programs of a grid spin: none can ever see another value. The message says where each stands."""
+    """All live programs of a grid spin on values that none of them will change. The message says where each one is."""
 
 
 class _ProgramEnded(BaseException):
-    """Unwinds the remaining programs of a grid after one of them failed."""
+    """Unwinds the other programs of a grid after one of them failed."""
 
 
 def kernel_sites(frame):
-    """[(file, line), ...] of the kernel code that a frame is in, innermost first."""
+    """Return ((file, line), ...) of the kernel code that a frame is in, innermost first."""
     sites = []
     while frame is not None and frame.f_code is not Grid._program_main.__code__:
         name = frame.f_code.co_filename
@@ -38,7 +40,7 @@ def kernel_sites(frame):
 
 
 def describe_sites(sites):
-    """'barrier.py:12, called from kernel.py:240'."""
+    """Return sites as text, for example 'barrier.py:12, called from kernel.py:240'."""
     return ", called from ".join(f"{os.path.basename(name)}:{line}" for name, line in sites) or "no kernel code"
 
 
@@ -47,7 +49,7 @@ _SIGNALS = [int(number) for number in signal.valid_signals()]
 
 @contextlib.contextmanager
 def interrupts_to(fail):
-    """What a signal's handler raises in the body goes to `fail`: amid locks, it could leave them held for ever."""
+    """Pass what a signal's handler raises in the body to `fail`, as the exception could leave a lock held forever."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -56,16 +58,11 @@ def interrupts_to(fail):
     def handle(number, frame):
         try:
             handlers[number](number, frame)
-        except BaseException as error:  # noqa: BLE001 (who is given it raises it)
+        except BaseException as error:  # noqa: BLE001 (it is raised after the grid has stopped)
             fail(error)
 
-    try:
-        for number in handlers:
-            signal.signal(number, handle)
+    with replaced_handlers(handlers, handle):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class _Program:
@@ -84,11 +81,10 @@ class _Program:
 class Grid:
     """The programs of one launch.
 
-    A turn of a program is *idle* when no program changed memory since its last one. A program that has had two idle
-    turns on end only polls: it is passed over until memory changes, unless all live programs are like that. When every
-    live program has had `deadlock_limit` idle turns on end, with no change to memory by anyone, that is a deadlock.
-    (A stricter proof would have to look into the programs: a loop that polls a bounded number of times and then gives
-    up is no deadlock. For such loops raise the limit, or set it to None.)
+    A program's turn is *idle* if no program has changed memory since its last one. A program with two idle turns in a
+    row is polling, and is skipped until memory changes, unless all live programs are polling. It is a deadlock if every
+    live program has had `deadlock_limit` idle turns in a row and none has changed memory. A loop that polls a bounded
+    number of times is no deadlock, but looks like one from outside; for such loops raise the limit or set it to None.
     """
 
     active = None
@@ -110,7 +106,7 @@ class Grid:
         self.finished = threading.Lock()
 
     def run(self):
-        """Runs all programs to their end; raises what the first failing one raised. One grid at a time."""
+        """Run all programs to their end, and raise the exception of the first one that fails. Only one grid may run."""
         try:
             Grid.active = self
             self.builder.set_grid_dim(*self.shape)
@@ -125,7 +121,7 @@ class Grid:
             Grid.active = None
 
     def runs_in(self, thread):
-        """Whether it is the thread of the running program, if that has one of its own."""
+        """Return whether a thread is that of the running program; a grid of one program has no thread of its own."""
         return getattr(self.running, "thread", None) is thread
 
     def _run_threads(self):
@@ -140,7 +136,7 @@ class Grid:
             raise self.error
 
     def _fail(self, error):
-        """Every program stops, at its next switch or before it starts."""
+        """Record an error and stop every program at its next switch or before it starts."""
         if self.error is None:
             self.error = error
         self.aborting = True
@@ -160,7 +156,7 @@ class Grid:
         self._pass_on()
 
     def _pass_on(self):
-        """The running program has ended: another one's turn."""
+        """Give the turn to another program after the running one has ended."""
         while True:
             if self.aborting:
                 self.live = [other for other in self.live if other.thread is not None]
@@ -170,7 +166,7 @@ class Grid:
             try:
                 self._give_turn(self._choose())
                 return
-            except Exception as error:  # noqa: BLE001 (no thread could be had for it; the launcher raises it)
+            except Exception as error:  # noqa: BLE001 (no thread could be started; the launcher raises it)
                 self._fail(error)
 
     def _give_turn(self, program):
@@ -180,7 +176,7 @@ class Grid:
             try:
                 program.thread = threading.Thread(target=self._program_main, args=(program,), daemon=True)
                 program.thread.start()
-            except (RuntimeError, MemoryError):  # there are too many: nobody must wait for this one
+            except (RuntimeError, MemoryError):  # there are too many threads: no one must wait for this one
                 program.thread = None
                 raise
         else:
@@ -193,7 +189,7 @@ class Grid:
         return candidates[int(self.random.random() * len(candidates))]
 
     def switch(self):
-        """Called by the running program where another may go on instead; returns when it is its turn again."""
+        """Let another program run instead of the calling one, and return when the caller has the turn again."""
         if self.aborting:
             raise _ProgramEnded
         program = self.running
