@@ -1,4 +1,4 @@
-"""Choose the device that kernels run on: a GPU that they are compiled for, or a CPU that interprets them."""
+"""Choose the device that runs the kernels: a GPU that they are compiled for, or the CPU, which interprets them."""
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
@@ -10,7 +10,11 @@ from system.errors import InputError
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the one Triton was set up for when its first kernel was defined. Raises InputError."""
+    """Return the given device or, for None, the one that Triton was set up for when it defined its first kernel.
+
+    Raise InputError if the kernels cannot run on it: an unsupported or absent GPU, one that is not the current one, or
+    a device that does not match TRITON_INTERPRET.
+    """
     interpreted = isinstance(leave_grid, InterpretedFunction)
     if interpreted and device is None:
         notice_unused_gpu()

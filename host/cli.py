@@ -1,4 +1,4 @@
-"""What command lines share: groups of options, what they ask for, and the exit codes."""
+"""Command-line options that scripts share, the choices they stand for, and exit codes."""
 
 import argparse
 import sys
@@ -15,24 +15,23 @@ from system.program import signal_exit_code, signals_as_interrupts, standard_str
 DEMO_CHAT = "Recite sonnet 18."
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 
-FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # what --fp8-scale says
+FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # value of --fp8-scale -> dense format
 FP8_COMPONENTS = ("qkv", "o", "router", "head")
 
-
 EXIT_FAILURE = 1
-NO_THREAD = "can't start new thread"  # what Python's RuntimeError says
+NO_THREAD = "can't start new thread"  # the text of Python's RuntimeError
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """One whose complaints are InputErrors, hence one line."""
+    """An argparse parser that raises InputError for a wrong command line instead of printing its usage."""
 
     def error(self, message: str) -> None:
         raise InputError(message)
 
 
 def parse_arguments(description: str, *groups: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
-    """The command line, whose options the groups add; InputError where it is wrong."""
+    """Parse the command line with the options that `groups` add. Raise InputError if it is wrong."""
     parser = ArgumentParser(description=description)
     for add_arguments in groups:
         add_arguments(parser)
@@ -40,28 +39,29 @@ def parse_arguments(description: str, *groups: Callable[[argparse.ArgumentParser
 
 
 def run_main(main: Callable[[], None]) -> int:
-    """Calls `main` and returns the process's exit code; see system.program for what signals and streams do meanwhile.
+    """Call `main` and return the process's exit code. system.program says how signals and streams behave meanwhile.
 
-    0; 2 after an InputError, without enough memory, or where a file or stdout could not be written; 1 if the kernel
-    gave up or runs that must agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the reader of stdout
-    is gone. Errors are one line on stderr; where that is lost, the exit code still tells.
+    The code is 0 on success; 2 after an InputError, without enough memory, or if a file or stdout could not be written;
+    1 if the kernel gave up or runs that must agree differ; 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP; 141 if the
+    reader of stdout is gone. An error is printed as one line on stderr. If stderr cannot be written, the exit code
+    still tells the outcome.
     """
-    with signals_as_interrupts() as came, standard_streams() as check_stdout:
-        code = _exit_code(check_stdout, came)  # it may be closed
+    with signals_as_interrupts() as signals, standard_streams() as check_stdout:
+        code = _exit_code(check_stdout, signals)  # stdout may be closed from the start
         if code:
             return code
         try:
-            code = _exit_code(main, came)
-        except SystemExit:  # of --help, for example
-            code = _exit_code(check_stdout, came)
+            code = _exit_code(main, signals)
+        except SystemExit:  # --help raises it, for example
+            code = _exit_code(check_stdout, signals)
             if code:
                 return code
             raise
-        return code or _exit_code(check_stdout, came)
+        return code or _exit_code(check_stdout, signals)
 
 
-def _exit_code(call: Callable[[], None], came: list[int]) -> int:
-    """Of a call, after which an error is printed; `came` are the signals so far."""
+def _exit_code(call: Callable[[], None], signals: list[int]) -> int:
+    """Make a call, print its error if it raises one, and return the exit code. `signals` lists those received."""
     try:
         call()
         return 0
@@ -72,15 +72,15 @@ def _exit_code(call: Callable[[], None], came: list[int]) -> int:
         _print_error(str(error))
         return EXIT_FAILURE
     except KeyboardInterrupt:
-        return signal_exit_code(came)
+        return signal_exit_code(signals)
     except BrokenPipeError:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return EXIT_INPUT_ERROR
-    except Exception as error:  # a library may have made another one of KeyboardInterrupt
-        if came:
-            return signal_exit_code(came)
+    except Exception as error:  # a library may have turned a KeyboardInterrupt into another exception
+        if signals:
+            return signal_exit_code(signals)
         if str(error) == NO_THREAD:
             _print_error(f"{error}: the limit on this user's processes, or memory, is reached")
             return EXIT_INPUT_ERROR
@@ -95,7 +95,7 @@ def _print_error(message: str) -> None:
 
 
 def positive_int(text: str) -> int:
-    """An argparse type."""
+    """Parse an argparse argument as an integer from 1 to 2^31 - 1."""
     value = int(text) if text.isdecimal() else 0
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
@@ -103,7 +103,7 @@ def positive_int(text: str) -> int:
 
 
 def token_id_list(text: str) -> list[int]:
-    """An argparse type: ids separated by commas or spaces."""
+    """Parse an argparse argument as token ids separated by commas or spaces."""
     words = text.replace(",", " ").split()
     if not all(word.isascii() and word.isdecimal() for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 12,34,56")
@@ -111,7 +111,7 @@ def token_id_list(text: str) -> list[int]:
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """--model, --layers, --verify. Returns the group of what excludes --model."""
+    """Add --model, --layers and --verify. Return the group of the options that exclude --model."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--model",
@@ -124,13 +124,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse._Mutua
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--random-weights and those of add_checkpoint_arguments."""
+    """Add --random-weights and the options of add_checkpoint_arguments."""
     source = add_checkpoint_arguments(parser)
     source.add_argument("--random-weights", choices=PRESETS, help="full-size weights made on the device")
 
 
 def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
-    """--quant, those of add_fp8_arguments, --num-programs, --load-rate."""
+    """Add --quant, --num-programs, --load-rate and the options of add_fp8_arguments."""
     parser.add_argument("--quant", action="store_true", help="experts as FP4 x FP8, activations quantized on the way")
     add_fp8_arguments(parser)
     parser.add_argument("--num-programs", metavar="N", type=positive_int, help="default: all that are resident at once")
@@ -138,7 +138,7 @@ def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fp8_arguments(parser: argparse.ArgumentParser) -> None:
-    """--fp8-attn, --fp8-head, --fp8-components, --fp8-scale; see dense_formats."""
+    """Add --fp8-attn, --fp8-head, --fp8-components and --fp8-scale, which dense_formats reads."""
     parser.add_argument("--fp8-attn", action="store_true", help="QKV and O projection in FP8 (E4M3)")
     parser.add_argument("--fp8-head", action="store_true", help="LM head in FP8")
     parser.add_argument(
@@ -152,7 +152,7 @@ def add_fp8_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def component_list(text: str) -> tuple[str, ...]:
-    """An argparse type: fields of DenseFormats, separated by commas."""
+    """Parse an argparse argument as fields of DenseFormats, separated by commas or spaces."""
     names = tuple(text.replace(",", " ").split())
     if not names or not set(names) <= set(FP8_COMPONENTS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(FP8_COMPONENTS)}")
@@ -160,9 +160,10 @@ def component_list(text: str) -> tuple[str, ...]:
 
 
 def dense_formats(args: argparse.Namespace, checkpoint: Checkpoint) -> DenseFormats:
-    """What add_fp8_arguments asks for beyond what the checkpoint has, see held_formats.
+    """Return the formats of the dense matrices after the options of add_fp8_arguments are applied; see held_formats.
 
-    InputError if that is another format than the checkpoint's, or a scale is given to nothing.
+    Raise InputError if a matrix that the checkpoint holds in FP8 is requested in another format, or if --fp8-scale is
+    given without a matrix to apply it to.
     """
     flags = dict.fromkeys(args.fp8_components, "--fp8-components")
     if args.fp8_attn:
@@ -171,46 +172,46 @@ def dense_formats(args: argparse.Namespace, checkpoint: Checkpoint) -> DenseForm
         flags["head"] = "--fp8-head"
     if args.fp8_scale and not flags:
         raise InputError("--fp8-scale: which matrices? see --fp8-attn, --fp8-head and --fp8-components")
-    asked = DenseFormats(**dict.fromkeys(flags, FP8_SCALES[args.fp8_scale or "row"]))
-    return held_formats(checkpoint, asked, flags)
+    requested = DenseFormats(**dict.fromkeys(flags, FP8_SCALES[args.fp8_scale or "row"]))
+    return held_formats(checkpoint, requested, flags)
 
 
 def formats_text(dense: DenseFormats) -> str:
-    """What is not in bfloat16: "qkv o fp8-row, head fp8-32" for example."""
-    names = {kind: [name for name in FP8_COMPONENTS if getattr(dense, name) == kind] for kind in FP8_SCALES.values()}
-    return ", ".join(f"{' '.join(found)} {kind}" for kind, found in names.items() if found)
+    """Return the dense matrices that are not bfloat16 and their formats, for example "qkv o fp8-row, head fp8-32"."""
+    components = {fp8: [name for name in FP8_COMPONENTS if getattr(dense, name) == fp8] for fp8 in FP8_SCALES.values()}
+    return ", ".join(f"{' '.join(names)} {fp8}" for fp8, names in components.items() if names)
 
 
 def path_name(quant: bool, dense: DenseFormats) -> str:
-    """What a user calls a path through the kernel: "default", "quant" or, for example, "quant, qkv o fp8-row"."""
+    """Return a kernel path's name as users see it: "default", "quant" or, for example, "quant, qkv o fp8-row"."""
     return ", ".join(filter(None, ("quant" if quant else "default", formats_text(dense))))
 
 
 def path_of(implementation: str, quant: bool, dense: DenseFormats) -> str:
-    """The name of a path through another implementation than the megakernel: "reference" or "reference-quant"."""
+    """Return the name of another implementation's path, for example "reference" or "reference-quant"."""
     return f"{implementation}-{path_name(quant, dense)}".replace("-default", "", 1)
 
 
 def add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    """--quant or --both; see paths_to_measure."""
+    """Add --quant and --both, which exclude each other and which paths_to_measure reads."""
     path = parser.add_mutually_exclusive_group()
     path.add_argument("--quant", action="store_true", help="measure the quantized path instead of the default one")
     path.add_argument("--both", action="store_true", help="measure both, the weights loaded once")
 
 
 def paths_to_measure(args: argparse.Namespace) -> tuple[bool, ...]:
-    """What add_path_arguments asks for: of each path whether it is the quantized one."""
+    """Return, for each path that the options of add_path_arguments select, whether it is the quantized one."""
     return (False, True) if args.both else (args.quant,)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, drawing: str) -> None:
-    """--json and --plot, which shows a `drawing`; see measure.report."""
+    """Add --json and --plot; `drawing` says what the plot shows. measure.report checks and writes the files."""
     parser.add_argument("--json", metavar="FILE", type=output_path, help="write everything measured as JSON")
     parser.add_argument("--plot", metavar="FILE.png", type=output_path, help=f"draw {drawing}; needs matplotlib")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """--prompt, --chat or --prompt-ids, --max-new-tokens, --max-context, --json, --logits-out."""
+    """Add one of --prompt, --chat or --prompt-ids, and --max-new-tokens, --max-context, --json and --logits-out."""
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument(

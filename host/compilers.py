@@ -1,4 +1,4 @@
-"""What Triton's compilers print and raise, made fit for a user."""
+"""Turn the errors and the output of Triton's compilers into messages for a user."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from triton.runtime.errors import InterpreterError
 
 from system.errors import InputError
 
-COMPILERS = ("PassManager", "LLD")  # in what Triton's raise as RuntimeError, of MLIR and of AMD's linker
+COMPILERS = ("PassManager", "LLD")  # words in the RuntimeErrors of MLIR and of AMD's linker
 
 
 @contextlib.contextmanager
 def compile_errors(device: torch.device) -> Iterator[None]:
-    """What a GPU's compilers say becomes an InputError of one line."""
+    """Turn an error that a GPU's compilers raise in the body into an InputError of one line."""
     try:
         yield
     except InterpreterError:
@@ -29,7 +29,7 @@ def compile_errors(device: torch.device) -> Iterator[None]:
 
 
 def quiet_compilers() -> None:
-    """Keep Triton from printing all of a kernel's PTX, 18,000 lines, when NVIDIA's assembler refuses it."""
+    """Keep Triton from printing a kernel's whole PTX (18,000 lines) when NVIDIA's assembler rejects it."""
 
     def print_unless_reproducer(*values, **options) -> None:
         if not any("please share the reproducer" in str(value) for value in values):

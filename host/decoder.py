@@ -1,6 +1,6 @@
-"""One sequence on one device: the tokens that are fed, the order of launches, and whose turn it is.
+"""Decode one sequence on one device: feed its tokens, order the launches, and share the model between threads.
 
-Which kernels a launch runs is said by a class that derives from Decoder, such as gpt_oss_megakernel.MegaModel.
+A class derived from Decoder, such as gpt_oss_megakernel.MegaModel, says which kernels a launch runs.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from common.barrier import ABORT
 from common.build import Build
 from host.backend import usable_device
 from host.compilers import compile_errors
-from host.launch import LEAST_STAGES, blocks_for, check_program_count, program_count, tuning_for
+from host.launch import MIN_STAGES, blocks_for, check_program_count, program_count, tuning_for
 from host.limits import check_memory, context_length
 from host.phases import PHASES, barrier_name
 from host.state import State, new_state
@@ -32,22 +32,22 @@ from system.turns import LAUNCHING, Turns, exclusive
 
 
 class Decoder:
-    """A GPT-OSS model on one device, decoded greedily, one token a launch.
+    """A GPT-OSS model on one device, decoded greedily with one launch per token.
 
-    It holds one sequence. generate and decode check their arguments when they are called and take the model when their
-    first token is asked for; from then on generate, decode, step, logits, hidden, reset and switch_path end the
-    sequence, and the generator raises GenerationOvertaken at its next token. Closing a generator changes nothing.
+    A model holds one sequence. generate and decode check their arguments at once and start using the model when their
+    first token is requested. From then on any call of generate, decode, step, logits, hidden, reset or switch_path ends
+    that sequence, and its generator raises GenerationOvertaken at the next token. Closing a generator has no effect.
 
-    Threads may share a model, and each may have one of its own: a use waits until another thread's is over, be it a
-    call or one token of a generator. No lock is held between two tokens, nor while on_logits or on_launch run, which
-    may use any model. A signal handler may not, amid a use by its thread: ModelInUse.
+    Threads may share a model or have one each. A call, or one token of a generator, waits until no other thread is
+    using the model. No lock is held between two tokens or while on_logits or on_launch run, so these callbacks may use
+    any model. A signal handler that uses a model while its thread is using one gets ModelInUse.
 
-    Whatever ends a use early, an interrupt or an error, the next one starts clean: positions that were fed before it
-    count as fed, those that it was feeding do not. PositionsLost if a token is to be fed behind them. After
-    MegakernelAborted each use raises it again until reset.
+    If an interrupt or an error ends a use early, the next use starts clean: positions fed before it count as fed, those
+    being fed do not, and feeding a token after them raises PositionsLost. After MegakernelAborted every use raises it
+    again until reset() is called.
     """
 
-    _last_stream = None  # of a GPU, that any model used last
+    _last_stream = None  # the GPU stream that a model used last, whichever model it was
 
     def __init__(
         self,
@@ -64,25 +64,31 @@ class Decoder:
         dense: DenseFormats | None = None,
         blocks: BlockTuning | None = None,
     ):
-        """The context defaults to 4096 positions, or all of a model with fewer; the device to the GPU if there is one.
+        """Load an opened checkpoint onto a device and compile the kernels.
 
-        dense: how the dense matrices are held that the checkpoint has in bfloat16, quantized while they are loaded; as
-        they are unless said. InputError if an archive has them in another FP8 format than this says.
-        blocks: how prompts are fed, see prefill.py.
-        kv_dtype is float32 for comparisons without rounding. `weights` are those of another model, with the same
-        checkpoint and tuning, to share. InputError if the context is longer than the model's, or it does not fit the
-        device; TypeError names an argument of the wrong kind.
+        quant: quantize the experts' activations and multiply FP4 x FP8.
+        max_context: positions in the KV cache; default: 4096, or all of a model with fewer.
+        device: default: the GPU if there is one that can run the kernels, else the CPU.
+        num_programs: programs of a launch; default: all that are resident at once.
+        tuning, blocks: launch parameters of decoding and of prompts (prefill.py); default: the launch table's.
+        kv_dtype: bfloat16, or float32 for comparisons without rounding.
+        show_progress: print a progress bar while loading.
+        trace_position: the position whose launch records timestamps.
+        weights: the weights of another model with the same checkpoint and tuning, to share.
+        dense: formats of the dense matrices, which are quantized on loading; default: those of the checkpoint.
+
+        Raise InputError if max_context exceeds the model's limit, the device cannot run the kernels or has too little
+        memory, `dense` names another FP8 format than the checkpoint holds, a value is out of range, or a file of the
+        checkpoint changed while it was read; TypeError, naming the argument, if one has the wrong type;
+        MegakernelAborted if the first launch gives up.
         """
         if not hasattr(checkpoint, "config"):
             raise TypeError(f"checkpoint must be an open one, not {type(checkpoint).__name__}; see from_pretrained")
         boolean(show_progress, "show_progress")
-        for value, kind, name in (
-            (tuning, Tuning, "tuning"),
-            (weights, Weights, "weights"),
-            (dense, DenseFormats, "dense"),
-            (blocks, BlockTuning, "blocks"),
-        ):
-            instance(value, kind, name)
+        instance(tuning, Tuning, "tuning")
+        instance(weights, Weights, "weights")
+        instance(dense, DenseFormats, "dense")
+        instance(blocks, BlockTuning, "blocks")
         max_context = integer_or_none(max_context, "max_context")
         num_programs = integer_or_none(num_programs, "num_programs")
         one_of(kv_dtype, (torch.bfloat16, torch.float32), "kv_dtype")
@@ -91,7 +97,7 @@ class Decoder:
         self.device = usable_device(device)
         self.quant = boolean(quant, "quant")
         self.max_context = context_length(self.config, max_context)
-        self.trace_position = integer_or_none(trace_position, "trace_position", least=0)
+        self.trace_position = integer_or_none(trace_position, "trace_position", minimum=0)
         if self.trace_position is not None and self.trace_position >= self.max_context:
             raise InputError(f"trace_position {trace_position}: the context has {self.max_context} positions")
         self.tuning = tuning or tuning_for(self.device, self.config)
@@ -99,12 +105,12 @@ class Decoder:
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
         self.blocks = blocks or blocks_for(self.device)
-        needed = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
-        check_memory(self.config, self.max_context, kv_dtype, self.device, needed)
+        load_bytes = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
+        check_memory(self.config, self.max_context, kv_dtype, self.device, load_bytes)
         start = time.perf_counter()
-        # Weights that stay in a mapped file are as good as that file.
+        # Weights that are read in place change with the mapped file, so generate checks the file again and again.
         in_place = weights_in_place(checkpoint, self.config, self.device, self.tuning)
-        self._mapped = checkpoint if in_place else None
+        self._mapped_checkpoint = checkpoint if in_place else None
         self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
         self.load_seconds = time.perf_counter() - start
         self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
@@ -113,13 +119,13 @@ class Decoder:
         self._start()
 
     def _start(self) -> None:
-        """A new sequence in new memory."""
+        """Start a new sequence in newly allocated memory."""
         self._started = False
-        self.state = self.prefill = None  # before the new ones need their memory
-        self.n_fed = 0  # positions that the cache holds, whose tokens are the first of state.tokens
-        self._feeding: range | None = None  # positions whose launches have begun and not ended
-        self._lost = 0  # so far the cache may hold anything behind n_fed, left by launches that did not end; 0: nowhere
-        self.state = self._new_state(self.kv_dtype)
+        self.state = self.prefill = None  # frees their memory before the new ones need it
+        self.n_fed = 0  # positions that the cache holds; their tokens are the first of state.tokens
+        self._in_flight: range | None = None  # positions whose launches have begun and not ended
+        self._lost_end = 0  # interrupted launches may have written cache positions n_fed to _lost_end - 1; 0: none
+        self.state = self._new_state()
         self._build()
         self.prefill = self._new_prefill()
         with compile_errors(self.device):
@@ -128,27 +134,25 @@ class Decoder:
         self._started = True
 
     def _build(self) -> None:
-        """What kernels are compiled for."""
+        """Set the constants that the kernels are compiled for, without and with tracing."""
         self.build = Build(self.compiled_config, self.tuning, self.quant)
         self.traced_build = Build(self.compiled_config, self.tuning, self.quant, trace=True)
 
     def _compile(self) -> None:
-        """Launch without layers: shows that the programs can be resident before anyone waits.
+        """Launch without layers, which shows that all programs can be resident before one waits for another.
 
-        What attention needs of shared memory, more with a float32 cache or wide heads, is taken from the ring.
+        If attention needs more shared memory, as with a float32 cache or wide heads, the ring gives up stages.
         """
-        while missing := self._missing_shared_memory():
+        while missing_bytes := self._missing_shared_memory():
             ring = self.tuning.ring
-            stages = ring.stages - -(-missing // ring.stage_bytes) if ring else 0
-            if stages < LEAST_STAGES:
+            stages = ring.stages - -(-missing_bytes // ring.stage_bytes) if ring else 0
+            if stages < MIN_STAGES:
                 raise InputError(f"{self.device} has too little shared memory for this model")
-            distance = min(ring.prefetch_distance, stages)
-            ring = dataclasses.replace(ring, stages=stages, prefetch_distance=distance)
-            self.tuning = dataclasses.replace(self.tuning, ring=ring)
+            self.tuning = dataclasses.replace(self.tuning, ring=ring.with_stages(stages))
             self._build()
 
     def _missing_shared_memory(self) -> int:
-        """Bytes that the kernel needs beyond what there is."""
+        """Launch without layers and return the bytes of shared memory that the kernel lacks, 0 if it fits."""
         try:
             for position in {0, self.trace_position or 0}:
                 self._run(range(0), self._launch, position, n_layers=0)
@@ -157,49 +161,59 @@ class Decoder:
         return 0
 
     def load_rate(self) -> str:
-        """One line: bytes of the weights as the checkpoint has them, and what loading took, packing included."""
+        """Return one line with the size of the checkpoint's weights (GB), the loading time (s) and the rate (GB/s).
+
+        The time includes packing and quantizing.
+        """
         gigabytes = self.checkpoint_bytes / 1e9
         return f"weights: {gigabytes:.3f} GB in {self.load_seconds:.2f} s, {gigabytes / self.load_seconds:.2f} GB/s"
 
     @exclusive
     def reset(self) -> None:
-        """Forget all positions, and a barrier that gave up."""
-        self._take()
+        """Forget all positions and the record of a barrier that gave up. Return None; the weights stay loaded.
+
+        Raise ModelInUse if a signal handler calls it while its thread is using a model.
+        """
+        self._begin_use()
         s, self.n_fed = self.state, 0
-        self._feeding = range(self.max_context)  # an interrupt may leave some
+        self._in_flight = range(self.max_context)  # until all is zeroed, an interrupt leaves no position usable
         for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
             tensor.zero_()
-        self._feeding, self._lost = None, 0
+        self._in_flight, self._lost_end = None, 0
 
     @exclusive
     def switch_path(self, quant: bool) -> None:
-        """Go on with the quantized or the default path: the same weights, a new state."""
+        """Switch to the quantized or the default path, keeping the weights and starting a new, empty sequence.
+
+        Return None. Raise TypeError if quant is not a bool, InputError if the path's kernels cannot be compiled,
+        MegakernelAborted if their first launch gives up, ModelInUse for a signal handler during another use.
+        """
         quant = boolean(quant, "quant")
-        self._take()
+        self._begin_use()
         self._started, self.quant = False, quant
         self._start()
 
-    def _take(self) -> int:
-        """Begin a use of the model, which ends the generation before it, and put right what an unfinished one left."""
+    def _begin_use(self) -> int:
+        """Begin a use of the model, which ends the one before and cleans up if it was interrupted. Return the turn."""
         turn = self.turns.take()
         if not self._started:
             self._start()
         self._follow_stream()
-        if self._feeding is not None:
-            self.n_fed = min(self.n_fed, self._feeding.start)
-            self._lost = max(self._lost, self._feeding.stop)
+        if self._in_flight is not None:
+            self.n_fed = min(self.n_fed, self._in_flight.start)
+            self._lost_end = max(self._lost_end, self._in_flight.stop)
             self.state.sync[: ABORT.value] = 0  # arrivals of programs that were stopped
             self.state.split_arrivals.zero_()
-            self._feeding = None
+            self._in_flight = None
         return turn
 
-    def _go_on(self, turn: int) -> None:
-        """Go on with a generation. GenerationOvertaken if the model has been put to another use."""
+    def _resume(self, turn: int) -> None:
+        """Resume a generation. Raise GenerationOvertaken if the model has been used for something else."""
         self.turns.check(turn)
         self._follow_stream()
 
     def _follow_stream(self) -> None:
-        """What this thread queues on a GPU from now on runs behind all that models queued before, on any stream.
+        """Make this thread's GPU stream wait for all that models queued before, on any stream.
 
         Two kernels whose programs wait for each other must not share the GPU.
         """
@@ -210,7 +224,7 @@ class Decoder:
                     stream.wait_stream(last)
                 Decoder._last_stream = stream
 
-    def _new_state(self, kv_dtype: torch.dtype) -> State:
+    def _new_state(self) -> State:
         barriers = 2 + len(PHASES) * self.config.n_layers
         return new_state(
             self.config,
@@ -219,37 +233,49 @@ class Decoder:
             self.max_context,
             self.num_programs,
             self.device,
-            kv_dtype,
+            self.kv_dtype,
             trace_events=0 if self.trace_position is None else 2 + 2 * barriers,
         )
 
     @exclusive
     def step(self, token_id: int, position: int) -> int:
-        """Feed a token at a position whose predecessors were fed; returns the most likely next token.
+        """Feed a token at a position whose predecessors were fed, and return the most likely next token's id.
 
-        InputError if the logits are not finite, the position lies outside the context or the token outside the
-        vocabulary; TypeError if they are no integers.
+        Raise TypeError if an argument is not an integer; InputError if the position lies outside the context, the token
+        outside the vocabulary; LogitsNotFinite (an InputError) if a logit is not finite; PositionsLost (an InputError)
+        if an interrupted call lost earlier positions; MegakernelAborted if a barrier gave up; ModelInUse for a signal
+        handler during another use.
         """
-        token_id, position = self._placed(token_id, position)
-        self._take_at(token_id, position)
+        token_id, position = self._check_token_at(token_id, position)
+        self._begin_use_at(token_id, position)
         self._feed(position, token=True)
         return self._token(self.state.tokens[position + 1], position)
 
     @exclusive
     def logits(self, token_id: int, position: int) -> torch.Tensor:
-        """The same, but returns the next token's logits, float32 [vocab], a copy on the model's device."""
-        token_id, position = self._placed(token_id, position)
-        self._take_at(token_id, position)
+        """Feed a token at a position whose predecessors were fed, and return the next token's logits.
+
+        They are float32 [vocab], a copy on the model's device. Raise TypeError if an argument is not an integer;
+        InputError if the position lies outside the context or the token outside the vocabulary; LogitsNotFinite,
+        PositionsLost, MegakernelAborted and ModelInUse under the same conditions as step.
+        """
+        token_id, position = self._check_token_at(token_id, position)
+        self._begin_use_at(token_id, position)
         return self._feed_for_logits(position)
 
     @exclusive
     def hidden(self, token_id: int, position: int, n_layers: int) -> torch.Tensor:
-        """The same, but returns the residual stream after the first n_layers, float32 [hidden], a copy."""
+        """Feed a token at a position through the first n_layers, and return the residual stream after them.
+
+        It is float32 [hidden], a copy on the model's device. The position does not count as fed. Raise TypeError if an
+        argument is not an integer; InputError if the position lies outside the context, the token outside the
+        vocabulary or n_layers outside 0 to the model's; PositionsLost, MegakernelAborted and ModelInUse as step does.
+        """
         n_layers = integer(n_layers, "n_layers")
         if not 0 <= n_layers <= self.config.n_layers:
             raise InputError(f"n_layers {n_layers}: the model has {self.config.n_layers}")
-        token_id, position = self._placed(token_id, position)
-        self._take_at(token_id, position)
+        token_id, position = self._check_token_at(token_id, position)
+        self._begin_use_at(token_id, position)
         self._run(range(position, position + 1), self._launch, position, n_layers=n_layers)
         self._check_barriers()
         return functools.reduce(torch.add, self.state.expert_out, self.state.x)
@@ -260,17 +286,20 @@ class Decoder:
         max_new_tokens: int,
         on_logits: Callable[[torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
-        """Yield the ids that follow the prompt, a stop id last. Ends early when the context is full.
+        """Return an iterator over the up to max_new_tokens ids that follow the prompt, a stop id being the last.
 
-        What the prompt has in common with the sequence before it, such as a chat's earlier turns, is not fed again. The
-        rest is fed in blocks (prefill.py), but for its last token. `on_logits` receives the logits, float32 [vocab], of
-        each position of the prompt and the answer, for which all are fed one by one: a copy on the model's device.
+        It ends early when the context is full. The prefix that the prompt shares with the model's sequence, such as the
+        earlier turns of a chat, is not fed again; the rest is fed in blocks (prefill.py), except its last token. With
+        `on_logits` all positions are fed one by one instead, and it receives the logits of each one in the prompt and
+        the answer: float32 [vocab], a copy on the model's device.
 
-        Raises what step does; GenerationOvertaken if the model was used otherwise since the last token. InputError if
-        weights lie in a mapped file, which a CPU's may, that was changed since it was opened.
+        At the call, raise TypeError for an argument of the wrong type; InputError if the prompt is empty, too long for
+        the context or has an id outside the vocabulary, or if max_new_tokens is negative. At a token, raise
+        GenerationOvertaken if the model was used for something else since the last token; InputError if weights that a
+        CPU reads in place lie in a file that changed; LogitsNotFinite, MegakernelAborted and ModelInUse as step does.
         """
         prompt_ids = integers(prompt_ids, "prompt_ids")
-        max_new_tokens = integer(max_new_tokens, "max_new_tokens", least=0)
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens", minimum=0)
         function_or_none(on_logits, "on_logits")
         if not prompt_ids:
             raise InputError("the prompt is empty")
@@ -280,50 +309,58 @@ class Decoder:
     def _generate(
         self, prompt_ids: list[int], max_new_tokens: int, on_logits: Callable[[torch.Tensor], None] | None
     ) -> Iterator[int]:
-        check_unchanged(self._mapped)
+        check_unchanged(self._mapped_checkpoint)
         last = len(prompt_ids) - 1
         turn = self._begin(prompt_ids, in_blocks=on_logits is None)
         if on_logits:
             for position in range(last):
                 on_logits(self._next_logits(turn, position))
         for token in self._decode(turn, last, min(last + max_new_tokens, self.max_context), on_logits):
-            check_unchanged(self._mapped)
+            check_unchanged(self._mapped_checkpoint)
             yield token
             if token in self.config.stop_ids:
                 return
 
     @exclusive
     def _begin(self, prompt_ids: list[int], in_blocks: bool) -> int:
-        """Take the model for a prompt; in_blocks: and feed all that the cache does not hold but the last token."""
-        turn = self._take()
+        """Begin to use the model for a prompt, and return the turn.
+
+        in_blocks: feed all tokens that the cache does not hold yet, except the last one.
+        """
+        turn = self._begin_use()
         last = len(prompt_ids) - 1
-        held = min(self._held(prompt_ids), last) if in_blocks else 0
-        self._write_tokens(prompt_ids[held:], held)
+        start = min(self._shared_prefix_length(prompt_ids), last) if in_blocks else 0
+        self._write_tokens(prompt_ids[start:], start)
         if not in_blocks:
             return turn
-        if last - held < self.blocks.least_tokens or not self.prefill.holds_experts:
-            for position in range(held, last):
+        if last - start < self.blocks.min_tokens or not self.prefill.holds_experts:
+            for position in range(start, last):
                 self._feed(position)
         else:
-            self._run(range(held, last), self.prefill.feed, held, last - held)
-            self._fed(last)
+            self._run(range(start, last), self.prefill.feed, start, last - start)
+            self._mark_fed(last)
         return turn
 
-    def _held(self, token_ids: list[int]) -> int:
-        """How many of these tokens the cache holds: the first ones that it has in common with them."""
-        held = self.state.tokens[: min(self.n_fed, len(token_ids))].tolist()
-        return next((n for n, (a, b) in enumerate(zip(held, token_ids)) if a != b), len(held))
+    def _shared_prefix_length(self, token_ids: list[int]) -> int:
+        """Return how many of the first tokens are the same as those that the cache holds."""
+        fed_ids = self.state.tokens[: min(self.n_fed, len(token_ids))].tolist()
+        return next((n for n, (a, b) in enumerate(zip(fed_ids, token_ids)) if a != b), len(fed_ids))
 
     def decode(
         self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None = None
     ) -> Iterator[int]:
-        """Feed a token at a position whose predecessors are in the cache and yield the n_tokens ids that follow.
+        """Return an iterator that feeds a token at a position whose predecessors were fed, and yields n_tokens ids.
 
-        Stop ids end nothing; a full context does. `on_launch` is called after each launch, which a GPU may only have
-        queued: events recorded there mark where it ends. Raises what generate does.
+        Stop ids do not end it, but a full context does. `on_launch` is called after each launch. A GPU may only have
+        queued the launch by then, so that events recorded in the callback mark its end.
+
+        At the call, raise TypeError for an argument of the wrong type; InputError if the position lies outside the
+        context, the token outside the vocabulary, or n_tokens is negative. At a token, raise GenerationOvertaken if the
+        model was used for something else since the last token; LogitsNotFinite, PositionsLost, MegakernelAborted and
+        ModelInUse as step does.
         """
-        token_id, position = self._placed(token_id, position)
-        n_tokens = integer(n_tokens, "n_tokens", least=0)
+        token_id, position = self._check_token_at(token_id, position)
+        n_tokens = integer(n_tokens, "n_tokens", minimum=0)
         function_or_none(on_launch, "on_launch")
         return self._decode_from(token_id, position, n_tokens, on_launch)
 
@@ -335,7 +372,7 @@ class Decoder:
 
     @exclusive
     def _begin_at(self, token_id: int, position: int) -> int:
-        return self._take_at(token_id, position)
+        return self._begin_use_at(token_id, position)
 
     def _decode(
         self,
@@ -345,7 +382,7 @@ class Decoder:
         on_logits: Callable[[torch.Tensor], None] | None = None,
         on_launch: Callable[[], None] | None = None,
     ) -> Iterator[int]:
-        """Launch positions start .. end - 1, each on the token before it, and yield their tokens.
+        """Launch positions start to end - 1 and yield the token that each one gives, which the next position feeds.
 
         On a GPU the next launch is queued before a token is read back, so that the device never waits for the host.
         """
@@ -366,18 +403,18 @@ class Decoder:
 
     @exclusive
     def _next_launch(self, turn: int, position: int, logits: bool) -> "Launched":
-        """Feed the token at a position of a generation."""
-        self._go_on(turn)
+        """Feed the token at a position of a generation, and start copying the next token to the host."""
+        self._resume(turn)
         self._feed(position, token=True, logits=logits)
-        kept = self.state.logits.clone() if logits else None
+        logits_copy = self.state.logits.clone() if logits else None
         token = self.state.tokens[position + 1]
         if self.device.type == "cpu":
-            return Launched(position, token.clone(), None, kept)
+            return Launched(position, token.clone(), None, logits_copy)
         pinned = torch.empty((), dtype=torch.int32, pin_memory=True)
         pinned.copy_(token, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return Launched(position, pinned, copied, kept)
+        return Launched(position, pinned, copied, logits_copy)
 
     def _next_token(self, turn: int, launched: "Launched") -> int:
         if launched.copied is not None:
@@ -386,16 +423,16 @@ class Decoder:
 
     @exclusive
     def _checked_token(self, turn: int, launched: "Launched") -> int:
-        self._go_on(turn)
+        self._resume(turn)
         return self._token(launched.token, launched.position)
 
     @exclusive
     def _next_logits(self, turn: int, position: int) -> torch.Tensor:
-        self._go_on(turn)
+        self._resume(turn)
         return self._feed_for_logits(position)
 
     def _check_fit(self, token_ids: list[int], position: int) -> None:
-        """InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
+        """Raise InputError unless the tokens fit the context from `position` on and are in the vocabulary."""
         if position < 0 or position + len(token_ids) > self.max_context:
             raise InputError(
                 f"positions {position} to {position + len(token_ids) - 1} "
@@ -405,23 +442,26 @@ class Decoder:
             check_token(token_id, self.config)
 
     def _write_tokens(self, token_ids: list[int], position: int) -> None:
-        """Put tokens at positions from `position` on, still to be fed; later ones become -1, "not decoded"."""
+        """Write tokens that are to be fed from `position` on; those of later positions become -1, "not decoded"."""
         self._check_fit(token_ids, position)
         self.n_fed = min(self.n_fed, position)
         self.state.tokens[position:] = -1
         ids = torch.tensor(token_ids, dtype=torch.int32)
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
-    def _placed(self, token_id: int, position: int) -> tuple[int, int]:
-        """Both as int. TypeError and InputError, see step."""
+    def _check_token_at(self, token_id: int, position: int) -> tuple[int, int]:
+        """Return both as int. Raise TypeError or InputError under the conditions that step describes."""
         token_id, position = integer(token_id, "token_id"), integer(position, "position")
         self._check_fit([token_id], position)
         return token_id, position
 
-    def _take_at(self, token_id: int, position: int) -> int:
-        """Take the model for a token behind what was fed. PositionsLost if some of that an interrupted use has lost."""
-        turn = self._take()
-        if self.n_fed < min(position, self._lost):
+    def _begin_use_at(self, token_id: int, position: int) -> int:
+        """Begin to use the model for a token at a position, and return the turn.
+
+        Raise PositionsLost if an interrupted use has lost positions before it.
+        """
+        turn = self._begin_use()
+        if self.n_fed < min(position, self._lost_end):
             raise PositionsLost(
                 f"position {position}: an interrupted call lost those from {self.n_fed} on; feed them again or reset()"
             )
@@ -429,24 +469,27 @@ class Decoder:
         return turn
 
     def _feed(self, position: int, token: bool = False, logits: bool = False) -> None:
-        """Launch a position, whose token was written, through all layers. Behind a gap the cache does not hold it."""
+        """Launch a position, whose token was written, through all layers.
+
+        The position counts as fed only if all positions before it do.
+        """
         self._run(range(position, position + 1), self._launch, position, token=token, logits=logits)
         if self.n_fed == position:
-            self._fed(position + 1)
+            self._mark_fed(position + 1)
 
     def _run(self, positions: range, launch: Callable[..., None], *arguments, **options) -> None:
-        """Launch what feeds these positions."""
-        self._feeding = positions
+        """Call a function whose launches feed these positions, and record them as in flight until it returns."""
+        self._in_flight = positions
         with LAUNCHING:
             self._follow_stream()
             launch(*arguments, **options)
-        self._feeding = None
+        self._in_flight = None
 
-    def _fed(self, n: int) -> None:
-        """The cache holds the first n positions; on a GPU, for what is launched from now on."""
-        self.n_fed = n
-        if n >= self._lost:
-            self._lost = 0
+    def _mark_fed(self, n_positions: int) -> None:
+        """Record that launches from now on find the first n_positions in the cache."""
+        self.n_fed = n_positions
+        if n_positions >= self._lost_end:
+            self._lost_end = 0
 
     def _feed_for_logits(self, position: int) -> torch.Tensor:
         self._feed(position, logits=True)
@@ -456,7 +499,7 @@ class Decoder:
         return self.state.logits.clone()
 
     def _token(self, token: torch.Tensor, position: int) -> int:
-        """What the launch of a position left."""
+        """Return the id that the launch of a position wrote. Raise LogitsNotFinite or MegakernelAborted."""
         token_id = int(token)
         if token_id == NOT_FINITE.value:
             raise LogitsNotFinite(position)
@@ -475,9 +518,9 @@ class Decoder:
 
 
 class Launched(NamedTuple):
-    """A position that a generation has fed, and what becomes of it."""
+    """A launched position of a generation, and its results."""
 
     position: int
-    token: torch.Tensor  # [] int32, on the host
-    copied: torch.cuda.Event | None  # when it is there; None: it is
-    logits: torch.Tensor | None
+    token: torch.Tensor  # int32 [] on the host
+    copied: torch.cuda.Event | None  # the end of the token's copy to the host; None if it has ended
+    logits: torch.Tensor | None  # float32 [vocab] on the device, if requested

@@ -1,4 +1,4 @@
-"""Take a prompt from the command line, and print and keep what a model makes of it."""
+"""Read a prompt from the command line, then print and collect the text that a model generates."""
 
 import argparse
 import contextlib
@@ -21,15 +21,15 @@ from host.limits import context_length
 from system.errors import InputError
 from system.output_file import check_output, replacing
 
-RANDOM_WEIGHTS_PROMPT = (0,)  # where there is no tokenizer any token will do
+RANDOM_WEIGHTS_PROMPT = (0,)  # any token will do for a model without a tokenizer
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 def prompt_ids_from(args: argparse.Namespace, tokenizer, config: ModelConfig) -> list[int]:
-    """The prompt that `add_prompt_arguments` describes, the demo's if there is none.
+    """Return the token ids of the prompt that the options of `add_prompt_arguments` give, or of the demo's prompt.
 
     Without a `tokenizer` (tokenizer_util.Tokenizer) the default is RANDOM_WEIGHTS_PROMPT, and text is refused.
-    InputError if the prompt is empty, does not fit --max-context, or has an id outside the vocabulary.
+    Raise InputError if the prompt is empty, does not fit --max-context, or has an id outside the vocabulary.
     """
     max_context = context_length(config, args.max_context)
     flag, ids = _encode_prompt(args, tokenizer)
@@ -46,21 +46,21 @@ def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]
     if args.prompt_ids is not None:
         return "--prompt-ids", args.prompt_ids
     if args.prompt is not None:
-        return "--prompt", _needed(tokenizer, "--prompt").encode(args.prompt)
+        return "--prompt", _require_tokenizer(tokenizer, "--prompt").encode(args.prompt)
     if args.chat is None and tokenizer is None:
         return "--prompt-ids", list(RANDOM_WEIGHTS_PROMPT)
     text = DEMO_CHAT if args.chat is None else args.chat
-    return "--chat", _needed(tokenizer, "--chat").encode_chat(text) if text.strip() else []
+    return "--chat", _require_tokenizer(tokenizer, "--chat").encode_chat(text) if text.strip() else []
 
 
-def _needed(tokenizer, flag: str):
+def _require_tokenizer(tokenizer, flag: str):
     if tokenizer is None:
         raise InputError(f"{flag}: this model has no tokenizer; use --prompt-ids")
     return tokenizer
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """InputError if --logits-out, or --trace where there is one, could not be written: known before a download."""
+    """Raise InputError, before anything is downloaded, if the file of --logits-out or --trace could not be written."""
     for flag, path in (("--logits-out", args.logits_out), ("--trace", getattr(args, "trace", None))):
         if path is not None:
             check_output(path, True, flag=flag)
@@ -70,9 +70,9 @@ def check_outputs(args: argparse.Namespace) -> None:
 def logits_writer(
     path: Path | None, vocab_size: int, inputs: Sequence[Path] = ()
 ) -> Iterator[Callable[[torch.Tensor], None] | None]:
-    """A function that appends logits [vocab_size] to an .npy file; without a path it is None.
+    """Give a function that appends logits [vocab_size] to an .npy file as float32, or None without a path.
 
-    InputError if the file cannot be written, is one of `inputs`, or the disk is full. See system.output_file.
+    Raise InputError if the file cannot be written, is one of `inputs`, or the disk is full; see system.output_file.
     """
     if path is None:
         yield None
@@ -80,7 +80,7 @@ def logits_writer(
     n_rows = 0
     # NumPy pads the header so that the number of rows can grow in place.
     start = len(_npy_header(0, vocab_size))
-    with replacing(path, start, True, inputs=inputs, flag="--logits-out", alone=False) as file:
+    with replacing(path, start, True, inputs=inputs, flag="--logits-out", exclusive=False) as file:
 
         def append(logits: torch.Tensor) -> None:
             nonlocal n_rows
@@ -100,13 +100,13 @@ def _npy_header(n_rows: int, n_columns: int) -> bytes:
 
 @dataclass
 class Generation:
-    """What one run produced, and how fast. Times are in milliseconds of wall clock."""
+    """The output of one run and its times, in milliseconds of wall clock."""
 
     prompt_ids: list[int]
-    token_ids: list[int]  # a stop id, if one came, is the last
+    token_ids: list[int]  # including the stop id, if one ended the text
     text: str | None  # without the stop token; None without a tokenizer
     ttft_ms: float | None  # time to the first token, the prompt's work included; None if there was none
-    tpot_ms: float | None  # mean time of each further token; None if there was none
+    tpot_ms: float | None  # mean time per output token after the first; None if there was none
     device: str
     path: str  # which implementation ran
 
@@ -119,7 +119,7 @@ def print_answer(
     tokenizer,
     on_logits: Callable[[torch.Tensor], None] | None,
 ) -> Generation:
-    """Generate what the command line asks for, and print it; see stream_generation."""
+    """Generate the answer that the command line requests, and print it; see stream_generation."""
     return stream_generation(
         model.generate(prompt_ids, args.max_new_tokens, on_logits),
         prompt_ids,
@@ -142,11 +142,10 @@ def stream_generation(
     path: str,
     as_json: bool,
 ) -> Generation:
-    """Draws the tokens and prints them to stdout: text as it appears and a summary line, or one JSON object.
+    """Consume the tokens and print them to stdout: text as it appears and a summary line, or one JSON object.
 
-    Without a tokenizer the ids are printed. Control characters of the text are escaped on a terminal, and only there. A
-    sequence that ends before max_new_tokens without a stop id has filled
-    the context; stderr says so.
+    Without a tokenizer the ids are printed. Control characters in the text are escaped if stdout is a terminal. If the
+    sequence ends before max_new_tokens without a stop id, the context is full, and a line on stderr says so.
     """
     text, token_ids, arrivals = "", [], []
     stream = tokenizer.stream() if tokenizer else None
@@ -176,13 +175,13 @@ def stream_generation(
     )
     print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
     if len(token_ids) < max_new_tokens and not stopped:
-        held = len(prompt_ids) + len(token_ids) - 1  # the last one is not fed
-        print(f"context full: stopped after {held} tokens", file=sys.stderr)
+        n_fed = len(prompt_ids) + len(token_ids) - 1  # the last token is not fed
+        print(f"context full: stopped after {n_fed} tokens", file=sys.stderr)
     return generation
 
 
 def summary(generation: Generation) -> str:
-    """One line: tokens, time to the first, time per further token, device and path."""
+    """Return one line: token counts, time to the first token, time per further token, device and path."""
 
     def ms(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f} ms"
@@ -199,5 +198,5 @@ def _print_piece(piece: str, as_json: bool) -> None:
 
 
 def _for_terminal(text: str) -> str:
-    """A model's text without what a terminal would take as a command; lines and tabs stay."""
-    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Return a model's text with its control characters escaped, so that it cannot command the terminal."""
+    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,4 +1,4 @@
-"""Everything about a launch that depends on the device: the one place to tune."""
+"""The launch table: everything about a launch that depends on the device, in one place to tune."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from common.sm90.gemv import row_threads
 from common.sm90.tiles import stage_bytes as expert_stage_bytes
 from host.devices import launch_row
 from host.tuning import (
-    MOST_BLOCK_TOKENS,
+    MAX_BLOCK_TOKENS,
     AttentionTuning,
     BlockTuning,
     DenseTuning,
@@ -24,13 +24,13 @@ from host.tuning import (
 )
 from system.errors import InputError
 
-LEAST_STAGES = 2  # of a ring: one is read while another is filled
+MIN_STAGES = 2  # of a ring: one is read while another is filled
 
 
-# 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The blocks follow what
-# is known to suit the chip; nothing here was run on one. Without layers_alone they spill 58 vector registers (43 with
-# --quant), with it none. Scales load 1 or 2 bytes at a time: a tile of 16 rows has 512 of them in a block over K, one
-# for each of 512 threads, and rows of 90 are aligned to 2.
+# 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The block sizes follow
+# what is known to suit the chip; nothing here was run on one. Without layers_alone the kernel spills 58 vector
+# registers (43 with --quant), with it none. Scales load 1 or 2 bytes at a time: a tile of 16 rows has 512 of them in a
+# block over K, one for each of 512 threads, and rows of 90 are aligned to 2.
 GFX950 = Tuning(
     machine=gfx950.GFX950,
     programs_per_unit=1,
@@ -53,19 +53,19 @@ GFX950 = Tuning(
     ),
     attention=AttentionTuning(
         head_keys=512,
-        head_block_t=64,
-        head_slots=32,
-        block_t=16,
-        parts=1,
-        bf16_parts=False,
+        head_step_keys=64,
+        rows_per_load=32,
+        step_keys=16,
+        partial_softmaxes=1,
+        bf16x3=False,
         stages=1,
-        split_t=256,
+        min_split_keys=256,
         max_splits=32,
     ),
 )
-# One program of eight warps an SM, whose weights come through a ring of seven stages of 25 KB. For 120b and 20b: other
-# sizes get other tiles, see fit_ring. Five tiles ahead rather than all that fit, as what has been asked for holds up
-# what comes after it: docs/performance.md has the measurements.
+# One program of eight warps per SM, whose weights come through a ring of seven stages of 25 KB. The tiles suit 120b and
+# 20b; fit_ring chooses them for other sizes. Only five tiles are prefetched although more would fit, as outstanding
+# requests delay the later ones: docs/performance.md has the measurements.
 SM_90 = Tuning(
     machine=sm90.SM_90,
     programs_per_unit=1,
@@ -87,14 +87,14 @@ SM_90 = Tuning(
     ),
     attention=AttentionTuning(
         head_keys=512,
-        head_block_t=64,
-        head_slots=32,
-        block_t=128,
-        parts=8,  # 4 parts of a step of 64 took 4.06 ms for 3.34 at 130,816
-        bf16_parts=True,
+        head_step_keys=64,
+        rows_per_load=32,
+        step_keys=128,
+        partial_softmaxes=8,  # 4 and steps of 64 took 4.06 ms instead of 3.34 at 130,816
+        bf16x3=True,
         stages=2,
-        split_t=128,
-        max_splits=16,  # times 8 KV heads: one for nearly each of 132 programs; 32 took 2.104 ms for 2.070 at 8,192
+        min_split_keys=128,
+        max_splits=16,  # times 8 KV heads: about one per program of 132; 32 took 2.104 ms for 2.070 at 8,192
     ),
     ring=RingTuning(stages=7, stage_bytes=25600, prefetch_distance=5, prefetch_qkv=2),
     is_cooperative=True,
@@ -105,18 +105,18 @@ SM_90 = Tuning(
 # 127 tokens 167 for 182.
 _EXPERTS_SM_90 = (
     Tile(128, 16, 128, 4, 3, max_registers=96),
-    Tile(128, 16, 128, 4, 3, more=16),
-    Tile(128, 32, 128, 4, 3, max_registers=168, more=16),
-    Tile(128, 64, 128, 4, 3, more=32),
+    Tile(128, 16, 128, 4, 3, extra_tokens=16),
+    Tile(128, 32, 128, 4, 3, max_registers=168, extra_tokens=16),
+    Tile(128, 64, 128, 4, 3, extra_tokens=32),
 )
 BLOCKS_SM_90 = BlockTuning(
-    tokens=MOST_BLOCK_TOKENS,
-    least_tokens=4,
+    tokens=MAX_BLOCK_TOKENS,
+    min_tokens=4,
     dense=(
         Tile(64, 32, 64, 4, 4),
-        Tile(64, 64, 64, 4, 4, least_programs=132),
-        Tile(128, 64, 64, 8, 4, least_programs=132),
-        Tile(128, 128, 64, 8, 3, least_programs=192),
+        Tile(64, 64, 64, 4, 4, min_programs=132),
+        Tile(128, 64, 64, 8, 4, min_programs=132),
+        Tile(128, 128, 64, 8, 3, min_programs=192),
     ),
     gate_up=_EXPERTS_SM_90,
     down=_EXPERTS_SM_90,
@@ -132,12 +132,12 @@ BLOCKS_SM_90 = BlockTuning(
     grouping=1024,
 )
 BLOCKS_GFX950 = BlockTuning(
-    tokens=MOST_BLOCK_TOKENS,
-    least_tokens=4,
+    tokens=MAX_BLOCK_TOKENS,
+    min_tokens=4,
     dense=(
         Tile(64, 32, 64, 4, 2),
-        Tile(64, 64, 64, 4, 2, least_programs=256),
-        Tile(128, 128, 64, 8, 2, least_programs=256),
+        Tile(64, 64, 64, 4, 2, min_programs=256),
+        Tile(128, 128, 64, 8, 2, min_programs=256),
     ),
     gate_up=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
     down=(Tile(128, 16, 128, 4, 2), Tile(128, 32, 128, 4, 2), Tile(128, 64, 128, 8, 2)),
@@ -152,10 +152,10 @@ BLOCKS_GFX950 = BlockTuning(
     router_stages=2,
     grouping=1024,
 )
-# Large, as an operation of the interpreter takes 20 us whatever its size.
+# The interpreter pays about 20 us per operation whatever its size, so tiles are as large as memory allows.
 BLOCKS_CPU = BlockTuning(
     tokens=512,
-    least_tokens=3,
+    min_tokens=3,
     dense=(Tile(512, 64, 512),),
     gate_up=(Tile(512, 32, 512),),
     down=(Tile(512, 32, 512),),
@@ -172,70 +172,72 @@ BLOCKS_CPU = BlockTuning(
 )
 
 
-# The interpreter pays about 20 us an operation whatever its size, so its blocks are as large as memory allows.
-_CPU_BLOCK = 1 << 20
-MOST_INTERPRETED_PROGRAMS = 1024  # each is a thread
+_MAX_CPU_BLOCK = 1 << 20  # elements that the interpreter loads in one operation; see BLOCKS_CPU
+MAX_INTERPRETED_PROGRAMS = 1024  # each is a thread
 
 
 def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
-    """The tuning with tiles and stages that suit a model's sizes. InputError if two stages take more than there is."""
-    formats, hidden, usual = config.dense, config.hidden_size, tuning.ring
+    """Return the tuning with the tiles and stages of its ring fitted to a model's sizes.
 
-    def rows(k: int, dense_format: str) -> int:
-        least = 32 * tuning.num_warps // row_threads(k, dense_format, tuning.dense)  # each thread has some
-        m = 8 // item_bytes(dense_format)
-        while m > least and m * _row_bytes(k, dense_format) > usual.stage_bytes:
-            m //= 2
-        return m
+    Raise InputError if shared memory cannot hold MIN_STAGES stages.
+    """
+    formats, hidden, ring = config.dense, config.hidden_size, tuning.ring
 
-    tiles = {
+    def tile_rows(k: int, dense_format: str) -> int:
+        min_rows = 32 * tuning.num_warps // row_threads(k, dense_format, tuning.dense)  # leaves no thread idle
+        rows = 8 // item_bytes(dense_format)
+        while rows > min_rows and rows * _row_bytes(k, dense_format) > ring.stage_bytes:
+            rows //= 2
+        return rows
+
+    matrices = {
         "qkv_rows": (hidden, formats.qkv),
         "o_rows": (config.q_size, formats.o),
         "head_rows": (hidden, formats.head),
     }
-    heights = {name: rows(*matrix) for name, matrix in tiles.items()}
-    needed = [heights[name] * _row_bytes(*matrix) for name, matrix in tiles.items()]
-    needed += [expert_stage_bytes(k, tuning.num_warps) for k in (hidden, config.intermediate_size)]
-    stage_bytes = -(-max(needed) // 128) * 128
-    stages, attention = usual.stages, tuning.attention
-    if stage_bytes > usual.stage_bytes:
-        # Attention in steps half as long leaves room for one more of the usual stages.
-        stages = min(stages, (stages + 1) * usual.stage_bytes // stage_bytes)
-        attention = replace(attention, block_t=attention.block_t // 2, parts=attention.parts // 2)
-    if stages < LEAST_STAGES:
+    rows = {name: tile_rows(*matrix) for name, matrix in matrices.items()}
+    tile_bytes = [rows[name] * _row_bytes(*matrix) for name, matrix in matrices.items()]
+    tile_bytes += [expert_stage_bytes(k, tuning.num_warps) for k in (hidden, config.intermediate_size)]
+    stage_bytes = -(-max(tile_bytes) // 128) * 128
+    stages, attention = ring.stages, tuning.attention
+    if stage_bytes > ring.stage_bytes:
+        # Attention in steps half as long leaves room for one more stage of the tuning's size.
+        stages = min(stages, (stages + 1) * ring.stage_bytes // stage_bytes)
+        partials = attention.partial_softmaxes // 2
+        attention = replace(attention, step_keys=attention.step_keys // 2, partial_softmaxes=partials)
+    if stages < MIN_STAGES:
         raise InputError(f"a tile of this model's weights takes {stage_bytes} bytes of shared memory: too much")
-    distance = min(usual.prefetch_distance, stages)
-    ring = replace(usual, stages=stages, stage_bytes=stage_bytes, prefetch_distance=distance)
-    return replace(tuning, dense=replace(tuning.dense, **heights), attention=attention, ring=ring)
+    ring = replace(ring.with_stages(stages), stage_bytes=stage_bytes)
+    return replace(tuning, dense=replace(tuning.dense, **rows), attention=attention, ring=ring)
 
 
 def _row_bytes(k: int, dense_format: str) -> int:
-    """Bytes of a row in the ring, with its scales."""
+    """Return the bytes that a row and its scales take in the ring."""
     return k * item_bytes(dense_format) + row_scale_bytes(k, dense_format)
 
 
 def program_count(device: torch.device, tuning: Tuning) -> int:
-    """Programs that are resident together: the barrier needs all of them running."""
+    """Return how many programs a device keeps resident together; the barrier needs all of them running."""
     if device.type == "cpu":
         return 1
     return programs_on(torch.cuda.get_device_properties(device).multi_processor_count, tuning)
 
 
 def programs_on(units: int, tuning: Tuning) -> int:
-    """Programs that are resident together on a GPU of so many SMs or CUs."""
+    """Return how many programs a GPU with `units` SMs or CUs keeps resident together."""
     return -(-units * tuning.used_units // 16) * tuning.programs_per_unit
 
 
 def check_program_count(num_programs: int, device: torch.device, tuning: Tuning) -> None:
-    """InputError unless so many programs can run together."""
-    most = MOST_INTERPRETED_PROGRAMS if device.type == "cpu" else program_count(device, tuning)
-    if not 1 <= num_programs <= most:
-        raise InputError(f"--num-programs {num_programs}: {device} runs 1 to {most} together")
+    """Raise InputError unless `num_programs` programs can run together on the device."""
+    limit = MAX_INTERPRETED_PROGRAMS if device.type == "cpu" else program_count(device, tuning)
+    if not 1 <= num_programs <= limit:
+        raise InputError(f"--num-programs {num_programs}: {device} runs 1 to {limit} together")
 
 
 def _cpu_tuning(config: ModelConfig) -> Tuning:
-    def rows(n_rows: int, block_k: int, least: int = 1) -> int:
-        return max(least, min(triton.next_power_of_2(n_rows), _CPU_BLOCK // block_k))
+    def tile_rows(n_rows: int, block_k: int, minimum: int = 1) -> int:
+        return max(minimum, min(triton.next_power_of_2(n_rows), _MAX_CPU_BLOCK // block_k))
 
     dense_k = triton.next_power_of_2(max(config.hidden_size, config.q_size))
     expert_k = max(128, triton.next_power_of_2(max(config.hidden_size, config.intermediate_size)))
@@ -247,69 +249,78 @@ def _cpu_tuning(config: ModelConfig) -> Tuning:
         layers_alone=False,
         spin_limit=1 << 14,
         dense=DenseTuning(
-            qkv_rows=rows(config.qkv_size, dense_k),
-            o_rows=rows(config.hidden_size, dense_k),
-            router_rows=rows(config.n_experts, dense_k),
-            head_rows=rows(config.vocab_size, dense_k),
+            qkv_rows=tile_rows(config.qkv_size, dense_k),
+            o_rows=tile_rows(config.hidden_size, dense_k),
+            router_rows=tile_rows(config.n_experts, dense_k),
+            head_rows=tile_rows(config.vocab_size, dense_k),
             k_block=dense_k,
             step_tiles=1,
             threads_per_row=128,
         ),
         experts=ExpertTuning(
             norm_block=max(MXFP4_GROUP, triton.next_power_of_2(config.hidden_size)),
-            gate_up_rows=rows(2 * config.intermediate_size, expert_k),
+            gate_up_rows=tile_rows(2 * config.intermediate_size, expert_k),
             gate_up_k=expert_k,
-            down_rows=rows(config.hidden_size, expert_k, least=16),
+            down_rows=tile_rows(config.hidden_size, expert_k, minimum=16),
             down_k=expert_k,
             step_tiles=1,
             dot_scaled=True,
         ),
         attention=AttentionTuning(
             head_keys=-1,
-            head_block_t=256,
-            head_slots=1,
-            block_t=256,
-            parts=1,
-            bf16_parts=False,
+            head_step_keys=256,
+            rows_per_load=1,
+            step_keys=256,
+            partial_softmaxes=1,
+            bf16x3=False,
             stages=1,
-            split_t=4096,
+            min_split_keys=4096,
             max_splits=64,
         ),
     )
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a kind of device is launched with."""
+class LaunchRow:
+    """A row of the launch table: the launch parameters of one kind of device."""
 
-    tuning: Callable[[ModelConfig], Tuning]  # of the decoding kernel, for a model's sizes
-    blocks: BlockTuning  # of a prompt's kernels
+    tuning: Callable[[ModelConfig], Tuning]  # gives those of the decoding kernel for a model's sizes
+    blocks: BlockTuning  # those of a prompt's kernels
 
 
 LAUNCH_TABLE = {
-    "sm_90": Row(lambda config: fit_ring(SM_90, config), BLOCKS_SM_90),
-    "gfx950": Row(lambda config: GFX950, BLOCKS_GFX950),
-    "cpu": Row(_cpu_tuning, BLOCKS_CPU),
+    "sm_90": LaunchRow(lambda config: fit_ring(SM_90, config), BLOCKS_SM_90),
+    "gfx950": LaunchRow(lambda config: GFX950, BLOCKS_GFX950),
+    "cpu": LaunchRow(_cpu_tuning, BLOCKS_CPU),
 }
 
 
 def tuning_for(device: torch.device, config: ModelConfig) -> Tuning:
-    """What the decoding kernel is launched with on a device. InputError if the launch table has no row for it."""
+    """Return the decoding kernel's launch parameters for a device and a model's sizes.
+
+    Raise InputError if the launch table has no row for the device, or a tile of the model does not fit its ring.
+    """
     return LAUNCH_TABLE[launch_row(device)].tuning(config)
 
 
 def blocks_for(device: torch.device) -> BlockTuning:
-    """What a prompt's kernels are launched with on a device. InputError if the launch table has no row for it."""
+    """Return the launch parameters of a prompt's kernels for a device. Raise InputError if the table has no row."""
     return LAUNCH_TABLE[launch_row(device)].blocks
 
 
 def with_small_tiles(tuning: Tuning) -> Tuning:
-    """The same device with tiles so small that every phase of a small model has several: for tests of the striping."""
+    """Return the tuning with tiles so small that each phase of a small model has several; used by tests."""
     return replace(
         tuning,
         dense=replace(tuning.dense, qkv_rows=16, o_rows=16, router_rows=2, head_rows=16, k_block=128),
         experts=replace(tuning.experts, norm_block=32, gate_up_rows=64, gate_up_k=128, down_rows=16, down_k=128),
         attention=replace(
-            tuning.attention, head_keys=20, head_block_t=16, head_slots=8, block_t=16, split_t=32, max_splits=4
+            tuning.attention,
+            head_keys=20,
+            head_step_keys=16,
+            rows_per_load=8,
+            step_keys=16,
+            min_split_keys=32,
+            max_splits=4,
         ),
     )

@@ -1,4 +1,4 @@
-"""What a device can hold, checked before anything is allocated."""
+"""Memory limits of devices and of this process, checked before anything is allocated."""
 
 import errno
 import os
@@ -14,32 +14,32 @@ from host.weights import weight_bytes
 from system.errors import InputError
 
 DEFAULT_CONTEXT = 4096  # positions
-WORKSPACE_BYTES = 256 << 20  # a token's activations, logits, rotary tables and the compiled kernels: generous
+WORKSPACE_BYTES = 256 << 20  # generous for a token's activations, logits, rotary tables and the compiled kernels
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# How PyTorch words it, for want of an exception of its own: on a CPU, for pinned memory, for files, for threads.
+# RuntimeErrors that mean out of memory without a type of their own: on a CPU, for pinned memory, files and threads.
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "can't start new thread")
 
 
-def context_length(config: ModelConfig, asked: int | None) -> int:
-    """The positions asked for; else DEFAULT_CONTEXT, or the model's max_position_embeddings where that is less.
+def context_length(config: ModelConfig, requested: int | None) -> int:
+    """Return the requested number of positions, or the smaller of DEFAULT_CONTEXT and max_position_embeddings if None.
 
-    InputError unless the model takes so many.
+    Raise InputError unless it lies between 1 and the model's max_position_embeddings.
     """
     limit = config.max_position_embeddings
-    if asked is None:
+    if requested is None:
         return min(DEFAULT_CONTEXT, limit)
-    if not 1 <= asked <= limit:
-        raise InputError(f"--max-context {asked}: the model takes 1 to {limit} positions")
-    return asked
+    if not 1 <= requested <= limit:
+        raise InputError(f"--max-context {requested}: the model takes 1 to {limit} positions")
+    return requested
 
 
 def required_bytes(
     config: ModelConfig, max_context: int, kv_dtype: torch.dtype = torch.bfloat16, weights: int | None = None
 ) -> int:
-    """Device memory for the weights, the KV cache, a prompt's blocks and the workspace.
+    """Return the bytes of device memory for the weights, the KV cache, a prompt's blocks and the workspace.
 
-    weights: bytes, the kernel's unless said.
+    weights: bytes of the weights; None means all that the decoding kernel reads.
     """
     kv_cache = 2 * kv_dtype.itemsize * config.n_layers * config.kv_size * max_context
     weights = weight_bytes(config) if weights is None else weights
@@ -47,37 +47,37 @@ def required_bytes(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now: of a GPU, or the least that the host and this process's limits leave."""
+    """Return the bytes that can be allocated now: a GPU's free memory, or the tightest of the host's limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return max(0, min([_machine_bytes(), *_cgroup_bytes(), *_process_bytes()]))
 
 
 def _machine_bytes() -> int:
-    """What the host has, without writing to its swap space."""
+    """Return the bytes that the host has available without swapping."""
     available = _fields(PROC / "meminfo").get("MemAvailable")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if available is None else available << 10
 
 
 def _process_bytes() -> Iterator[int]:
-    """What `ulimit -v` and `ulimit -d` leave of this process's address space and of its data."""
+    """Yield the bytes left under `ulimit -v` (address space) and `ulimit -d` (data) for this process."""
     status = _fields(PROC / "self" / "status")
-    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        most = resource.getrlimit(limit)[0]
-        if most != resource.RLIM_INFINITY:
-            yield most - (status.get(used, 0) << 10)
+    for resource_type, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit = resource.getrlimit(resource_type)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit - (status.get(used, 0) << 10)
 
 
-# Of a version of control groups: the files that hold the limit and the use, and the name in memory.stat of the cache
-# of files that would make room.
+# For each version of control groups: the files that hold the limit and the usage, and the field of memory.stat that
+# counts the reclaimable file cache.
 _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def _cgroup_bytes() -> Iterator[int]:
-    """What the limits of this process's control groups and of the groups around them leave, of those that can be read.
+    """Yield the bytes left under each readable memory limit of this process's control groups and their ancestors.
 
-    A container may name its group by a path of the host, which is not there: its own is then the mount itself.
+    A container may name its group by a path on the host that it cannot see. Its own group is then the mount itself.
     """
     for line in _text(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
@@ -93,24 +93,24 @@ def _cgroup_bytes() -> Iterator[int]:
                 yield from _group_bytes(root.joinpath(*names[:depth]), *files)
 
 
-def _group_bytes(group: Path, limit: str, use: str, cache: str) -> Iterator[int]:
-    most, used = (_text(group / name).strip() for name in (limit, use))
-    if most.isdecimal() and used.isdecimal():  # else "max", or nothing to read
-        yield int(most) - max(0, int(used) - _fields(group / "memory.stat").get(cache, 0))
+def _group_bytes(group: Path, limit_file: str, usage_file: str, cache_field: str) -> Iterator[int]:
+    limit, usage = (_text(group / name).strip() for name in (limit_file, usage_file))
+    if limit.isdecimal() and usage.isdecimal():  # otherwise the limit is "max", or the file cannot be read
+        yield int(limit) - max(0, int(usage) - _fields(group / "memory.stat").get(cache_field, 0))
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Name -> number of the lines of a file in /proc or /sys that have both."""
-    found = {}
+    """Return name -> number for each line of a file in /proc or /sys that has both."""
+    fields = {}
     for line in _text(path).splitlines():
         name, *values = line.replace(":", " ").split() or [""]
         if values and values[0].isdecimal():
-            found[name] = int(values[0])
-    return found
+            fields[name] = int(values[0])
+    return fields
 
 
 def _text(path: Path) -> str:
-    """What a file holds; nothing if it cannot be read."""
+    """Return a file's text, or "" if it cannot be read."""
     try:
         return path.read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -118,13 +118,13 @@ def _text(path: Path) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was made of, says that memory could not be had."""
+    """Return whether an error, or one that caused it, says that memory could not be allocated."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        if isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY):
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY):
             return True
         error = error.__cause__
     return False
@@ -133,7 +133,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 def check_memory(
     config: ModelConfig, max_context: int, kv_dtype: torch.dtype, device: torch.device, weights: int | None = None
 ) -> None:
-    """InputError that says how much is needed if `required_bytes` do not fit."""
+    """Raise InputError, saying how much memory is needed, if the device has less than `required_bytes` available."""
     needed, available = required_bytes(config, max_context, kv_dtype, weights), available_bytes(device)
     if needed > available:
         raise InputError(

@@ -1,11 +1,11 @@
-"""The phases of a launch and the barriers between them, by name.
+"""Names of the phases of a launch and of the barriers between them.
 
-Phase i (0, 1, ...) of a launch that gives a token is followed by barrier i + 1; nothing follows the last one.
+In a launch that gives a token, barrier i + 1 follows phase i (0, 1, ...). No barrier follows the last phase.
 """
 
 from typing import NamedTuple
 
-PHASES = ("QKV", "attention", "O projection", "router", "gate-up", "down")  # of a layer, each ends with a barrier
+PHASES = ("QKV", "attention", "O projection", "router", "gate-up", "down")  # of a layer; each ends with a barrier
 PHASE_NAMES = ("embedding", *PHASES, "LM head", "argmax")
 
 
@@ -17,13 +17,13 @@ class Phase(NamedTuple):
 
 
 def phases_of_token(n_layers: int) -> list[Phase]:
-    """All phases of a launch that gives a token, in order."""
+    """Return all phases of a launch that gives a token, in order."""
     layers = [Phase(name, layer) for layer in range(n_layers) for name in PHASES]
     return [Phase("embedding", None), *layers, Phase("LM head", None), Phase("argmax", None)]
 
 
 def barrier_name(barrier: int, n_layers: int) -> str:
-    """What precedes barrier number 1, 2, ... of a launch."""
+    """Return the name of the phase before barrier number 1, 2, ... of a launch."""
     layer, phase = divmod(barrier - 2, len(PHASES))
     if barrier == 1:
         return "the embedding"

@@ -1,4 +1,4 @@
-"""YaRN rotary tables, computed once on the host and read by every step."""
+"""Compute the YaRN rotary tables once on the host; every step reads them."""
 
 import math
 
@@ -8,12 +8,12 @@ from checkpoints.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """float32 [head_dim / 2] in radians per position (YaRN, arXiv:2309.00071, section 3.2).
+    """Return float32 [head_dim / 2], in radians per position (YaRN, arXiv:2309.00071, section 3.2).
 
     Dimensions that turn more than beta_fast times over the original context keep their frequency, those that turn
-    less than beta_slow times are slowed by `factor`, and a linear ramp lies between. `truncate` floors and ceils
-    the ramp's ends, which GPT-OSS does not. Where an original context is so short or so long that the ends trade
-    places, the ramp falls instead of rising, as it does in transformers.
+    less than beta_slow times are slowed by `factor`, and a linear ramp connects the two. `truncate` floors and ceils
+    the ramp's ends; GPT-OSS does not set it. If the original context is so short or so long that the ends swap places,
+    the ramp falls instead of rising, as in transformers.
     """
     yarn, dim = config.yarn, config.head_dim
     base = yarn.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -34,10 +34,10 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 def rope_tables(
     config: ModelConfig, n_positions: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 [n_positions, head_dim / 2], both multiplied by YaRN's concentration.
+    """Return cos and sin, each float32 [n_positions, head_dim / 2] and multiplied by YaRN's concentration.
 
-    The angle is a float32 product, as in the published code: at position 131071 it is off by up to 0.004 rad from
-    the exact one, and a model must be run with the angles that it was trained with.
+    The angle is a float32 product, as in the published code. At position 131071 it differs from the exact one by up to
+    0.004 rad, but a model must run with the angles that it was trained with.
     """
     positions = torch.arange(n_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config)).to(device)

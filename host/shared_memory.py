@@ -1,4 +1,4 @@
-"""Shared memory beyond what Triton allocates, for the ring of common/sm90/ring.py, which asks for it in its PTX."""
+"""Give kernels shared memory beyond Triton's own, for the ring of common/sm90/ring.py, which requests it in its PTX."""
 
 import re
 
@@ -7,11 +7,11 @@ from triton import knobs
 REQUEST = re.compile(r"// shared memory behind Triton's own: (\d+) bytes")
 ALIGNMENT = 128
 HEADER = ".address_size 64\n"
-SYMBOL = ".extern .shared .align 16 .b8 global_smem[];"  # as Triton writes it, into kernels that have some of their own
+SYMBOL = ".extern .shared .align 16 .b8 global_smem[];"  # Triton writes it into kernels that use shared memory
 
 
 def install() -> None:
-    """Make every kernel compiled from now on get what its PTX asks for, through Triton's hook into its stages."""
+    """Grant the shared memory that a kernel's PTX requests to all kernels compiled from now on, by Triton's hook."""
     earlier = knobs.runtime.add_stages_inspection_hook
     if getattr(earlier, "grants_requests", False):
         return
@@ -20,13 +20,15 @@ def install() -> None:
         if earlier is not None:
             earlier(backend, stages, options, language, capability)
         if "ptx" in stages:
-            stages["ptx"] = _granting(stages["ptx"])
+            stages["ptx"] = _grant_requests(stages["ptx"])
 
     hook.grants_requests = True
     knobs.runtime.add_stages_inspection_hook = hook
 
 
-def _granting(make_ptx):
+def _grant_requests(make_ptx):
+    """Wrap Triton's PTX stage so that the kernel's metadata includes the requested bytes."""
+
     def stage(source, metadata):
         ptx = make_ptx(source, metadata)
         requests = [int(request) for request in REQUEST.findall(ptx)]

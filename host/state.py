@@ -1,4 +1,4 @@
-"""What decoding keeps on the device besides the weights."""
+"""Device tensors of the decoding kernel besides the weights."""
 
 from typing import NamedTuple
 
@@ -7,35 +7,35 @@ import triton
 
 from checkpoints.config import MXFP4_GROUP, ModelConfig
 from common.barrier import SYNC_WORDS
-from common.sm90.tile_product import vector_parts
+from common.sm90.tile_product import tile_vector_size
 from host.rope import rope_tables
 from host.tuning import Tuning
 
 
 class State(NamedTuple):
-    """What a step reads and writes on the device besides the weights. float32 unless said."""
+    """Device tensors that a step reads and writes besides the weights; float32 unless a comment says otherwise."""
 
-    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's and writes the next, or NOT_FINITE
-    k_cache: torch.Tensor  # [layers, kv heads, context, head_dim] bfloat16, or what was asked for
-    v_cache: torch.Tensor
+    tokens: torch.Tensor  # [context + 1] int32: a step reads its position's token and writes the next, or NOT_FINITE
+    k_cache: torch.Tensor  # [layers, kv heads, context, head_dim], of the requested kv_dtype
+    v_cache: torch.Tensor  # shaped like k_cache
     cos: torch.Tensor  # [context, head_dim / 2]
-    sin: torch.Tensor
+    sin: torch.Tensor  # [context, head_dim / 2]
     windows: torch.Tensor  # [layers] int32, 0 for full attention
     x: torch.Tensor  # [hidden] the residual stream
     qkv: torch.Tensor  # [q + k + v rows]
     attention: torch.Tensor  # [heads, head_dim]
     split_m: torch.Tensor  # [kv heads, splits, group] states of the split softmax
-    split_l: torch.Tensor
+    split_l: torch.Tensor  # shaped like split_m
     split_acc: torch.Tensor  # [kv heads, splits, group, head_dim]
     split_arrivals: torch.Tensor  # [kv heads] int32
     router_logits: torch.Tensor  # [experts]
     expert_in: torch.Tensor  # [hidden] float32; float8e4nv with --quant; float16 for packed matrices, see tile_product
     expert_in_scale: torch.Tensor  # [hidden / 32] uint8 with --quant; [1] float32 without it and for packed matrices
-    expert_act: torch.Tensor  # [top k, intermediate] likewise
-    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8 with --quant, but for packed matrices
-    expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x and these
+    expert_act: torch.Tensor  # [top k, intermediate], of the dtype of expert_in
+    expert_act_scale: torch.Tensor  # [top k, intermediate / 32] uint8, used with --quant unless matrices are packed
+    expert_out: torch.Tensor  # [top k, hidden], weighted; the residual stream is x plus all of these
     head_value: torch.Tensor  # [programs] each program's largest logit
-    head_index: torch.Tensor  # [programs] int32, NOT_FINITE if any of a program's logits is not
+    head_index: torch.Tensor  # [programs] int32: its token id, or NOT_FINITE if any of the program's logits is not
     logits: torch.Tensor  # [vocab]
     sync: torch.Tensor  # [SYNC_WORDS] int32
     trace: torch.Tensor  # [events, programs] int64, see common/trace.py; events is 0 unless a token is to be traced
@@ -51,14 +51,14 @@ def new_state(
     kv_dtype: torch.dtype = torch.bfloat16,
     trace_events: int = 0,
 ) -> State:
-    """Zeroed state for one sequence of up to max_context tokens."""
+    """Allocate the zeroed state for one sequence of up to max_context tokens."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     hidden, top_k, inter = config.hidden_size, config.experts_per_token, config.intermediate_size
     cache = (config.n_layers, config.n_kv_heads, max_context, config.head_dim)
-    group = max(tuning.attention.least_group, triton.next_power_of_2(config.n_heads // config.n_kv_heads))
+    group = max(tuning.attention.min_query_rows, triton.next_power_of_2(config.n_heads // config.n_kv_heads))
     splits = (config.n_kv_heads, tuning.attention.max_splits, group)
     expert_in, expert_act = _expert_buffers(config, tuning, quant)
     in_mxfp8 = quant and not tuning.machine.experts.is_packed
@@ -93,10 +93,10 @@ def new_state(
 
 
 def _expert_buffers(config: ModelConfig, tuning: Tuning, quant: bool):
-    """(shape, dtype) of expert_in and of expert_act."""
+    """Return (shape, dtype) of expert_in and of expert_act."""
     shape_in, shape_act = (config.hidden_size,), (config.experts_per_token, config.intermediate_size)
     if not tuning.machine.experts.is_packed:
         dtype = torch.float8_e4m3fn if quant else torch.float32
         return (shape_in, dtype), (shape_act, dtype)
-    parts_act = (config.experts_per_token, vector_parts(config.intermediate_size))
-    return ((vector_parts(config.hidden_size),), torch.float16), (parts_act, torch.float16)
+    act_shape = (config.experts_per_token, tile_vector_size(config.intermediate_size))
+    return ((tile_vector_size(config.hidden_size),), torch.float16), (act_shape, torch.float16)

@@ -1,13 +1,13 @@
-"""Copies from host memory to a GPU that go on while the next bytes are read."""
+"""Copy tensors from host memory to a GPU while the next bytes are read."""
 
 import torch
 
-# Four buffers of 32 MB: reading from the page cache into one takes about as long as the copies of the others.
+# With four buffers of 32 MB, filling one from the page cache takes about as long as copying the others to the GPU.
 BUFFERS, BUFFER_BYTES = 4, 32 << 20
 
 
 class Uploader:
-    """Copies host tensors, mapped files among them, to a device through pinned buffers. A CPU needs none."""
+    """Copies host tensors, also those in mapped files, to a device through pinned buffers. A CPU needs no buffers."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -19,7 +19,7 @@ class Uploader:
                 self._buffers.append((buffer, torch.cuda.Event()))
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device; it may still be on its way, in the order of the current stream."""
+        """Return the tensor on the device. The copy is queued on the current stream and may not have ended."""
         if tensor.device.type == self._device.type:
             return tensor
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
@@ -27,15 +27,15 @@ class Uploader:
         return copy
 
     def into(self, target: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Copy to a contiguous tensor of the same shape on the device, converting the dtype there if it is another."""
+        """Copy to a contiguous tensor of the same shape on the device, which converts the dtype if they differ."""
         if tensor.device.type == self._device.type:
             target.copy_(tensor)
         elif target.dtype != tensor.dtype:
             target.copy_(self(tensor))
         else:
-            source = tensor.contiguous().view(-1).view(torch.uint8)
-            for at in zip(source.split(BUFFER_BYTES), target.view(-1).view(torch.uint8).split(BUFFER_BYTES)):
-                self._copy_piece(*at)
+            source, target = tensor.contiguous().view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
+            for source_piece, target_piece in zip(source.split(BUFFER_BYTES), target.split(BUFFER_BYTES)):
+                self._copy_piece(source_piece, target_piece)
 
     def _copy_piece(self, source: torch.Tensor, target: torch.Tensor) -> None:
         buffer, copied = self._buffers[self._next]

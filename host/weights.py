@@ -1,4 +1,4 @@
-"""Weights as the kernel reads them: one tensor a kind, all layers stacked, on the device."""
+"""Load weights in the layout that the kernels read: on the device, one tensor per kind with all layers stacked."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,12 @@ from common.sm90.tiles import block_bytes, drop_elements_of_nan, pack_blocks, pa
 from host.tuning import Tuning
 from host.upload import Uploader
 
-PIECE_BYTES = 32 << 20  # that are packed or quantized at a time
+PIECE_BYTES = 32 << 20  # packed or quantized at a time
 DENSE_FIELDS = ("qkv", "o", "router", "lm_head")
 
 
 class Weights(NamedTuple):
-    """Device tensors; L layers, E experts, H hidden, I intermediate. bfloat16 unless said."""
+    """Device tensors for L layers, E experts, H hidden and I intermediate; bfloat16 unless a comment says otherwise."""
 
     embed: torch.Tensor  # [vocab, H]
     attn_norm: torch.Tensor  # [L, H] float32
@@ -39,15 +39,15 @@ class Weights(NamedTuple):
     down_bias: torch.Tensor  # [L, E, H]
     final_norm: torch.Tensor  # [H] float32
     lm_head: torch.Tensor  # [vocab, H / 2] int32
-    # Of dense matrices in E4M3, which are [.., K / 4] int32 then: [L, rows] float32 or [L, rows, scale_stride] uint8.
+    # Scales of dense matrices in E4M3, which are int32 [.., K / 4]: float32 [L, rows] or uint8 [L, rows, scale_stride].
     qkv_scales: torch.Tensor
     o_scales: torch.Tensor
     router_scales: torch.Tensor
-    lm_head_scales: torch.Tensor  # the same without L
+    lm_head_scales: torch.Tensor  # without the dimension L
 
 
 def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
-    """(shape, dtype) of each field. Experts packed for a tuning's machine are int32 [L, E, tiles, words]."""
+    """Return (shape, dtype) of each field. Experts packed for the tuning's machine are int32 [L, E, tiles, words]."""
     n, e, h, i = config.n_layers, config.n_experts, config.hidden_size, config.intermediate_size
     bf16, f32, u8, i32 = torch.bfloat16, torch.float32, torch.uint8, torch.int32
     experts = {}
@@ -80,7 +80,7 @@ def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
 
 
 def dense_matrices(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Field of Weights -> (shape in elements, format) of each dense matrix that is multiplied."""
+    """Return field of Weights -> (shape in elements, format) for each dense matrix that is multiplied."""
     n, h, dense = config.n_layers, config.hidden_size, config.dense
     return {
         "qkv": ((n, config.qkv_size, h), dense.qkv),
@@ -91,32 +91,33 @@ def dense_matrices(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]
 
 
 def _dense_scales(shape: tuple[int, ...], dense_format: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """(shape, dtype) of the scales of a dense matrix."""
+    """Return (shape, dtype) of a dense matrix's scales."""
     if dense_format == FP8_GROUPS:
         return (*shape[:-1], scale_stride(shape[-1], dense_format)), torch.uint8
     return shape[:-1] if dense_format == FP8_ROWS else (0,), torch.float32
 
 
 def weight_bytes(config: ModelConfig, tuning: Tuning | None = None) -> int:
+    """Return the bytes of all weights, with experts packed for the tuning's machine if it packs them."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in weight_shapes(config, tuning))
 
 
 def weights_in_place(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> dict[str, torch.Tensor]:
-    """Fields of Weights that a CPU can use where they lie: those that a mapped archive holds in one piece."""
-    run_of = getattr(checkpoint, "run_of", None)  # see load_iris.IrisArchive
+    """Return the fields of Weights that a CPU reads in place: those that a mapped archive stores contiguously."""
+    contiguous_bytes = getattr(checkpoint, "contiguous_bytes", None)  # see load_iris.IrisArchive
     fields = {}
-    if run_of and device.type == "cpu":
+    if contiguous_bytes and device.type == "cpu":
         for field, (shape, dtype) in weight_shapes(config, tuning)._asdict().items():
             n_bytes = torch.Size(shape).numel() * dtype.itemsize
-            stands = n_bytes and not _is_converted(field, checkpoint.config, config, tuning)
-            run = run_of(tensor_names(field, config.n_layers)) if stands else None
-            if run is not None and run.nbytes == n_bytes:  # scales may need padding
-                fields[field] = run.view(dtype).view(shape)
+            is_stored = n_bytes and not _is_converted(field, checkpoint.config, config, tuning)
+            stored = contiguous_bytes(tensor_names(field, config.n_layers)) if is_stored else None
+            if stored is not None and stored.nbytes == n_bytes:  # scales may need padding
+                fields[field] = stored.view(dtype).view(shape)
     return fields
 
 
 def bytes_to_load(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> int:
-    """What load_weights will allocate."""
+    """Return the bytes that load_weights will allocate on the device."""
     in_place = weights_in_place(checkpoint, config, device, tuning)
     return weight_bytes(config, tuning) - sum(field.nbytes for field in in_place.values())
 
@@ -124,33 +125,35 @@ def bytes_to_load(checkpoint, config: ModelConfig, device: torch.device, tuning:
 def load_weights(
     checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning, show_progress: bool = False
 ) -> Weights:
-    """A checkpoint's weights on the device, copied but for weights_in_place.
+    """Load a checkpoint's weights onto the device, copying all fields except those of weights_in_place.
 
-    config: that of the checkpoint, but its `dense` says how the dense matrices are held, as `tuning` does for experts;
-    those that the checkpoint has in bfloat16 are quantized on the device.
-    InputError if a file of the checkpoint was changed meanwhile.
+    config: the checkpoint's configuration, with `dense` set to the formats of the dense matrices on the device. Those
+        that the checkpoint holds in bfloat16 are quantized on the device.
+    tuning: its machine determines whether experts are packed.
+
+    Raise InputError if a file of the checkpoint changed while it was read, ValueError if a tensor is missing.
     """
     fields = weights_in_place(checkpoint, config, device, tuning)
-    places = {}
+    targets = {}
     for field, (shape, dtype) in weight_shapes(config, tuning)._asdict().items():
         if field not in fields:
             fields[field] = torch.zeros(shape, dtype=dtype, device=device)
-            places |= _places(config, field, fields[field])
+            targets |= _targets(config, field, fields[field])
     upload = Uploader(device)
-    total = sum(place.nbytes for place in places.values())
+    total = sum(target.nbytes for target in targets.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not show_progress) as bar:
-        for name, tensor in checkpoint.tensors() if places else ():
-            if name in places:
-                place = places.pop(name)
-                if tensor.dtype == torch.bfloat16 and scale_name(name) in places:
-                    scales = places.pop(scale_name(name))
-                    quantize_into(place, scales, tensor, PIECE_BYTES, upload)
+        for name, tensor in checkpoint.tensors() if targets else ():
+            if name in targets:
+                target = targets.pop(name)
+                if tensor.dtype == torch.bfloat16 and scale_name(name) in targets:
+                    scales = targets.pop(scale_name(name))
+                    quantize_into(target, scales, tensor, PIECE_BYTES, upload)
                     bar.update(scales.nbytes)
                 else:
-                    _fill(place, name, tensor, tuning, upload)
-                bar.update(place.nbytes)
-    if places:
-        raise ValueError(f"the checkpoint gave no {next(iter(places))}")
+                    _fill(target, name, tensor, tuning, upload)
+                bar.update(target.nbytes)
+    if targets:
+        raise ValueError(f"the checkpoint gave no {next(iter(targets))}")
     if tuning.machine.experts.is_packed:
         for name in ("gate_up", "down"):
             for blocks, scales in zip(fields[name], fields[f"{name}_scales"]):
@@ -162,29 +165,29 @@ def load_weights(
 
 
 def _is_converted(field: str, stored: ModelConfig, config: ModelConfig, tuning: Tuning) -> bool:
-    """Whether the values are other than the checkpoint's, or in another order."""
+    """Return whether loading changes a field's values or their order."""
     matrix = field.removesuffix("_scales")
     if matrix in DENSE_FIELDS:
         return dense_matrices(stored)[matrix][1] != dense_matrices(config)[matrix][1]
     return tuning.machine.experts.is_packed and field in ("gate_up", "gate_up_scales", "down", "down_scales")
 
 
-def _fill(place: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning, upload: Uploader) -> None:
+def _fill(target: torch.Tensor, name: str, tensor: torch.Tensor, tuning: Tuning, upload: Uploader) -> None:
     if tuning.machine.experts.is_packed and name.endswith(("_blocks", "_scales")):
         # A few experts at a time, as packing takes several times their bytes.
         step = max(1, PIECE_BYTES // tensor[0].nbytes)
-        for some, matrices in zip(place.split(step), tensor.split(step)):
+        for packed, matrices in zip(target.split(step), tensor.split(step)):
             matrices = upload(matrices)
-            some.copy_(pack_blocks(matrices) if name.endswith("_blocks") else pack_scales(matrices, tuning.num_warps))
+            packed.copy_(pack_blocks(matrices) if name.endswith("_blocks") else pack_scales(matrices, tuning.num_warps))
     elif name.endswith(SCALE_ENDING):
-        place[..., : tensor.shape[-1]].copy_(upload(tensor))
+        target[..., : tensor.shape[-1]].copy_(upload(tensor))
     else:
-        target = place.view(tensor.dtype) if place.dtype == torch.int32 else place
+        target = target.view(tensor.dtype) if target.dtype == torch.int32 else target
         upload.into(target.view(tensor.shape), tensor)
 
 
-def _places(config: ModelConfig, field: str, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Name of a tensor -> the part of a field of Weights that it fills."""
+def _targets(config: ModelConfig, field: str, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return published name -> the part of a field of Weights that the tensor fills."""
     if not weights.numel():
         return {}
     names, shapes = tensor_names(field, config.n_layers), expected_tensors(config)
