@@ -1,12 +1,11 @@
 """GPT-OSS in one kernel launch per token.
 
-Persistent programs walk through the phases of every layer together, a grid barrier between two phases that depend on
-each other:
+Persistent programs walk through the phases of every layer together, with a grid barrier after each phase:
 
     embedding | per layer: QKV | attention | O projection | router | gate-up | down | then: LM head | argmax
 
-`megakernel` below is that walk, and the phases follow it in their order. `MegaModel` holds the weights and the state
-and launches it; `main` is the command line. What differs between machines stands behind common/machine.py.
+`megakernel` below is that walk, and the phases follow it in order. `MegaModel` holds the weights and the state and
+launches it; `main` is the command line. What differs between machines is behind the interface of common/machine.py.
 """
 
 import host.start
@@ -23,9 +22,9 @@ from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.barrier import ABORT, leave_grid
 from common.context import Context
 from common.decode_attention import attend_head, attend_split, first_seen, merge_head, split_cache
-from common.dense import lm_head_stack, o_stack, qkv_stack, router_stack
+from common.dense import lm_head_matrix, o_matrix, qkv_matrix, router_matrix
 from common.experts import Choice, ExpertTiles, element, elements, pick
-from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_unit
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_prescale
 from common.rmsnorm import normed_blocks, rms_rstd
 from common.router import top_k_softmax
 from common.swiglu import swiglu
@@ -56,8 +55,8 @@ def megakernel(
 ):
     """Decode the token at `position`: w is Weights, s is State, BUILD a common.build.Build.
 
-    want_token and want_logits (0 or 1) say what to make of the final hidden state; without either, for a prompt's
-    tokens, the LM head is left out.
+    want_token and want_logits (0 or 1) say what to compute from the final hidden state; with neither, as for a
+    prompt's tokens, the LM head is left out.
     """
     FEED: tl.constexpr = BUILD.machine.feed
     ctx = open_context(w, s, position, max_context, n_layers, want_token | want_logits, n_programs, BUILD)
@@ -72,7 +71,7 @@ def megakernel(
         layer = tl.cast(n, tl.int64)
         following = tl.minimum(layer + 1, n_layers - 1)
         window = tl.load(s.windows + layer)
-        barrier = 2 + n * 6  # carried around the loop it cost sm_90 a spill
+        barrier = 2 + n * 6  # as a loop-carried value it cost sm_90 a spill
         feed = FEED.extend(ctx, n, feed)
         FEED.ask_small(ctx, layer, window, BUILD)
 
@@ -120,7 +119,7 @@ def megakernel(
 
 @triton.jit
 def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr):
-    """This program's Context."""
+    """Return this program's Context."""
     program = tl.program_id(0)
     work = share_work(program, n_programs, BUILD)
     return Context(w, s, position, max_context, n_layers, want_head, program, n_programs, work)
@@ -128,7 +127,7 @@ def open_context(w, s, position, max_context, n_layers, want_head, n_programs, B
 
 @triton.jit
 def arrive(ctx, barrier, BUILD: tl.constexpr):
-    """Come to a barrier at the end of a phase. Only what no program writes may be read until `wait`."""
+    """Arrive at a barrier at the end of a phase. Until `wait` only memory that no program writes may be read."""
     MACHINE: tl.constexpr = BUILD.machine
     mark(ctx, 2 * barrier - 1, BUILD)
     barriers.arrive(ctx.s.sync, MACHINE)
@@ -136,7 +135,7 @@ def arrive(ctx, barrier, BUILD: tl.constexpr):
 
 @triton.jit
 def wait(ctx, barrier, BUILD: tl.constexpr):
-    """Wait until all that programs stored before they came to a barrier is visible. Returns the next one's number."""
+    """Wait until all that programs stored before they arrived at a barrier is visible. Return the next one's number."""
     MACHINE: tl.constexpr = BUILD.machine
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
     barriers.wait(ctx.s.sync, barrier, ctx.n_programs, SPINS, MACHINE)
@@ -153,7 +152,9 @@ def embedding_phase(ctx, BUILD: tl.constexpr):
     H: tl.constexpr = BUILD.config.hidden_size
     BLOCK_H: tl.constexpr = triton.next_power_of_2(H)
     s = ctx.s
-    token = tl.maximum(tl.load(s.tokens + ctx.position), 0)  # -1 after an abort or where none was fed; NOT_FINITE
+    token = tl.maximum(
+        tl.load(s.tokens + ctx.position), 0
+    )  # else -1 after an abort or where none was fed, or NOT_FINITE
     if ctx.program == 0:
         h = tl.arange(0, BLOCK_H)
         row = tl.load(ctx.w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
@@ -164,47 +165,47 @@ def embedding_phase(ctx, BUILD: tl.constexpr):
 
 @triton.jit
 def qkv_phase(ctx, layer, feed, BUILD: tl.constexpr):
-    """qkv = W_qkv @ rmsnorm(x + expert_out) + b. Returns the feed."""
+    """qkv = W_qkv @ rmsnorm(x + expert_out) + b. Return the feed."""
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.qkv
     STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
     w, s = ctx.w, ctx.s
     x, factor = DENSE.load_normed(ctx, w.attn_norm + layer * MATRIX.k, feed, MATRIX, BUILD)
-    stack = qkv_stack(ctx, layer, BUILD)
+    matrix = qkv_matrix(ctx, layer, BUILD)
     first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
-        # Before the product, as behind it the bias would cost its latency once more.
+        # Loaded before the product, as behind it the bias would cost its latency once more.
         bias = tl.load(w.qkv_bias + layer * MATRIX.rows + row, mask=row < end, other=0.0).to(tl.float32)
-        y, feed = DENSE.multiply(ctx, feed, x, stack, row0, end, MATRIX, BUILD)
+        y, feed = DENSE.multiply(ctx, feed, x, matrix, row0, end, MATRIX, BUILD)
         tl.store(s.qkv + row, y * factor + bias, mask=row < end)
     return feed
 
 
 @triton.jit
 def attention_phase(ctx, layer, window, barrier, BUILD: tl.constexpr):
-    """attention = softmax(q k) v over the window or all of the past; the cache gets the position's key and value.
+    """attention = softmax(q k) v over the window or all earlier positions; append the position's key and value.
 
-    q and k come from qkv by RoPE; a sink is one more logit. Programs that merge splits wait within this phase.
+    RoPE rotates q and k of qkv; a sink is one more logit. Programs that merge splits wait within this phase.
     """
     CONFIG: tl.constexpr = BUILD.config
-    start = first_seen(window, ctx.position)
-    if ctx.position - start <= BUILD.tuning.attention.head_keys:
+    first = first_seen(window, ctx.position)
+    if ctx.position - first <= BUILD.tuning.attention.head_keys:
         for head in range(ctx.program, CONFIG.n_heads, ctx.n_programs):
-            attend_head(ctx, layer, head, start, BUILD)
+            attend_head(ctx, layer, head, first, BUILD)
     else:
-        span = split_cache(start, ctx.position, BUILD)
-        for unit in range(ctx.program, CONFIG.n_kv_heads * span.n_splits, ctx.n_programs):
-            attend_split(ctx, layer, unit, span, BUILD)
+        span = split_cache(first, ctx.position, BUILD)
+        for item in range(ctx.program, CONFIG.n_kv_heads * span.n_splits, ctx.n_programs):
+            attend_split(ctx, layer, item, span, BUILD)
         if span.n_splits > 1:
-            # From the last program on: it is the first ones that have one split more, if any have.
+            # From the last program on, as the first ones may have one split more.
             for head in range(ctx.n_programs - 1 - ctx.program, CONFIG.n_heads, ctx.n_programs):
                 merge_head(ctx, head, span.n_splits, barrier, BUILD)
 
 
 @triton.jit
 def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
-    """x = x + expert_out + W_o @ attention + b. Returns the feed."""
+    """x = x + expert_out + W_o @ attention + b. Return the feed."""
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.o
     H: tl.constexpr = MATRIX.rows
@@ -213,10 +214,10 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
     TOP_K: tl.constexpr = BUILD.config.experts_per_token
     w, s = ctx.w, ctx.s
     attention = DENSE.load_vector(s.attention, MATRIX, BUILD)
-    stack = o_stack(ctx, layer, BUILD)
+    matrix = o_matrix(ctx, layer, BUILD)
     if ctx.program == ctx.n_programs - 1:
         kv_head = tl.arange(0, triton.next_power_of_2(N_KV_HEADS))
-        tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < N_KV_HEADS)  # none is waited for any more
+        tl.store(s.split_arrivals + kv_head, 0, mask=kv_head < N_KV_HEADS)  # nobody waits for them any more
     first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
@@ -224,8 +225,8 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
         for rank in tl.static_range(TOP_K):
             x += tl.load(s.expert_out + rank * H + row, mask=row < end, other=0.0)
         x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
-        y, feed = DENSE.multiply(ctx, feed, attention, stack, row0, end, MATRIX, BUILD)
-        tl.store(s.x + row, x + y * (1.0 / vector_unit(MATRIX.format)), mask=row < end)
+        y, feed = DENSE.multiply(ctx, feed, attention, matrix, row0, end, MATRIX, BUILD)
+        tl.store(s.x + row, x + y * (1.0 / vector_prescale(MATRIX.format)), mask=row < end)
     return feed
 
 
@@ -241,17 +242,17 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
     zero = BUILD.machine.opaque_zero()
     s, program, n_programs = ctx.s, ctx.program, ctx.n_programs
     norm_ptr = ctx.w.mlp_norm + layer * H
-    # Rows from the first program on, blocks from the last one on, so that few have both.
+    # Tiles from the first program on, blocks from the last one on, so that few programs have both.
     if (program < MATRIX.n_tiles) | (n_programs - 1 - program < N_BLOCKS):
-        tile, bias = load_router_tile(ctx, layer, program, BUILD)
+        rows, bias = load_router_tile(ctx, layer, program, BUILD)
         x = load_row_vector(s.x, MATRIX, zero)
         rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
-        x, factor = normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_unit(MATRIX.format))
-        for n in range(program, MATRIX.n_tiles, n_programs):
-            if n != program:
-                tile, bias = load_router_tile(ctx, layer, n, BUILD)
-            row = n * M + tl.arange(0, M)
-            logits = gemv_rows(tile, x, MATRIX, MACHINE) * factor + bias
+        x, factor = normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_prescale(MATRIX.format))
+        for tile in range(program, MATRIX.n_tiles, n_programs):
+            if tile != program:
+                rows, bias = load_router_tile(ctx, layer, tile, BUILD)
+            row = tile * M + tl.arange(0, M)
+            logits = gemv_rows(rows, x, MATRIX, MACHINE) * factor + bias
             tl.store(s.router_logits + row, logits, mask=row < MATRIX.rows)
         for block in range(n_programs - 1 - program, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
@@ -260,23 +261,23 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
 
 
 @triton.jit
-def load_router_tile(ctx, layer, n, BUILD: tl.constexpr):
-    """(rows, bias) of tile number n of a layer's router."""
+def load_router_tile(ctx, layer, tile, BUILD: tl.constexpr):
+    """Return (rows, bias) of a tile of a layer's router."""
     MATRIX: tl.constexpr = BUILD.router
     zero = BUILD.machine.opaque_zero()
-    row = n * MATRIX.tile_rows + tl.arange(0, MATRIX.tile_rows)
-    at = ctx.w.router_bias + layer * MATRIX.rows + row
-    bias = tl.load(at, mask=row < MATRIX.rows, other=0.0).to(tl.float32)
-    rows = load_rows(router_stack(ctx, layer, BUILD), n * MATRIX.tile_rows, MATRIX.rows, MATRIX, zero)
+    row = tile * MATRIX.tile_rows + tl.arange(0, MATRIX.tile_rows)
+    bias_ptr = ctx.w.router_bias + layer * MATRIX.rows + row
+    bias = tl.load(bias_ptr, mask=row < MATRIX.rows, other=0.0).to(tl.float32)
+    rows = load_rows(router_matrix(ctx, layer, BUILD), tile * MATRIX.tile_rows, MATRIX.rows, MATRIX, zero)
     return rows, bias
 
 
 @triton.jit
 def choose_experts(ctx, BUILD: tl.constexpr):
-    """The router's Choice, which every program makes for itself."""
+    """Return the router's Choice, which every program computes for itself."""
     TOP_K: tl.constexpr = BUILD.config.experts_per_token
     N_EXPERTS: tl.constexpr = BUILD.config.n_experts
-    # A copy of the logits for each warp.
+    # A copy of the logits for each warp, see top_k_softmax.
     expert = tl.arange(0, triton.next_power_of_2(N_EXPERTS))[None, :] + BUILD.machine.opaque_zero()
     expert += 0 * tl.arange(0, BUILD.tuning.num_warps)[:, None]
     logits = tl.load(ctx.s.router_logits + expert, mask=expert < N_EXPERTS, other=0.0)
@@ -288,22 +289,22 @@ def choose_experts(ctx, BUILD: tl.constexpr):
 def gate_up_phase(ctx, layer, feed, BUILD: tl.constexpr):
     """expert_act = swiglu(W_gate_up @ expert_in + b) of every chosen expert; gate and up rows alternate.
 
-    Returns the router's Choice and the feed.
+    Return the router's Choice and the feed.
     """
     EXPERTS: tl.constexpr = BUILD.machine.experts
     CONFIG: tl.constexpr = BUILD.config
     MATRIX: tl.constexpr = BUILD.gate_up
     TILES: tl.constexpr = BUILD.tuning.experts.step_tiles
-    OUTPUTS: tl.constexpr = MATRIX.tile_rows // 2  # of a tile
+    OUTPUTS: tl.constexpr = MATRIX.tile_rows // 2  # per tile
     w = ctx.w
-    # Before any tile is asked for: behind them it waited for 3.2 us. 12.5 us a layer instead of 13.1.
-    vector, missing = EXPERTS.load_input(ctx, BUILD)
+    # Loaded before any tile is asked for: behind them it waited for 3.2 us. 12.5 us per layer instead of 13.1.
+    vector, vector_scale = EXPERTS.load_input(ctx, BUILD)
     choice = choose_experts(ctx, BUILD)
     feed = BUILD.machine.feed.ask_experts(ctx, choice, feed, BUILD)
-    number = tl.arange(0, TILES * OUTPUTS) // OUTPUTS
+    tile_of_step = tl.arange(0, TILES * OUTPUTS) // OUTPUTS
     count = ctx.work.gate_up_count
     for step in range(tl.cdiv(count, TILES)):
-        tile = gate_up_tile(step * TILES + number, ctx.program, ctx.n_programs, BUILD)
+        tile = gate_up_tile(step * TILES + tile_of_step, ctx.program, ctx.n_programs, BUILD)
         rank = tile // MATRIX.n_tiles
         i = tile % MATRIX.n_tiles * OUTPUTS + tl.arange(0, TILES * OUTPUTS) % OUTPUTS
         gate_bias = load_expert_bias(w.gate_up_bias, layer, choice, rank, 2 * i, MATRIX, BUILD)
@@ -311,7 +312,7 @@ def gate_up_phase(ctx, layer, feed, BUILD: tl.constexpr):
         first = gate_up_tile(step * TILES, ctx.program, ctx.n_programs, BUILD)
         tiles = ExpertTiles(first // MATRIX.n_tiles, first % MATRIX.n_tiles, tl.minimum(count - step * TILES, TILES))
         gate, up, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
-        gate, up = gate * missing + gate_bias, up * missing + up_bias
+        gate, up = gate * vector_scale + gate_bias, up * vector_scale + up_bias
         act = swiglu(gate, up, CONFIG.swiglu_limit, CONFIG.swiglu_alpha)
         EXPERTS.store_act(ctx, rank, i, act, BUILD)
     return choice, feed
@@ -319,49 +320,50 @@ def gate_up_phase(ctx, layer, feed, BUILD: tl.constexpr):
 
 @triton.jit
 def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Returns the feed."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Return the feed."""
     EXPERTS: tl.constexpr = BUILD.machine.experts
     MATRIX: tl.constexpr = BUILD.down
     M: tl.constexpr = MATRIX.tile_rows
     TILES: tl.constexpr = BUILD.tuning.experts.step_tiles
     w, s, down = ctx.w, ctx.s, ctx.work.down
-    number, pair = tl.arange(0, TILES * (M // 2)) // (M // 2), tl.arange(0, TILES * (M // 2)) % (M // 2)
+    PAIRS: tl.constexpr = M // 2  # of an even and an odd row
+    tile_of_step, pair = tl.arange(0, TILES * PAIRS) // PAIRS, tl.arange(0, TILES * PAIRS) % PAIRS
     for rank in range(ctx.program % down.ranks, BUILD.config.experts_per_token, down.ranks):
         vector = EXPERTS.load_act(ctx, rank, BUILD)
         weight = pick(choice.weights, rank)
         for first in range(down.member, MATRIX.n_tiles, down.members * TILES):
-            row = (first + down.members * number) * M + 2 * pair
+            row = (first + down.members * tile_of_step) * M + 2 * pair
             ranks = rank + 0 * row
             even_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row, MATRIX, BUILD)
             odd_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row + 1, MATRIX, BUILD)
             tiles = ExpertTiles(rank, first, tl.minimum(tl.cdiv(MATRIX.n_tiles - first, down.members), TILES))
             even, odd, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
-            out = s.expert_out + rank * MATRIX.rows + row
-            tl.store(out, weight * (even + even_bias), mask=row < MATRIX.rows)
-            tl.store(out + 1, weight * (odd + odd_bias), mask=row + 1 < MATRIX.rows)
+            out_ptr = s.expert_out + rank * MATRIX.rows + row
+            tl.store(out_ptr, weight * (even + even_bias), mask=row < MATRIX.rows)
+            tl.store(out_ptr + 1, weight * (odd + odd_bias), mask=row + 1 < MATRIX.rows)
     return feed
 
 
 @triton.jit
 def load_expert_bias(bias_ptr, layer, choice, rank, row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """float32 biases of rows of the experts of ranks `rank`; 0 where there is no such row or rank."""
+    """Return float32 biases of rows of the experts of ranks `rank`; 0 where there is no such row or rank."""
     mask = (row < MATRIX.rows) & (rank < BUILD.config.experts_per_token)
-    at = bias_ptr + (layer * BUILD.config.n_experts + element(choice.experts, rank)) * MATRIX.rows + row
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    index = layer * BUILD.config.n_experts + element(choice.experts, rank)
+    return tl.load(bias_ptr + index * MATRIX.rows + row, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     """head_value, head_index = each program's largest of logits = W_head @ rmsnorm(x + expert_out).
 
-    The index is NOT_FINITE if any of the program's logits is not finite. The logits themselves are stored if asked for.
+    The index is NOT_FINITE if any of the program's logits is not finite. With want_logits all logits are stored too.
     """
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.lm_head
     STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
     s = ctx.s
     first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
-    stack = lm_head_stack(ctx, BUILD)
+    matrix = lm_head_matrix(ctx, BUILD)
     feed = BUILD.machine.feed.ask_head(ctx, feed, BUILD)
     x, factor = DENSE.load_normed(ctx, ctx.w.final_norm, feed, MATRIX, BUILD)
     best = tl.full([STEP], float("-inf"), tl.float32)
@@ -369,7 +371,7 @@ def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     doubt = tl.zeros([STEP], tl.float32)
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
-        y, feed = DENSE.multiply(ctx, feed, x, stack, row0, end, MATRIX, BUILD)
+        y, feed = DENSE.multiply(ctx, feed, x, matrix, row0, end, MATRIX, BUILD)
         logits = y * factor
         if want_logits:
             tl.store(s.logits + row, logits, mask=row < end)
@@ -390,14 +392,14 @@ def argmax_phase(ctx, BLOCK_P: tl.constexpr):
         value = tl.load(s.head_value + program, mask=program < ctx.n_programs, other=float("-inf"))
         index = tl.load(s.head_index + program, mask=program < ctx.n_programs, other=0x7FFFFFFF)
         _, token = reduce_argmax(value, index)
-        if tl.load(s.sync + ABORT) == 0:  # otherwise -1 stays there
+        if tl.load(s.sync + ABORT) == 0:  # otherwise -1 stays in tokens
             tl.store(s.tokens + ctx.position + 1, token)
 
 
 class MegaModel(Decoder):
     """A GPT-OSS model on one device, decoded greedily by one launch of the megakernel per token.
 
-    What its methods do, and who may call them when, is said by host.decoder.Decoder.
+    host.decoder.Decoder documents its methods, and which threads may call them when.
     """
 
     @classmethod
@@ -411,7 +413,7 @@ class MegaModel(Decoder):
     ) -> "MegaModel":
         """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id.
 
-        Options and errors are those of Decoder.
+        See Decoder for the options and for the errors that are raised.
         """
         device = usable_device(device)  # before anything is loaded
         return cls(open_checkpoint(path), quant, max_context, device, **options)
@@ -443,7 +445,7 @@ class MegaModel(Decoder):
 
 
 def main() -> None:
-    """The command line; docs/using.md describes it."""
+    """Run the command line that docs/using.md describes."""
     args = cli.parse_arguments(
         "GPT-OSS decoded by one persistent kernel launch per token.",
         cli.add_model_arguments,

@@ -1,8 +1,8 @@
-"""The megakernel's phases as launches of their own, one after the other, driven by the host.
+"""Launch the megakernel's phases one by one from the host.
 
-They call the megakernel's own phases, so that all bits agree; what the grid barrier orders there, the order of the
-launches orders here. For debuggers and profilers, which see a phase at a time, and to measure what a phase
-costs and what one persistent kernel saves. run_triton_phased.py is its command line.
+The launches call the megakernel's own phases, so that all bits agree; their order replaces the grid barriers. This is
+for debuggers and profilers, which see one phase at a time, and to measure what a phase costs and what one persistent
+kernel saves. run_triton_phased.py is its command line.
 """
 
 import host.start
@@ -20,7 +20,7 @@ from host.compilers import compile_errors
 
 @triton.jit
 def context_of(w, s, position, max_context, n_layers, n_programs, BUILD: tl.constexpr):
-    """A Context in which n_layers layers are all there are, and the LM head is wanted."""
+    """Return a Context of a model with n_layers layers whose LM head is wanted."""
     return phases.open_context(w, s, position, max_context, n_layers, 1, n_programs, BUILD)
 
 
@@ -41,7 +41,7 @@ def qkv_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
 @triton.jit(do_not_specialize=["layer", "position", "n_programs"])
 def attention_kernel(w, s, layer, position, max_context, n_programs, BUILD: tl.constexpr):
     ctx = context_of(w, s, position, max_context, layer + 1, n_programs, BUILD)
-    barrier = 3 + 6 * layer  # where the megakernel would give up
+    barrier = 3 + 6 * layer  # the megakernel's number, for an abort
     phases.attention_phase(ctx, tl.cast(layer, tl.int64), tl.load(s.windows + layer), barrier, BUILD)
 
 
@@ -93,23 +93,23 @@ def argmax_kernel(w, s, position, n_programs, BLOCK_P: tl.constexpr, BUILD: tl.c
 
 
 class PhasedModel(MegaModel):
-    """MegaModel with a launch for each phase of each layer: the same interface, tokens and logits.
+    """MegaModel with a launch for each phase of each layer; interface, tokens and logits are the same.
 
-    There is no grid barrier and no trace, and nothing is loaded ahead of its phase. Programs wait for each other in
-    attention alone, where the splits of a long context are merged.
+    There are no grid barriers and no trace, and nothing is loaded ahead of its phase. Programs wait for each other only
+    in attention, where the splits of a long context are merged.
     """
 
     on_phase: Callable[[], None] | None = None  # called after each launch, which a GPU may only have queued
 
     def __init__(self, *args, **options):
-        """As MegaModel."""
+        """Load the model with MegaModel's arguments, and compile all kernels."""
         super().__init__(*args, **options)
         with compile_errors(self.device):
-            self._run(range(1), self._launch, 0, token=True, n_layers=1)  # compiles them all
+            self._run(range(1), self._launch, 0, token=True, n_layers=1)  # compiles all kernels
         self.reset()
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
-        """The launches of a position, with `token` those of host.phases.phases_of_token in that order."""
+        """Launch the phases of a position; with `token` these are host.phases.phases_of_token, in that order."""
         self._launch_phase(embedding_kernel, position)
         for layer in range(self.config.n_layers if n_layers is None else n_layers):
             self._launch_phase(qkv_kernel, layer)

@@ -2,8 +2,8 @@
 
 `sync_ptr` is an int32 buffer of SYNC_WORDS zeros. Arrivals only ever count up within a launch, so barrier number i
 (from 1) is open once i * n_programs have arrived. The last program to leave the kernel zeroes the counters for the
-next launch. No wait is endless: a program that gives up records the barrier's number at ABORT and pushes the arrivals
-beyond every target, so that all programs run out of the kernel; the record stays until the host clears it.
+next launch. No wait is endless: a program that gives up records the barrier's number at ABORT and raises the arrivals
+beyond every target, so that all programs leave the kernel; the record stays until the host clears it.
 """
 
 import triton
@@ -27,26 +27,26 @@ def grid_barrier(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, MACHINE:
 
 @triton.jit
 def arrive(sync_ptr, MACHINE: tl.constexpr):
-    """Come to a barrier. What is read until `wait` must not be written by any program."""
+    """Arrive at a barrier. Until `wait` a program may read only memory that no program writes."""
     count_arrival(sync_ptr + ARRIVALS, MACHINE)
 
 
 @triton.jit
 def wait(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, MACHINE: tl.constexpr):
-    """Wait until all programs have come to barrier `index`."""
+    """Wait until all programs have arrived at barrier `index`."""
     wait_for(sync_ptr + ARRIVALS, index * n_programs, sync_ptr, index, SPIN_LIMIT, MACHINE)
 
 
 @triton.jit
 def count_arrival(counter_ptr, MACHINE: tl.constexpr):
-    """Count one more at an int32, behind all that this program stored."""
+    """Add one to an int32, ordered after all that this program stored."""
     MACHINE.sync.publish()
     tl.atomic_add(counter_ptr, 1, sem=MACHINE.sync.release, scope="gpu")
 
 
 @triton.jit
 def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, MACHINE: tl.constexpr):
-    """Wait until `target` arrivals are counted; what they stored before is visible then. Gives up as barrier index."""
+    """Wait until `target` arrivals are counted and what they stored before is visible; give up as barrier `index`."""
     arrived = 0
     spins = 0
     while (arrived < target) & (spins < SPIN_LIMIT):
@@ -61,9 +61,9 @@ def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, MAC
 
 @triton.jit
 def arrive_last(counter_ptr, n_expected, MACHINE: tl.constexpr):
-    """Count an arrival; True for the one that completes `n_expected`, which then sees all stores before the others'.
+    """Count an arrival and return whether it is the last of `n_expected`; the last sees what the others stored before.
 
-    The last one zeroes the counter again, so the next use must be ordered after this one by a barrier.
+    The last one zeroes the counter, so a barrier must order the next use after this one.
     """
     MACHINE.sync.publish()
     is_last = tl.atomic_add(counter_ptr, 1, sem=MACHINE.sync.acquire_release, scope="gpu") == n_expected - 1
@@ -75,6 +75,6 @@ def arrive_last(counter_ptr, n_expected, MACHINE: tl.constexpr):
 
 @triton.jit
 def leave_grid(sync_ptr, n_programs, MACHINE: tl.constexpr):
-    """Called once by each program at its end."""
+    """Leave the kernel; each program calls this once at its end, and the last one zeroes the counters."""
     if arrive_last(sync_ptr + EXITS, n_programs, MACHINE):
         tl.store(sync_ptr + ARRIVALS, 0)

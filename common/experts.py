@@ -1,4 +1,4 @@
-"""The router's choice of experts, as all later phases of a layer know it."""
+"""The router's choice of experts, as the later phases of a layer use it."""
 
 from typing import Any, NamedTuple
 
@@ -7,14 +7,14 @@ import triton.language as tl
 
 
 class Choice(NamedTuple):
-    """The chosen experts by rank, the one with the largest logit first."""
+    """The chosen experts by rank: rank 0 has the largest logit."""
 
     experts: Any  # a tuple of int32 scalars
-    weights: Any  # float32 [power of two], what each expert's output counts
+    weights: Any  # float32 [power of two], the factor of each expert's output
 
 
 class ExpertTiles(NamedTuple):
-    """Tiles that a program multiplies in one step: `count` of the expert of a rank, from `first` on."""
+    """Tiles that a program multiplies in one step: `count` tiles from `first` on, of the expert of a rank."""
 
     rank: Any
     first: Any
@@ -23,20 +23,20 @@ class ExpertTiles(NamedTuple):
 
 @triton.jit
 def no_choice():
-    """The Choice of a layer whose router has not spoken."""
+    """Return the Choice of a layer whose router has not run yet."""
     zero = tl.cast(0, tl.int32)
     return Choice((zero,), zero)
 
 
 @triton.jit
 def pick(vector, i):
-    """Element i of a vector held in registers."""
+    """Return element i of a vector held in registers."""
     return tl.sum(tl.where(tl.arange(0, vector.shape[0]) == i, vector, 0), axis=0)
 
 
 @triton.jit
 def elements(vector, N: tl.constexpr):
-    """The first N elements of a vector held in registers, as a tuple of scalars."""
+    """Return the first N elements of a vector held in registers as a tuple of scalars."""
     scalars = ()
     for i in tl.static_range(N):
         scalars = scalars + (pick(vector, i),)
@@ -45,7 +45,7 @@ def elements(vector, N: tl.constexpr):
 
 @triton.jit
 def element(scalars, i):
-    """Element i, a scalar or a tensor, of a tuple of scalars; the first if there is no such."""
+    """Return element i of a tuple of scalars, or the first if there is none; i is a scalar or a tensor."""
     value = scalars[0]
     for n in tl.static_range(1, len(scalars)):
         value = tl.where(i == n, scalars[n], value)

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-# A nibble's three magnitude bits, put at bits 22..24 of a float32, are its value times 2^-126, subnormals included.
-# Half of the missing 2^126 is given to the activations, so that no product is subnormal, half to the sum.
+# A nibble's three magnitude bits at bits 22..24 of a float32 are its value times 2^-126, subnormals included.
+# Activations are multiplied by half of the missing 2^126, so that no product is subnormal, and sums by the other half.
 HALF_BIAS = tl.constexpr(2.0**63)
 
 
 @triton.jit
 def e2m1_to_float32(nibble):
-    """The E2M1 element in the low four bits of each int32, times 2^-126, as float32. Higher bits are ignored."""
+    """Return the E2M1 element in the low four bits of each int32 times 2^-126, as float32; higher bits are ignored."""
     return (((nibble & 8) << 28) | ((nibble & 7) << 22)).to(tl.float32, bitcast=True)

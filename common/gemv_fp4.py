@@ -1,7 +1,7 @@
 """Rows of an MXFP4 matrix times a vector, accumulated in float32.
 
 Blocks are int32 words [rows, K / 8], eight E2M1 elements each; scales are E8M0 bytes [rows, K / 32].
-`gemv_fp4` takes float32 activations, `gemv_fp4_fp8` MXFP8 ones. The latter gives the same numbers two ways:
+`gemv_fp4` takes float32 activations, `gemv_fp4_fp8` MXFP8 ones. The latter computes the same numbers in two ways:
 `tl.dot_scaled`, which gfx950 runs on its scaled matrix cores, or dequantized float32 products, which are exact too.
 """
 
@@ -11,37 +11,30 @@ import triton.language as tl
 from common.fp4 import HALF_BIAS, e2m1_to_float32
 from common.quant import GROUP, e8m0_halves, e8m0_to_float32
 
-MOST = tl.constexpr(2.0**60)  # of a float32 vector, that its elements times HALF_BIAS are finite
-DOWN = tl.constexpr(2.0**-68)  # brings the largest float32 below
-DOT_N = tl.constexpr(16)  # columns of the smallest scaled MFMA tile: the vector is the first, the rest are zeros
+MAX_MAGNITUDE = tl.constexpr(2.0**60)  # of a float32 vector, so that its elements times HALF_BIAS are finite
+DOWN = tl.constexpr(2.0**-68)  # brings the largest float32 below MAX_MAGNITUDE
+DOT_N = tl.constexpr(16)  # columns of the smallest scaled MFMA tile: the vector is the first, the others are zeros
 
 
 @triton.jit
-def vector_power(largest):
-    """(power, scale): the power of two, usually 1, times which gemv_fp4 takes such a vector; what undoes it."""
-    return tl.where(largest > MOST, DOWN, 1.0), tl.where(largest > MOST, 1.0 / DOWN, 1.0)
+def fp4_vector_prescale(largest):
+    """Return (prescale, undo): the power of two, usually 1, that gemv_fp4 needs such a vector times; its inverse."""
+    return tl.where(largest > MAX_MAGNITUDE, DOWN, 1.0), tl.where(largest > MAX_MAGNITUDE, 1.0 / DOWN, 1.0)
 
 
 @triton.jit
-def gemv_fp4(
-    blocks_ptr,
-    scales_ptr,
-    x_ptr,
-    row0,
-    n_rows,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    x_scale_ptr=None,
-):
-    """Rows row0 .. row0 + BLOCK_M of W @ x, float32 [BLOCK_M]; rows from n_rows on give 0.
+def gemv_fp4(matrix, x_ptr, row0, MATRIX: tl.constexpr, x_scales_ptr=None):
+    """Return rows row0 .. row0 + tile_rows of W @ x, float32 [tile_rows]; rows beyond the matrix give 0.
 
-    x_ptr float32 [K], times vector_power, or float8e4nv [K] with x_scale_ptr uint8 [K / 32]. Activations below 1e-19
-    lose precision (see common/fp4.py).
+    `matrix` is W's Operand. x_ptr is float32 [k], times fp4_vector_prescale, or float8e4nv [k] with x_scales_ptr uint8
+    [k / 32]. Activations below 1e-19 lose precision (see common/fp4.py).
     """
-    rows = _rows_inside(row0, n_rows, BLOCK_M)
-    blocks_ptr += tl.cast(row0, tl.int64) * (K // 8)
-    scales_ptr += tl.cast(row0, tl.int64) * (K // GROUP)
+    K: tl.constexpr = MATRIX.k
+    BLOCK_M: tl.constexpr = MATRIX.tile_rows
+    BLOCK_K: tl.constexpr = MATRIX.k_block
+    rows = _rows_inside(row0, MATRIX.rows, BLOCK_M)
+    blocks_ptr = matrix.ptr + tl.cast(row0, tl.int64) * (K // 8)
+    scales_ptr = matrix.scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
     acc = tl.zeros([BLOCK_M, BLOCK_K // GROUP], tl.float32)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=2):  # the next block's loads before this one's products
         word = tl.arange(0, BLOCK_K // 8) + k0 // 8
@@ -49,33 +42,33 @@ def gemv_fp4(
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         products = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
-        parts = _eighths(x * HALF_BIAS)
+        eighths = _eighths(x * HALF_BIAS)
         for i in tl.static_range(8):
-            products += e2m1_to_float32(words >> (4 * i)) * parts[i][None, :]
+            products += e2m1_to_float32(words >> (4 * i)) * eighths[i][None, :]
         group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
         scales = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
         sums = tl.sum(tl.reshape(products, (BLOCK_M, BLOCK_K // GROUP, GROUP // 8)), axis=2)
-        if x_scale_ptr is None:
+        if x_scales_ptr is None:
             acc += sums * HALF_BIAS * e8m0_to_float32(scales)
         else:
-            x_scales = tl.load(x_scale_ptr + group, mask=group < K // GROUP, other=0)
+            x_scales = tl.load(x_scales_ptr + group, mask=group < K // GROUP, other=0)
             first, second = e8m0_halves(scales, x_scales[None, :])
             acc += sums * HALF_BIAS * first * second
-    return _zero_beyond(tl.sum(acc, axis=1), row0, n_rows)
+    return _zero_beyond(tl.sum(acc, axis=1), row0, MATRIX.rows)
 
 
 @triton.jit
 def _rows_inside(row0, n_rows, BLOCK_M: tl.constexpr):
-    """0, 1, ... [BLOCK_M, 1], of which row0 + the last ones stop at the last row."""
+    """Return 0, 1, ... [BLOCK_M, 1], where row0 + the last ones stop at the last row."""
     return tl.minimum(tl.arange(0, BLOCK_M), n_rows - 1 - row0)[:, None]
 
 
 @triton.jit
 def _inside(i, SIZE: tl.constexpr, RUN: tl.constexpr):
-    """i, but for what is beyond SIZE places in the last RUN before it, whose runs stay whole.
+    """Return i where it is below SIZE, else an index among the last RUN below it; runs of RUN stay whole.
 
     What is loaded there meets activations that are 0. A mask would be a branch on gfx950, which may end in a wait for
-    all loads under way.
+    all loads in flight.
     """
     STEP: tl.constexpr = RUN if SIZE % RUN == 0 else 1
     return tl.where(i < SIZE, i, SIZE - STEP + i % STEP)
@@ -83,12 +76,13 @@ def _inside(i, SIZE: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def _zero_beyond(y, row0, n_rows):
+    """Return y with zeros for rows from n_rows on."""
     return tl.where(row0 + tl.arange(0, y.shape[0]) < n_rows, y, 0.0)
 
 
 @triton.jit
 def _eighths(x):
-    """Every eighth element of x [8 n], from 0, from 1, ... from 7 on."""
+    """Return every eighth element of x [8 n] from 0 on, from 1 on, ... from 7 on."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0] // 8, 2, 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -100,55 +94,34 @@ def _eighths(x):
 
 
 @triton.jit
-def gemv_fp4_fp8(
-    blocks_ptr,
-    scales_ptr,
-    x_ptr,
-    x_scale_ptr,
-    row0,
-    n_rows,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DOT_SCALED: tl.constexpr,
-):
-    """The same for x in MXFP8, on scaled matrix cores where DOT_SCALED says so."""
+def gemv_fp4_fp8(matrix, x, row0, MATRIX: tl.constexpr, DOT_SCALED: tl.constexpr):
+    """Return gemv_fp4 of x in MXFP8, an Operand, with DOT_SCALED on scaled matrix cores."""
     if DOT_SCALED:
-        acc = tl.zeros([BLOCK_M, DOT_N], tl.float32)
-        for k0 in tl.range(0, K, BLOCK_K, num_stages=2):
-            acc = _dot_scaled(acc, blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, row0, n_rows, k0, K, BLOCK_M, BLOCK_K)
-        return _zero_beyond(tl.sum(acc, axis=1), row0, n_rows)
+        acc = tl.zeros([MATRIX.tile_rows, DOT_N], tl.float32)
+        for k0 in tl.range(0, MATRIX.k, MATRIX.k_block, num_stages=2):
+            acc = _dot_scaled(acc, matrix, x, row0, k0, MATRIX)
+        return _zero_beyond(tl.sum(acc, axis=1), row0, MATRIX.rows)
     else:
-        return gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K, x_scale_ptr)
+        return gemv_fp4(matrix, x.ptr, row0, MATRIX, x.scales_ptr)
 
 
 @triton.jit
-def _dot_scaled(
-    acc,
-    blocks_ptr,
-    scales_ptr,
-    x_ptr,
-    x_scale_ptr,
-    row0,
-    n_rows,
-    k0,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """acc [BLOCK_M, DOT_N] += W[:, k0 : k0 + BLOCK_K] @ x, whose vector stands in column 0."""
-    rows = _rows_inside(row0, n_rows, BLOCK_M)
+def _dot_scaled(acc, matrix, x, row0, k0, MATRIX: tl.constexpr):
+    """Return acc [tile_rows, DOT_N] + W[:, k0 : k0 + k_block] @ x, with the vector in column 0."""
+    K: tl.constexpr = MATRIX.k
+    BLOCK_K: tl.constexpr = MATRIX.k_block
+    rows = _rows_inside(row0, MATRIX.rows, MATRIX.tile_rows)
     byte = _inside(k0 // 2 + tl.arange(0, BLOCK_K // 2), K // 2, 16)[None, :]
-    bytes_ptr = blocks_ptr.to(tl.pointer_type(tl.uint8)) + tl.cast(row0, tl.int64) * (K // 2)
+    bytes_ptr = matrix.ptr.to(tl.pointer_type(tl.uint8)) + tl.cast(row0, tl.int64) * (K // 2)
     w = tl.load(bytes_ptr + rows * (K // 2) + byte)
     group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
-    scale_ptr = scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
-    w_scale = tl.load(scale_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
+    scales_ptr = matrix.scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
+    w_scale = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
     group = group[None, :]
     k = (k0 + tl.arange(0, BLOCK_K))[:, None]
     column = tl.arange(0, DOT_N)
-    x = tl.load(x_ptr + k + column[None, :] * 0, mask=(k < K) & (column == 0)[None, :], other=0.0)
+    elements = tl.load(x.ptr + k + column[None, :] * 0, mask=(k < K) & (column == 0)[None, :], other=0.0)
     x_scale = tl.load(
-        x_scale_ptr + group + column[:, None] * 0, mask=(group < K // GROUP) & (column == 0)[:, None], other=0
+        x.scales_ptr + group + column[:, None] * 0, mask=(group < K // GROUP) & (column == 0)[:, None], other=0
     )
-    return tl.dot_scaled(w, w_scale, "e2m1", x, x_scale, "e4m3", acc)
+    return tl.dot_scaled(w, w_scale, "e2m1", elements, x_scale, "e4m3", acc)

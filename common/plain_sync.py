@@ -1,4 +1,4 @@
-"""Ordering by what Triton itself gives: its barrier among threads and its atomics."""
+"""Synchronization with Triton's own barrier among threads and its atomics."""
 
 import triton
 import triton.language as tl
@@ -6,21 +6,21 @@ import triton.language as tl
 
 @triton.jit
 def publish():
-    """Order this program's stores before an atomic of one of its threads that releases."""
+    """Order this program's stores before a releasing atomic of one of its threads."""
     tl.debug_barrier()
 
 
 @triton.jit
 def poll(counter_ptr, target):
-    """What is counted at an int32; `target` plays no part.
+    """Return the int32 at counter_ptr; `target` is not used.
 
-    Relaxed, as an acquire per poll would invalidate the cache each time, and no load, as Triton 3.6 hoists a volatile
-    one.
+    The atomic is relaxed, as an acquire per poll would invalidate the cache each time. It is not a load, as Triton 3.6
+    hoists even a volatile one.
     """
     return tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu")
 
 
 @triton.jit
 def acquire(counter_ptr, seen):
-    """What is counted at an int32, behind which the stores of those who counted are visible."""
+    """Return the int32 at counter_ptr; what the programs that counted there stored before is visible afterwards."""
     return tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")

@@ -10,7 +10,7 @@ E4M3_EMAX = tl.constexpr(8)  # exponent of E4M3's largest binade
 
 @triton.jit
 def e8m0_to_float32(e8m0):
-    """2^(e8m0 - 127) of an integer tensor 0 .. 255 as float32; 255 is NaN."""
+    """Return 2^(e8m0 - 127) of an integer tensor 0 .. 255 as float32; 255 is NaN."""
     e8m0 = e8m0.to(tl.int32)
     bits = tl.where(e8m0 == 0, 1 << 22, e8m0 << 23)  # 2^-127 is a subnormal float32
     return tl.where(e8m0 == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
@@ -18,9 +18,9 @@ def e8m0_to_float32(e8m0):
 
 @triton.jit
 def e8m0_halves(a, b):
-    """Two float32 powers of two, alike in size, whose product is that of two E8M0 scales; NaN if one of those is.
+    """Return two float32 powers of two of like size whose product is that of two E8M0 scales; NaN if a scale is NaN.
 
-    What is multiplied by one after the other leaves float32 only if the result does.
+    A number multiplied by one and then the other leaves float32 only if the result does.
     """
     total = a.to(tl.int32) + b.to(tl.int32)
     is_nan = (a.to(tl.int32) == 255) | (b.to(tl.int32) == 255)
@@ -30,21 +30,21 @@ def e8m0_halves(a, b):
 
 @triton.jit
 def quantize_mxfp8(x):
-    """Quantize float32 x [N, GROUP] row by row: E4M3 elements [N, GROUP] and E8M0 scales uint8 [N]."""
+    """Quantize float32 x [N, GROUP] row by row; return E4M3 elements [N, GROUP] and E8M0 scales uint8 [N]."""
     e8m0 = mxfp8_scale(tl.max(tl.abs(x), axis=1))
     return to_mxfp8(x, e8m0[:, None]), e8m0.to(tl.uint8)
 
 
 @triton.jit
 def mxfp8_scale(amax):
-    """The E8M0 scale, int32, of elements of which `amax` is the largest magnitude: 2^(floor(log2(amax)) - 8)."""
+    """Return the E8M0 scale, int32, of elements with largest magnitude `amax`: 2^(floor(log2(amax)) - 8)."""
     exponent = (amax.to(tl.int32, bitcast=True) >> 23) & 0xFF  # floor(log2(amax)) + 127
     return tl.maximum(exponent - E4M3_EMAX, 0)
 
 
 @triton.jit
 def to_mxfp8(x, e8m0):
-    """float32 x / scale as E4M3; what is beyond +-448 saturates, as the specification asks."""
+    """Return float32 x / scale as E4M3; values beyond +-448 saturate, as the specification requires."""
     to_unit = ((254 - e8m0) << 23).to(tl.float32, bitcast=True)  # 2^(127 - e8m0)
     scaled = tl.clamp(x * to_unit, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     return scaled.to(tl.float8e4nv)
@@ -52,13 +52,13 @@ def to_mxfp8(x, e8m0):
 
 @triton.jit
 def dequantize_mxfp8(elements, e8m0):
-    """float32 [N, GROUP] of what quantize_mxfp8 returns."""
+    """Return float32 [N, GROUP] of the elements and scales that quantize_mxfp8 returns."""
     return elements.to(tl.float32) * e8m0_to_float32(e8m0)[:, None]
 
 
 @triton.jit
 def round_to_mxfp8(x):
-    """float32 x of any shape, whole groups in its last dimension, to what MXFP8 makes of it."""
+    """Return float32 x rounded to MXFP8; x has any shape with whole groups in its last dimension."""
     groups = tl.reshape(x, (x.numel // GROUP, GROUP))
     elements, scale = quantize_mxfp8(groups)
     return tl.reshape(dequantize_mxfp8(elements, scale), x.shape)
@@ -66,6 +66,6 @@ def round_to_mxfp8(x):
 
 @triton.jit
 def load_mxfp8(x_ptr, scale_ptr, offsets, mask):
-    """Dequantize E4M3 x at `offsets`, with E8M0 scales at offsets // GROUP, to float32; zeros where masked."""
+    """Load E4M3 x at `offsets` times its E8M0 scales at offsets // GROUP, as float32; zeros outside the mask."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return x * e8m0_to_float32(tl.load(scale_ptr + offsets // GROUP, mask=mask, other=0))

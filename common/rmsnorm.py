@@ -1,7 +1,7 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) of a vector held as a tuple of blocks, see load_vector.
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) of a vector held as a tuple of blocks, see Dense.load_vector.
 
-The norm is a number times x * weight. A GEMV takes x * weight times that number's power of two, which is exact, and is
-scaled by the rest of it afterwards: see normed_blocks.
+The norm is a number times x * weight. A GEMV takes x * weight times that number's power of two, which is exact, and its
+product is multiplied by the remaining factor: see normed_blocks.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def rms_rstd(x, SIZE: tl.constexpr, EPS: tl.constexpr):
-    """1 / sqrt(mean(x^2) + eps) of a vector of SIZE elements, as a float32 scalar. What lies beyond SIZE must be 0.
+    """Return 1 / sqrt(mean(x^2) + eps), a float32 scalar, of a vector of SIZE elements that is 0 beyond SIZE.
 
     Blocks may have a first dimension of copies.
     """
@@ -25,7 +25,7 @@ def rms_rstd(x, SIZE: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def largest_magnitude(x):
-    """max |x| of a vector."""
+    """Return max |x| of a vector's blocks."""
     largest = tl.abs(x[0])
     for i in tl.static_range(1, len(x)):
         largest = tl.maximum(largest, tl.abs(x[i]))
@@ -34,7 +34,7 @@ def largest_magnitude(x):
 
 @triton.jit
 def add_blocks(a, b):
-    """a + b, block by block."""
+    """Return a + b, block by block."""
     blocks = ()
     for i in tl.static_range(len(a)):
         blocks = blocks + (a[i] + b[i],)
@@ -43,7 +43,7 @@ def add_blocks(a, b):
 
 @triton.jit
 def scale_blocks(x, factor):
-    """x * factor, a number, block by block."""
+    """Return x * factor, block by block; factor is a number."""
     blocks = ()
     for i in tl.static_range(len(x)):
         blocks = blocks + (x[i] * factor,)
@@ -52,7 +52,7 @@ def scale_blocks(x, factor):
 
 @triton.jit
 def multiply_blocks(a, b):
-    """a * b, block by block."""
+    """Return a * b, block by block."""
     blocks = ()
     for i in tl.static_range(len(a)):
         blocks = blocks + (a[i] * b[i],)
@@ -60,13 +60,13 @@ def multiply_blocks(a, b):
 
 
 @triton.jit
-def normed_blocks(x, weight, rstd, UNIT: tl.constexpr = 1.0):
-    """(blocks, factor), whose products are the RMSNorm x * rstd * weight; factor is from 1 to 2, but for UNIT.
+def normed_blocks(x, weight, rstd, PRESCALE: tl.constexpr = 1.0):
+    """Return (blocks, factor) whose product is the RMSNorm x * rstd * weight; factor * PRESCALE is from 1 to 2.
 
-    The blocks come times UNIT, a power of two. A product with them overflows no sooner than one with the norm, however
-    large x is; and they are zeros where x is so large that rstd is 0.
+    PRESCALE is a power of two. A matrix product with the blocks overflows no sooner than one with PRESCALE times the
+    norm, however large x is; where x is so large that rstd is 0 they are zeros.
     """
     bits = rstd.to(tl.int32, bitcast=True)
     power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
     factor = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    return multiply_blocks(scale_blocks(x, power * UNIT), weight), factor * (1.0 / UNIT)
+    return multiply_blocks(scale_blocks(x, power * PRESCALE), weight), factor * (1.0 / PRESCALE)

@@ -1,11 +1,12 @@
-"""Matrices whose rows are read straight from memory, where a phase needs them: on gfx950 and in the interpreter."""
+"""Matrices whose rows are read straight from memory when a phase multiplies them: on gfx950 and in the interpreter."""
 
 import triton
 import triton.language as tl
 
+from common.build import Operand
 from common.experts import element
-from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_unit
-from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8, vector_power
+from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_prescale
+from common.gemv_fp4 import fp4_vector_prescale, gemv_fp4, gemv_fp4_fp8
 from common.machine import Experts
 from common.quant import GROUP, quantize_mxfp8
 from common.rmsnorm import add_blocks, largest_magnitude, normed_blocks, rms_rstd, scale_blocks
@@ -15,16 +16,16 @@ from common.rmsnorm import add_blocks, largest_magnitude, normed_blocks, rms_rst
 
 @triton.jit
 def load_vector(x_ptr, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """x float32 [k] times vector_unit as blocks, as gemv_rows takes it."""
+    """Return x float32 [k] times vector_prescale as blocks, as gemv_rows takes it."""
     x = load_row_vector(x_ptr, MATRIX, BUILD.machine.opaque_zero())
     if MATRIX.format != "bf16":
-        x = scale_blocks(x, vector_unit(MATRIX.format))
+        x = scale_blocks(x, vector_prescale(MATRIX.format))
     return x
 
 
 @triton.jit
 def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """(the residual's RMSNorm but for a factor, as load_vector gives it; that factor, for a product with it).
+    """Return (blocks as load_vector's, factor): the factor makes their product that of the residual's RMSNorm.
 
     The residual is x plus what the experts left.
     """
@@ -35,20 +36,20 @@ def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
     for rank in tl.static_range(TOP_K):
         x = add_blocks(x, load_row_vector(ctx.s.expert_out + rank * H, MATRIX, zero))
     rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
-    return normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_unit(MATRIX.format))
+    return normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_prescale(MATRIX.format))
 
 
 @triton.jit
-def load_tile(stack, row0, end_row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """A tile of a dense matrix from row0 on, as gemv_rows takes it."""
-    return load_rows(stack, row0, end_row, MATRIX, BUILD.machine.opaque_zero())
+def load_tile(matrix, row0, end_row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """Return a tile of a dense matrix from row0 on, as gemv_rows takes it."""
+    return load_rows(matrix, row0, end_row, MATRIX, BUILD.machine.opaque_zero())
 
 
 @triton.jit
-def multiply(ctx, feed, x, stack, row0, end_row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """(a tile's rows from row0 on times x, the feed)."""
+def multiply(ctx, feed, x, matrix, row0, end_row, MATRIX: tl.constexpr, BUILD: tl.constexpr):
+    """Return (the rows of the tile at row0 times x, the feed)."""
     MACHINE: tl.constexpr = BUILD.machine
-    return gemv_rows(load_tile(stack, row0, end_row, MATRIX, BUILD), x, MATRIX, MACHINE), feed
+    return gemv_rows(load_tile(matrix, row0, end_row, MATRIX, BUILD), x, MATRIX, MACHINE), feed
 
 
 # ---------------------------------------------------------------- experts
@@ -56,7 +57,7 @@ def multiply(ctx, feed, x, stack, row0, end_row, MATRIX: tl.constexpr, BUILD: tl
 
 @triton.jit
 def store_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: tl.constexpr):
-    """Store float32 x [N] as elements first .. first + N of SIZE; in MXFP8 with QUANTIZE, then N is whole groups."""
+    """Store float32 x [N] as elements first .. of a vector [SIZE]; with QUANTIZE as MXFP8, where N is whole groups."""
     N: tl.constexpr = x.shape[0]
     i = first + tl.arange(0, N)
     if QUANTIZE:
@@ -70,10 +71,10 @@ def store_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: 
 
 @triton.jit
 def store_input(ctx, block, normed, x, factor, BUILD: tl.constexpr):
-    """Store a block of the experts' input, normed; x * factor is all of it, whose largest element gives its power."""
+    """Store a block of the experts' input, normed; x * factor is all of it, whose largest element sets the prescale."""
     if not BUILD.quant:
-        power, scale = vector_power(largest_magnitude(x) * factor)
-        normed *= power
+        prescale, scale = fp4_vector_prescale(largest_magnitude(x) * factor)
+        normed *= prescale
         if block == 0:  # the same for all
             tl.store(ctx.s.expert_in_scale, scale)
     first = block * BUILD.tuning.experts.norm_block
@@ -82,47 +83,50 @@ def store_input(ctx, block, normed, x, factor, BUILD: tl.constexpr):
 
 @triton.jit
 def load_input(ctx, BUILD: tl.constexpr):
-    """((pointer to the experts' input, to its scales) for a product to load, what such a product lacks)."""
+    """Return (Operand of the experts' input, which a product loads itself; the factor that such a product lacks)."""
+    vector = Operand(ctx.s.expert_in, ctx.s.expert_in_scale)
     if BUILD.quant:
-        return (ctx.s.expert_in, ctx.s.expert_in_scale), 1.0
+        return vector, 1.0
     else:
-        return (ctx.s.expert_in,), tl.load(ctx.s.expert_in_scale)
+        return vector, tl.load(ctx.s.expert_in_scale)
 
 
 @triton.jit
 def store_act(ctx, rank, i, act, BUILD: tl.constexpr):
-    """Store activations i, float32 [n], all of the expert of one rank; rank [n] and i rise by one from i[0] on."""
+    """Store activations i, float32 [n], of one expert; rank [n] is the same in all, and i [n] rises by one."""
     K: tl.constexpr = BUILD.config.intermediate_size
-    place, first = tl.max(rank, axis=0), tl.min(i, axis=0)
-    scale_ptr = ctx.s.expert_act_scale + place * (K // GROUP)
-    store_activations(ctx.s.expert_act + place * K, scale_ptr, act, first, K, BUILD.quant)
+    expert_rank, first = tl.max(rank, axis=0), tl.min(i, axis=0)
+    scale_ptr = ctx.s.expert_act_scale + expert_rank * (K // GROUP)
+    store_activations(ctx.s.expert_act + expert_rank * K, scale_ptr, act, first, K, BUILD.quant)
 
 
 @triton.jit
 def load_act(ctx, rank, BUILD: tl.constexpr):
-    """(pointer, pointer to the scales) of an expert's activations, which a product loads itself."""
+    """Return the Operand of an expert's activations, which a product loads itself."""
     K: tl.constexpr = BUILD.config.intermediate_size
-    return ctx.s.expert_act + rank * K, ctx.s.expert_act_scale + rank * (K // GROUP)
+    return Operand(ctx.s.expert_act + rank * K, ctx.s.expert_act_scale + rank * (K // GROUP))
 
 
 @triton.jit
 def multiply_expert(ctx, layer, feed, choice, vector, tiles, MATRIX: tl.constexpr, BUILD: tl.constexpr):
-    """(even rows, odd rows, the feed): one tile of an expert's matrix times a vector, float32 [tile_rows / 2] each."""
+    """Return (even rows, odd rows, the feed) of one tile of an expert's matrix times a vector.
+
+    Rows are float32 [tile_rows / 2] each.
+    """
     ROWS: tl.constexpr = MATRIX.rows
     K: tl.constexpr = MATRIX.k
     M: tl.constexpr = MATRIX.tile_rows
-    matrix = layer * BUILD.config.n_experts + element(choice.experts, tiles.rank)
+    index = layer * BUILD.config.n_experts + element(choice.experts, tiles.rank)
     if MATRIX.name == "gate_up":
         blocks_ptr, scales_ptr = ctx.w.gate_up, ctx.w.gate_up_scales
     else:
         blocks_ptr, scales_ptr = ctx.w.down, ctx.w.down_scales
-    blocks_ptr, scales_ptr = blocks_ptr + matrix * (ROWS * (K // 8)), scales_ptr + matrix * (ROWS * (K // GROUP))
+    matrix = Operand(blocks_ptr + index * (ROWS * (K // 8)), scales_ptr + index * (ROWS * (K // GROUP)))
     row0 = tiles.first * M
     if BUILD.quant:
-        SCALED: tl.constexpr = BUILD.tuning.experts.dot_scaled
-        y = gemv_fp4_fp8(blocks_ptr, scales_ptr, vector[0], vector[1], row0, ROWS, K, M, MATRIX.k_block, SCALED)
+        y = gemv_fp4_fp8(matrix, vector, row0, MATRIX, BUILD.tuning.experts.dot_scaled)
     else:
-        y = gemv_fp4(blocks_ptr, scales_ptr, vector[0], row0, ROWS, K, M, MATRIX.k_block)
+        y = gemv_fp4(matrix, vector.ptr, row0, MATRIX)
     even, odd = tl.split(tl.reshape(y, (M // 2, 2)))
     return even, odd, feed
 
@@ -132,48 +136,48 @@ def multiply_expert(ctx, layer, feed, choice, vector, tiles, MATRIX: tl.constexp
 
 @triton.jit
 def open_feed(ctx, BUILD: tl.constexpr):
-    """No feed: nothing is asked for ahead."""
+    """Return an empty feed, as nothing is asked for ahead."""
     return ()
 
 
 @triton.jit
 def open_phase(ctx, layer, MATRIX: tl.constexpr, choice, BUILD: tl.constexpr):
-    """No feed."""
+    """Return an empty feed, as nothing is asked for ahead."""
     return ()
 
 
 @triton.jit
 def extend(ctx, layer, feed):
-    """The feed as it is."""
+    """Return the feed unchanged."""
     return feed
 
 
 @triton.jit
 def ask_nothing(ctx, layer, feed, BUILD: tl.constexpr):
-    """The feed as it is."""
+    """Return the feed unchanged."""
     return feed
 
 
 @triton.jit
 def ask_no_experts(ctx, choice, feed, BUILD: tl.constexpr):
-    """The feed as it is."""
+    """Return the feed unchanged."""
     return feed
 
 
 @triton.jit
 def ask_no_head(ctx, feed, BUILD: tl.constexpr):
-    """The feed as it is."""
+    """Return the feed unchanged."""
     return feed
 
 
 @triton.jit
 def ask_nothing_small(ctx, layer, window, BUILD: tl.constexpr):
-    """Leave all to who needs it."""
+    """Ask for nothing."""
 
 
 @triton.jit
 def ask_no_part(ctx, layer, PART: tl.constexpr, BUILD: tl.constexpr):
-    """Leave all to who needs it."""
+    """Ask for nothing."""
 
 
 EXPERTS = Experts(

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def swiglu(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """gate * sigmoid(ALPHA * gate) * (up + 1), gate clamped to at most LIMIT, up to [-LIMIT, LIMIT]; float32.
+    """Return gate * sigmoid(ALPHA * gate) * (up + 1), float32, of gate clamped from above and up to [-LIMIT, LIMIT].
 
     NaN stays NaN: a broken weight must not become a number.
     """

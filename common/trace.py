@@ -1,7 +1,7 @@
 """Timestamps of a launch, taken by every program at every barrier.
 
-`trace_ptr` is int64 [2 + 2 * barriers, n_programs]. Event 0 is a program's start, event 2 b - 1 its arrival at barrier
-b (1, 2, ...), event 2 b its leaving it, and the last one its end.
+State.trace is int64 [2 + 2 * barriers, n_programs]. Event 0 is a program's start, event 2 b - 1 its arrival at barrier
+b (1, 2, ...), event 2 b its departure from it, and the last event its end.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def mark(ctx, event, BUILD: tl.constexpr):
-    """Note the time of an event; nothing at all unless the build traces."""
+    """Store the time of an event if the build traces; else this compiles to nothing."""
     if BUILD.trace:
-        tl.debug_barrier()  # the time at which all warps are here
+        tl.debug_barrier()  # so that the time is that of the last warp
         tl.store(ctx.s.trace + event * ctx.n_programs + ctx.program, BUILD.machine.sync.clock_ns())

@@ -12,7 +12,7 @@ from host.tuning import RingTuning, Tuning
 
 
 def changed(tuning: Tuning, **subjects) -> Tuning:
-    """Return a tuning with other values: changed(tuning, num_warps=2, attention=dict(split_t=16))."""
+    """Return a tuning with other values: changed(tuning, num_warps=2, attention=dict(min_split_keys=16))."""
     values = {
         name: dataclasses.replace(getattr(tuning, name), **value) if isinstance(value, dict) else value
         for name, value in subjects.items()

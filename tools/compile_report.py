@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 import gpt_oss_megakernel as mega
 from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
-from common.build import Build
+from common.build import Build, Matrix, Operand
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from host.cli import ArgumentParser, path_name, run_main
 from host.launch import GFX950, SM_90, fit_ring, programs_on
@@ -69,7 +69,7 @@ def compile_megakernel(
     kv_dtype: torch.dtype = torch.bfloat16,
     trace: bool = False,
 ):
-    """Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
+    """Return Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     gpu, default_tuning = TARGETS[target]
     tuning = tuning or (fit_ring(default_tuning, config) if default_tuning.ring else default_tuning)
     n_programs = programs_on(UNITS[target], tuning)
@@ -103,28 +103,27 @@ def compile_megakernel(
 
 
 def pointer_attributes(target: str, tensor: torch.Tensor) -> list:
-    """What a launch tells the compiler about a tensor. On AMD those below 2 GiB are read by buffer instructions."""
+    """Return what a launch tells the compiler about a tensor: on AMD, buffer instructions read those below 2 GiB."""
     small = tensor.numel() * tensor.element_size() < 1 << 31
     return ALIGNED + (SMALL if target == "gfx950" and small else [])
 
 
 @triton.jit
-def expert_tile(
-    out, blocks, scales, x, x_scale, row0, n_rows, K: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, QUANT
-):
-    """One tile of an expert's matrix, to count what a tile takes."""
+def expert_tile(out, blocks, scales, x, x_scale, row0, MATRIX: tl.constexpr, QUANT: tl.constexpr):
+    """Multiply one tile of an expert's matrix, so that its instructions can be counted."""
+    matrix = Operand(blocks, scales)
     if QUANT:
-        y = gemv_fp4_fp8(blocks, scales, x, x_scale, row0, n_rows, K, M, BLOCK_K, True)
+        y = gemv_fp4_fp8(matrix, Operand(x, x_scale), row0, MATRIX, True)
     else:
-        y = gemv_fp4(blocks, scales, x, row0, n_rows, K, M, BLOCK_K)
-    tl.store(out + tl.arange(0, M), y)
+        y = gemv_fp4(matrix, x, row0, MATRIX)
+    tl.store(out + tl.arange(0, MATRIX.tile_rows), y)
 
 
 def compile_expert_tile(quant: bool, m: int, block_k: int, k: int):
-    """A tile of m rows of k elements, compiled for gfx950 with its tuning."""
+    """Compile a tile of m rows of k elements for gfx950, with its tuning."""
     types = {"out": "*fp32", "blocks": "*i32", "scales": "*u8", "x": "*fp8e4nv" if quant else "*fp32", "x_scale": "*u8"}
-    constants = {"K": k, "M": m, "BLOCK_K": block_k, "QUANT": quant}
-    signature = {**types, "row0": "i32", "n_rows": "i32", **dict.fromkeys(constants, "constexpr")}
+    constants = {"MATRIX": Matrix("", GPT_OSS_120B.hidden_size, k, "mxfp4", m, block_k), "QUANT": quant}
+    signature = {**types, "row0": "i32", **dict.fromkeys(constants, "constexpr")}
     names = expert_tile.arg_names
     attrs = {(names.index(name),): ALIGNED for name in ("blocks", "scales", "row0")}
     attrs |= {(names.index(name),): ALIGNED + SMALL for name in ("out", "x", "x_scale")}
@@ -138,9 +137,9 @@ def compile_expert_tile(quant: bool, m: int, block_k: int, k: int):
 
 
 def amd_tile_report(quant: bool) -> dict:
-    """Scaled MFMAs that a wave executes for a block over K of each expert matrix's tile, and pipelining of the loops.
+    """Count the scaled MFMAs of a wave for a block over K of each expert tile, and check its loops' pipelining.
 
-    Ahead are the weights' loads with products between them and the wait for them; first those of a tile's first block.
+    Loads are ahead if products stand between them and the wait for them; a tile's first block comes first.
     """
     k = GPT_OSS_120B.hidden_size
     figures = {}
@@ -164,12 +163,12 @@ def amd_tile_report(quant: bool) -> dict:
 
 
 def expert_loads(program: "Program") -> list[int]:
-    """Loads of FP4 blocks in a tile's program; those of activations, from a small tensor, are buffer instructions."""
+    """Find loads of FP4 blocks in a tile's program; loads of activations, a small tensor, are buffer instructions."""
     return program.find(r"global_load_dwordx4")
 
 
 def product_before_wait(program: "Program", load: int, product: str) -> bool:
-    """Whether products follow a load before the wait that it is among: vmcnt(n) waits for all but the last n."""
+    """Return whether products follow a load before its wait: vmcnt(n) waits for all loads but the last n."""
     later = 0
     for code in program.instructions[load + 1 :]:
         if re.search(product, code):
@@ -181,7 +180,7 @@ def product_before_wait(program: "Program", load: int, product: str) -> bool:
 
 
 def amd_report(kernel) -> dict:
-    """Registers, spills, scratch, barriers and the instructions that matter, from gfx950 assembly."""
+    """Report registers, spills, scratch, barriers and important instructions, from gfx950 assembly."""
     asm = kernel.asm["amdgcn"]
     program = Program.from_amdgcn(asm)
 
@@ -207,15 +206,15 @@ def amd_report(kernel) -> dict:
 
 
 def load_widths(program: "Program", source: re.Pattern) -> dict[str, int]:
-    """How many loads of each width come from source lines that match."""
+    """Count the loads of each width that come from source lines which match."""
     loads = (program.instructions[i] for i in program.loads_of(source))
     return dict(Counter(re.search(r"_load_(\w+)", code).group(1) for code in loads))
 
 
 def amd_barriers(program: "Program") -> dict:
-    """How the arrivals, acquires and polls of the grid barriers came out on gfx950.
+    """Count arrivals, acquires and polls of the grid barriers on gfx950.
 
-    An arrival writes the cache back at device scope and waits for that, then adds; an acquire invalidates.
+    An arrival writes the cache back at device scope, waits for that, then adds; an acquire invalidates.
     """
     adds = program.find(r"global_atomic_add ")
     aborts = len(program.find(r"global_atomic_cmpswap"))  # with a write-back and an invalidation of their own
@@ -232,21 +231,21 @@ def amd_barriers(program: "Program") -> dict:
 
 
 def amd_arrival_waits(program: "Program", arrival: int) -> int:
-    """How many times an arrival waits for memory, from the drain of its wave's stores on."""
+    """Count how many times an arrival waits for memory, from the drain of its wave's stores on."""
     barrier = program.last_before(arrival, r"s_barrier")
     drain = program.last_before(barrier, r"s_waitcnt vmcnt\(0\) lgkmcnt\(0\)")
     return sum("vmcnt" in code for code in program.instructions[drain:arrival])
 
 
 def amd_written_back(program: "Program", arrival: int) -> bool:
-    """Whether the cache is written back, and that waited for, after the last store before an arrival."""
+    """Return whether the cache is written back, and waited for, after the last store before an arrival."""
     write_back = program.last_before(arrival, r"buffer_wbl2 sc1")
     store = program.last_before(arrival, r"(?:global|buffer|flat)_store")
     return store < write_back and program.within(write_back + 1, 0, r"s_waitcnt vmcnt\(0\)")
 
 
 def amd_drained(program: "Program", arrival: int) -> bool:
-    """Whether every wave waits for its own stores before the workgroup barrier that precedes an arrival."""
+    """Return whether every wave waits for its own stores before the workgroup barrier that precedes an arrival."""
     barrier = program.last_before(arrival, r"s_barrier")
     drain = program.last_before(barrier, r"s_waitcnt vmcnt\(0\) lgkmcnt\(0\)")
     store = program.last_before(arrival, r"(?:global|buffer|flat)_store")
@@ -254,14 +253,14 @@ def amd_drained(program: "Program", arrival: int) -> bool:
 
 
 def nvidia_report(kernel) -> dict:
-    """Registers, stack, copies, load widths and barriers, from sm_90 machine code."""
+    """Report registers, stack, copies, load widths and barriers, from sm_90 machine code."""
     sass = cuobjdump(kernel, "--dump-sass")
     usage = cuobjdump(kernel, "--dump-resource-usage")
     program = Program.from_sass(sass)
     arrivals = program.find(r"MEMBAR\.ALL\.GPU", r"ERRBAR", r"CGAERRBAR", r"(?:REDG|ATOMG)\.E\.ADD\.STRONG\.GPU")
     polls = [i for i in program.find(r"LDG\.E\.STRONG\.GPU") if program.within(i, 2, r"CCTL\.IVALL")]  # acquiring ones
     spills = program.find(r"\b(?:LDL|STL)")
-    # Those over tiles, batches of them, and keys; not the one over layers, which has barriers in it.
+    # Loops over tiles, batches of tiles, and keys; the loop over layers is left out because it holds barriers.
     loops = [loop for loop in program.loops() if not program.within(loop.start, len(loop) - 1, "MEMBAR")]
     evict_first = [program.instructions[i] for i in program.find(r"LDG\.E\.EF")]
     return {
@@ -286,7 +285,10 @@ class Program:
     def __init__(
         self, instructions: list[str], targets: dict[int, int], ends: set[int], sources: list[str] | None = None
     ):
-        """targets: branch -> where it goes; ends: instructions that do not fall through; sources: lines of Python."""
+        """Keep the instructions and their order.
+
+        targets: branch -> where it goes; ends: instructions that do not fall through; sources: lines of Python.
+        """
         self.instructions, self._targets, self._ends, self.sources = instructions, targets, ends, sources or []
 
     @classmethod
@@ -329,28 +331,28 @@ class Program:
         return cls(instructions, targets, ends)
 
     def find(self, *patterns: str) -> list[int]:
-        """Where consecutive instructions match the patterns; the position of the last one."""
+        """Return where consecutive instructions match the patterns, by the position of the last one."""
         n = len(patterns)
         runs = zip(*(self.instructions[k:] for k in range(n)), strict=False)
         return [i + n - 1 for i, run in enumerate(runs) if all(map(re.search, patterns, run))]
 
     def loads_of(self, source: re.Pattern, width: str = "") -> list[int]:
-        """Where memory is loaded, in pieces of `width`, by source lines that match."""
+        """Return where memory is loaded in pieces of `width`, from source lines that match."""
         return [i for i in self.find(f"^(?:global|buffer|flat)_load_{width}") if source.search(self.sources[i])]
 
     def within(self, i: int, n: int, pattern: str) -> bool:
         return any(re.search(pattern, code) for code in self.instructions[i : i + n + 1])
 
     def last_before(self, i: int, pattern: str) -> int:
-        """The nearest earlier match, -1 if there is none."""
+        """Return the nearest earlier match, -1 if there is none."""
         return next((k for k in range(i - 1, -1, -1) if re.search(pattern, self.instructions[k])), -1)
 
     def loops(self) -> list[range]:
-        """Of instructions that stand together, as machine code has loops."""
+        """Return the loops, as runs of consecutive instructions, which they are in machine code."""
         return [range(start, end + 1) for end, start in self._targets.items() if start <= end]
 
     def repeats(self, i: int, without: str) -> bool:
-        """Whether instruction i can run again with none that matches `without` in between."""
+        """Return whether instruction i can run again without one that matches `without` in between."""
         seen, todo = set(), self._next(i)
         while todo:
             k = todo.pop()
@@ -368,10 +370,10 @@ class Program:
 
 @functools.cache
 def source_lines(folder: str, name: str) -> list[str]:
-    """The lines of a file of this checkout; none of Triton's.
+    """Return the lines of a file of this checkout; none for a file of Triton's.
 
-    Triton keeps compiled kernels for all checkouts, so that the paths in one may be another checkout's, long gone: it
-    was made from the same lines. `folder` is looked for here by its last two names, then its last, then none.
+    Triton keeps compiled kernels for all checkouts. The paths in one may belong to another checkout, which had equal
+    lines and may no longer exist. So `folder` is looked for here by its last two names, then its last, then none.
     """
     root = Path(__file__).resolve().parent.parent
     *_, outer, inner = ("", *folder.strip("/").split("/"))
@@ -380,7 +382,7 @@ def source_lines(folder: str, name: str) -> list[str]:
 
 
 def cuobjdump(kernel, *options: str) -> str:
-    """Output of the cuobjdump that comes with Triton."""
+    """Return the output of the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

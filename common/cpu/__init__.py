@@ -1,4 +1,4 @@
-"""Triton's interpreter on a CPU: rows straight from memory, when they are multiplied."""
+"""Triton's interpreter on a CPU: rows are read straight from memory when they are multiplied."""
 
 import triton
 import triton.language as tl
@@ -7,18 +7,18 @@ from common import gemv_fp8, plain_sync, rows
 from common.machine import Dense, Feed, Machine, Synchronization
 from common.prompt_rows import ROWS
 
-CLOCK = tl.constexpr("clock_ns $0;")  # interpreter/assembly.py gives it its meaning
+CLOCK = tl.constexpr("clock_ns $0;")  # interpreter/assembly.py implements it
 
 
 @triton.jit
 def no_zero():
-    """0: there are no registers to save."""
+    """Return 0, as there are no registers to save."""
     return 0
 
 
 @triton.jit
 def clock_ns():
-    """Nanoseconds of the host's clock, int64."""
+    """Return nanoseconds of the host's clock, int64."""
     return tl.inline_asm_elementwise(CLOCK, "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
 

@@ -1,4 +1,4 @@
-"""AMD MI350X and MI355X: rows straight from memory, a dense tile's loads ahead of the products of the one before it."""
+"""AMD MI350X and MI355X: rows are read straight from memory, those of a dense tile one tile ahead."""
 
 from common import plain_sync, rows
 from common.gfx950 import asm, feed

@@ -1,4 +1,4 @@
-"""gfx950 instructions that Triton has no name for."""
+"""gfx950 instructions that Triton does not offer."""
 
 import triton
 import triton.language as tl
@@ -17,8 +17,8 @@ E4M3_TO_FLOAT32 = tl.constexpr("""v_cvt_f32_fp8_sdwa $0, $4 src0_sel:BYTE_0
 def publish():
     """Wait until this program's stores have left its waves, and write them back to where the whole device sees them.
 
-    `tl.debug_barrier()` is a bare s_barrier here, which waves may pass with stores still in flight. A release atomic is
-    meant to write back, but LLVM drops its wait behind buffer_wbl2 where it knows of no other access in flight.
+    `tl.debug_barrier()` is a bare s_barrier here, which waves may pass with stores still in flight. A release atomic
+    should write back, but LLVM drops its wait behind buffer_wbl2 if it knows of no other access in flight.
     """
     tl.inline_asm_elementwise(DRAIN, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
@@ -27,7 +27,7 @@ def publish():
 
 @triton.jit
 def opaque_zero():
-    """0, a multiple of 16, of which the compiler does not know that it is 0.
+    """Return 0, of which the compiler only knows that it is a multiple of 16.
 
     Index vectors that contain it are not kept in registers from phase to phase and from layer to layer.
     """
@@ -36,13 +36,13 @@ def opaque_zero():
 
 @triton.jit
 def clock_ns():
-    """Nanoseconds, int64, of a clock of 100 MHz that all programs share."""
+    """Return nanoseconds, int64, of a clock of 100 MHz that all programs share."""
     return 10 * tl.inline_asm_elementwise(CLOCK, "=s", [], dtype=tl.int64, is_pure=False, pack=1)
 
 
 @triton.jit
 def e4m3_to_float32(words):
-    """The four E4M3 elements of each int32, lowest byte first, as float32."""
+    """Return the four E4M3 elements of each int32, lowest byte first, as float32."""
     return tl.inline_asm_elementwise(
         E4M3_TO_FLOAT32,
         "=&v,=&v,=&v,=&v,v",

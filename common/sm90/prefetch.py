@@ -1,4 +1,4 @@
-"""Requests to the L2 cache for what does not come through the ring."""
+"""Prefetches into the L2 cache of what does not come through the ring."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ from common.work import share_rows
 
 @triton.jit
 def ask_small(ctx, layer, window, BUILD: tl.constexpr):
-    """Ask for this program's part of the cache, and for the small vectors that the next three phases read."""
+    """Ask for this program's split of the KV cache, and for the small vectors that the next three phases read."""
     CONFIG: tl.constexpr = BUILD.config
     H: tl.constexpr = CONFIG.hidden_size
     D: tl.constexpr = CONFIG.head_dim
@@ -19,11 +19,11 @@ def ask_small(ctx, layer, window, BUILD: tl.constexpr):
     KV_BYTES: tl.constexpr = s.k_cache.dtype.element_ty.primitive_bitwidth // 8
     span = split_cache(first_seen(window, ctx.position), ctx.position, BUILD)
     if program < CONFIG.n_kv_heads * span.n_splits:
-        first = span.start + (program % span.n_splits) * span.split_size
+        first = span.first + (program % span.n_splits) * span.split_size
         n_bytes = tl.minimum(span.split_size, ctx.position - first) * (D * KV_BYTES)
-        at = ((layer * CONFIG.n_kv_heads + program // span.n_splits) * ctx.max_context + first) * D
-        prefetch_l2(s.k_cache + at, n_bytes)
-        prefetch_l2(s.v_cache + at, n_bytes)
+        offset = ((layer * CONFIG.n_kv_heads + program // span.n_splits) * ctx.max_context + first) * D
+        prefetch_l2(s.k_cache + offset, n_bytes)
+        prefetch_l2(s.v_cache + offset, n_bytes)
     if program == ctx.n_programs - 1:
         prefetch_l2(w.sinks + layer * CONFIG.n_heads, CONFIG.n_heads * 4)
         prefetch_l2(w.o_bias + layer * H, H * 2)
@@ -35,9 +35,9 @@ def ask_small(ctx, layer, window, BUILD: tl.constexpr):
 
 @triton.jit
 def ask_part_of_qkv(ctx, layer, PART: tl.constexpr, BUILD: tl.constexpr):
-    """Ask for a part of this program's share of a layer's QKV weights: number PART, counted from the share's end.
+    """Ask for part number PART, from the end, of this program's rows of a layer's QKV weights.
 
-    Little at a time: what has been asked for holds up all that comes after it, barriers too.
+    The parts are small, as requests delay all later ones, also those of barriers.
     """
     CONFIG: tl.constexpr = BUILD.config
     MATRIX: tl.constexpr = BUILD.qkv
@@ -50,5 +50,5 @@ def ask_part_of_qkv(ctx, layer, PART: tl.constexpr, BUILD: tl.constexpr):
         ROW_BYTES: tl.constexpr = MATRIX.k * item_bytes(MATRIX.format)
         first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
         n_bytes = (end - first) * ROW_BYTES * SIXTEENTHS // 16 & -16
-        at = ctx.w.qkv.to(tl.int64) + (layer * MATRIX.rows + end) * ROW_BYTES
-        prefetch_l2(at - (PART + 1) * n_bytes, n_bytes)
+        end_ptr = ctx.w.qkv.to(tl.int64) + (layer * MATRIX.rows + end) * ROW_BYTES
+        prefetch_l2(end_ptr - (PART + 1) * n_bytes, n_bytes)

@@ -1,4 +1,4 @@
-"""PTX for what Triton has no name for: shared memory by address, mbarriers, the copy engine, tensor cores.
+"""PTX instructions that Triton does not offer: shared memory by address, mbarriers, the copy engine, tensor cores.
 
 Addresses are int32, of shared memory. interpreter/assembly.py says what each text means on a CPU.
 """
@@ -22,25 +22,25 @@ STORE_4_LONGS_IF = tl.constexpr("""{ .reg .pred inside; setp.ne.s32 inside, $6, 
 
 @triton.jit
 def load_word(address):
-    """The int32 word at each of `address`."""
+    """Return the int32 word at each of `address`."""
     return tl.inline_asm_elementwise(LOAD_WORD, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def load_byte(address):
-    """The byte at each of `address`, int32."""
+    """Return the byte at each of `address`, int32."""
     return tl.inline_asm_elementwise(LOAD_BYTE, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def load_float(address):
-    """The float32 at each of `address`."""
+    """Return the float32 at each of `address`."""
     return tl.inline_asm_elementwise(LOAD_FLOAT, "=f,r", [address], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
 def load_4_floats(address):
-    """The four float32 at each of `address`, multiples of 16."""
+    """Return the four float32 at each of `address`, multiples of 16."""
     a, b, c, d = tl.inline_asm_elementwise(
         LOAD_4_FLOATS,
         "=f,=f,=f,=f,r",
@@ -54,7 +54,7 @@ def load_4_floats(address):
 
 @triton.jit
 def load_4_words(address):
-    """The four int32 words at each of `address`, multiples of 16."""
+    """Return the four int32 words at each of `address`, multiples of 16."""
     return tl.inline_asm_elementwise(
         LOAD_4_WORDS, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
     )
@@ -62,7 +62,7 @@ def load_4_words(address):
 
 @triton.jit
 def load_4_words_if(address, mask):
-    """The four int32 words at each of `address`, multiples of 16; zeros where not `mask`."""
+    """Return the four int32 words at each of `address`, multiples of 16; zeros where not `mask`."""
     return tl.inline_asm_elementwise(
         LOAD_4_WORDS_IF,
         "=&r,=&r,=&r,=&r,r,r",
@@ -125,7 +125,7 @@ COPY = tl.constexpr("""{
 done:
 }""")
 
-# Bounded, as every wait here: copies that never end are a bug, and a trap is better than a GPU that hangs.
+# The wait is bounded: copies that never end are a bug, and a trap is better than a GPU that hangs.
 WAIT = tl.constexpr("""{
     .reg .pred done;
     .reg .u32 spins;
@@ -144,7 +144,7 @@ arrived:
 
 @triton.jit
 def copy_tile(barrier, stage, description):
-    """Ask the copy engine for a tile whose two pieces `description` holds, see ring.describe_tile."""
+    """Ask the copy engine for the tile that ring.describe_tile described at `description`."""
     tl.inline_asm_elementwise(
         COPY, "=&r,r,r,r,~{memory}", [barrier, stage, description], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -152,7 +152,7 @@ def copy_tile(barrier, stage, description):
 
 @triton.jit
 def wait_for_copy(barrier, parity, stage):
-    """The address of a stage, when the bytes of its phase `parity` have arrived."""
+    """Wait until the bytes of a stage's phase `parity` have arrived, and return the stage's address."""
     return tl.inline_asm_elementwise(
         WAIT, "=&r,r,r,r,~{memory}", [barrier, parity, stage], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -182,9 +182,9 @@ def prefetch_l2(ptr, n_bytes):
     )
 
 
-# One warp polls, and the others wait at the barrier behind the loop: were all of them to poll, they would hold up the
-# arrivals (2.20 ms a token against 2.08). Triton would hand each poll's result to all threads through shared memory,
-# and acquire by one more trip to memory (2.09 ms).
+# One warp polls, and the others wait at the barrier behind the loop: polling by all of them would delay the arrivals
+# (2.20 ms per token instead of 2.08). Triton's own atomic would pass each poll's result to all threads through shared
+# memory, and acquire by one more trip to memory (2.09 ms).
 POLL = tl.constexpr("""{
     .reg .pred polling;
     .reg .u32 thread;
@@ -197,7 +197,7 @@ POLL = tl.constexpr("""{
 
 @triton.jit
 def poll(counter_ptr, target):
-    """What is counted at an int32, acquired; `target` for the warps that do not poll."""
+    """Return the int32 at counter_ptr with acquire semantics; warps that do not poll return `target`."""
     return tl.inline_asm_elementwise(
         POLL, "=&r,l,r,~{memory}", [counter_ptr.to(tl.int64), target], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -205,7 +205,7 @@ def poll(counter_ptr, target):
 
 @triton.jit
 def acquired(counter_ptr, seen):
-    """What the last poll saw: it has acquired."""
+    """Return what the last poll saw, as `poll` has acquired."""
     return seen
 
 
@@ -214,13 +214,13 @@ CLOCK = tl.constexpr("mov.u64 $0, %globaltimer;")
 
 @triton.jit
 def clock_ns():
-    """Nanoseconds, int64, of a clock that all programs share."""
+    """Return nanoseconds, int64, of a clock that all programs share."""
     return tl.inline_asm_elementwise(CLOCK, "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
 
 @triton.jit
 def zero():
-    """0: this compiler keeps index vectors out of registers by itself."""
+    """Return 0, as this compiler keeps index vectors out of registers by itself."""
     return 0
 
 
@@ -241,7 +241,7 @@ E4M3_TO_FLOAT32 = tl.constexpr("""{
 
 @triton.jit
 def e4m3_to_float32(words):
-    """The four E4M3 elements of each int32, lowest byte first, as float32."""
+    """Return the four E4M3 elements of each int32, lowest byte first, as float32."""
     return tl.inline_asm_elementwise(
         E4M3_TO_FLOAT32,
         "=f,=f,=f,=f,r",

@@ -1,24 +1,35 @@
 """A ring of stages in shared memory that the copy engine fills ahead of time, in the order in which a program reads.
 
-    Triton's own | mbarriers, 8 bytes a stage | stage 0 | stage 1 | ... | more_bytes for who asks for them
-                 ^ ring                       ^ ring + BARRIER_BYTES
+    Triton's own | mbarriers, 8 bytes per stage | stage 0 | stage 1 | ... | MORE_BYTES for the caller
+                 ^ ring                         ^ ring + BARRIER_BYTES
 
 One thread asks for a tile of weights with one instruction (cp.async.bulk), which takes no registers, and a stage's
-mbarrier tells when its bytes have arrived. open_ring leaves a note in the PTX from which host/shared_memory.py makes
-room behind Triton's own shared memory.
+mbarrier tells when its bytes have arrived. open_ring writes a comment into the PTX, by which host/shared_memory.py
+extends Triton's own shared memory.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from common.sm90 import ptx
 
-BARRIER_BYTES = tl.constexpr(128)  # one mbarrier a stage
-DESCRIPTION_BYTES = tl.constexpr(32)  # of a tile, see describe_tile
+BARRIER_BYTES = tl.constexpr(128)  # one mbarrier per stage
+DESCRIPTION_BYTES = tl.constexpr(32)  # per tile, see describe_tile
+
+
+class TilePieces(NamedTuple):
+    """Where the two pieces of a tile lie: addresses in memory and bytes, int64, multiples of 16."""
+
+    ptr: Any
+    n_bytes: Any
+    more_ptr: Any
+    more_bytes: Any  # may be 0
 
 
 def _open_asm(stages: int, stage_bytes: int, more_bytes: int = 0) -> str:
-    """PTX that gives the ring's address and makes its mbarriers ready for one thread's arrival a phase."""
+    """Return PTX that gives the ring's address and initializes its mbarriers for one thread's arrival per phase."""
     ring_bytes = BARRIER_BYTES.value + stages * stage_bytes + more_bytes
     lines = [
         f"// shared memory behind Triton's own: {ring_bytes} bytes",
@@ -41,7 +52,7 @@ OPEN = triton.constexpr_function(_open_asm)
 
 @triton.jit
 def open_ring(STAGES: tl.constexpr, STAGE_BYTES: tl.constexpr, MORE_BYTES: tl.constexpr):
-    """The address of a ring whose stages are all empty."""
+    """Return the address of a ring whose stages are all empty."""
     ASM: tl.constexpr = OPEN(STAGES, STAGE_BYTES, MORE_BYTES)
     ring = tl.inline_asm_elementwise(ASM, "=&r", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
@@ -50,7 +61,7 @@ def open_ring(STAGES: tl.constexpr, STAGE_BYTES: tl.constexpr, MORE_BYTES: tl.co
 
 @triton.jit
 def behind_stages(ring, STAGES: tl.constexpr, STAGE_BYTES: tl.constexpr):
-    """The address of the MORE_BYTES."""
+    """Return the address of the ring's MORE_BYTES."""
     return ring + BARRIER_BYTES + STAGES * STAGE_BYTES
 
 
@@ -58,24 +69,21 @@ def behind_stages(ring, STAGES: tl.constexpr, STAGE_BYTES: tl.constexpr):
 def fill_stage(ring, n, description, STAGES: tl.constexpr, STAGE_BYTES: tl.constexpr):
     """Ask for tile number n = 0, 1, ..., which describe_tile described at the address `description`.
 
-    All threads must have read what the stage held, and stored the description, as a barrier tells.
+    A barrier must make sure that all threads have read what the stage held, and stored the description.
     """
     stage = n % STAGES
     ptx.copy_tile(ring + stage * 8, ring + BARRIER_BYTES + stage * STAGE_BYTES, description)
 
 
 @triton.jit
-def describe_tile(address, ptr, n_bytes, more_ptr, more_bytes, mask):
-    """Store at each of `address`, DESCRIPTION_BYTES, where a tile's two pieces lie; the second may have 0 bytes.
-
-    Bytes and addresses in memory are int64, multiples of 16.
-    """
-    ptx.store_4_longs_if(address, ptr, n_bytes, more_ptr, more_bytes, mask)
+def describe_tile(address, pieces, mask):
+    """Store TilePieces at each `address` in shared memory where `mask` holds, DESCRIPTION_BYTES each."""
+    ptx.store_4_longs_if(address, pieces.ptr, pieces.n_bytes, pieces.more_ptr, pieces.more_bytes, mask)
 
 
 @triton.jit
 def wait_for_stage(ring, n, STAGES: tl.constexpr, STAGE_BYTES: tl.constexpr):
-    """The address of tile number n in its stage, when its bytes have arrived."""
+    """Wait until the bytes of tile number n have arrived, and return its address."""
     stage = n % STAGES
-    at = ring + BARRIER_BYTES + stage * STAGE_BYTES
-    return ptx.wait_for_copy(ring + stage * 8, (n // STAGES) & 1, at)
+    address = ring + BARRIER_BYTES + stage * STAGE_BYTES
+    return ptx.wait_for_copy(ring + stage * 8, (n // STAGES) & 1, address)

@@ -4,28 +4,28 @@ Everything is laid out as the threads of mma.m16n8k16 hold it, so that nothing i
 [THREADS] has one element for each thread of a program.
 
 The vector is the right operand. Of its eight columns thread 4 n + t holds the part of column n that meets group t. That
-is zero but for t = n / 2, so that a product leaves one sum for each row and group, to which the scale is applied:
-column 2 q gets the vector as FP16, column 2 q + 1 what FP16 leaves of it, times 2^11. Together they carry 22 bits.
+is zero unless t = n / 2, so that a product leaves one sum for each row and group, to which the scale is applied: column
+2 q holds the vector as FP16, column 2 q + 1 its rounding error times 2^11. Together they carry 22 bits.
 """
 
 import triton
 import triton.language as tl
 
-from common.parts import half_unit
+from common.operands import half_prescale
 from common.sm90 import ptx
 from common.sm90.gemv import by_thread
 from common.sm90.tiles import GROUP, QUAD, QUAD_BYTES, UNPLACED, place_asm
 
 REST_FACTOR = tl.constexpr(2048.0)
-REST_PLACE = tl.constexpr(32)
+REST_OFFSET = tl.constexpr(32)
 
 
 def _multiply_quad(first_byte: int) -> str:
-    """PTX that adds a quad's products to sums, times the vector's scale and the weights' scales in two bytes.
+    """Return PTX that adds a quad's products to sums, times the vector's scale and the weights' scales in two bytes.
 
-    $0, $1: the sums of rows 2 r and 2 r + 1; $2, $3: what they were; $4, $8: four words of each row; $12: sixteen of
-    the vector; $28: the weights' scales; $29: the vector's. The products are summed in two halves, so that each waits
-    for half as many before it.
+    $0, $1: the new sums of rows 2 r and 2 r + 1; $2, $3: the old ones; $4, $8: four words of each row; $12: sixteen of
+    the vector; $28: the weights' scales; $29: the vector's. The products are summed in two halves, so that each product
+    waits for half as many before it.
     """
     lines = [".reg .f32 c<8>, scale, zero;", ".reg .b32 a<8>, w;", "mov.f32 zero, 0f00000000;"]
     for word in range(4):
@@ -64,25 +64,24 @@ CONSTRAINTS = tl.constexpr("=f,=f,f,f," + "r," * 25 + "f")
 
 
 @triton.constexpr_function
-def vector_parts(k: int) -> int:
-    """float16 elements of a vector's values and rests, see vector_places."""
+def tile_vector_size(k: int) -> int:
+    """Return the float16 elements of a vector's values and rests, see vector_offset."""
     return -(-k // (QUAD.value * GROUP.value)) * 2 * QUAD.value * GROUP.value
 
 
 @triton.jit
-def vector_unit(largest):
-    """(unit, scale): the power of two that brings a vector, `largest` its largest magnitude, to FP16; what undoes it.
+def tile_vector_prescale(largest):
+    """Return (prescale, scale): half_prescale of a vector's largest magnitude; the scale of products with the vector.
 
-    The largest element becomes 2^14 to 2^15. Vectors below 2^-95 are brought no further up: the unit, 2^(141 -
-    exponent), stays a float32, and so does what undoes it, times a weight's scale.
+    The scale undoes the prescale and the weights' 2^-14, and stays float32 also times a weight's scale.
     """
-    unit, undo = half_unit(largest)
-    return unit, undo * UNPLACED
+    prescale, undo = half_prescale(largest)
+    return prescale, undo * UNPLACED
 
 
 @triton.jit
 def split_scale(scale):
-    """(scale for load_vector, factor of the result), whose product is `scale`; usually the factor is 1.
+    """Return (scale for load_tile_vector, factor of the result), whose product is `scale`; usually the factor is 1.
 
     A group's products times the scale of a large vector could leave float32 before the weights' scales bring them back.
     """
@@ -91,67 +90,67 @@ def split_scale(scale):
 
 
 @triton.jit
-def split_vector(x, unit):
-    """(value, rest), float16, of float32 x times a unit, as load_vector reads them."""
-    x *= unit
+def split_vector(x, prescale):
+    """Return (value, rest), float16, of float32 x times a prescale, as load_tile_vector reads them."""
+    x *= prescale
     value = x.to(tl.float16)
     return value, ((x - value.to(tl.float32)) * REST_FACTOR).to(tl.float16)
 
 
 @triton.jit
-def vector_places(k):
-    """Where element k of a vector goes among float16 [quads, 4, 2, 4, 8]; its rest goes to REST_PLACE after it.
+def vector_offset(k):
+    """Return the offset of a vector's element k in float16 [quads, 4, 2, 4, 8]; its rest is REST_OFFSET behind it.
 
-    In this order a warp's loads are contiguous: eighths of a group, values and rests, groups.
+    The dimensions are quads, eighths of a group, value or rest, groups and elements: a warp's loads are contiguous.
     """
     return k // 128 * 256 + k // 8 % 4 * 64 + k // 32 % QUAD * 8 + k % 8
 
 
 @triton.jit
-def store_vector(x_ptr, k, inside, x, unit):
-    """Store those elements k of float32 x that are inside as load_vector reads them."""
-    value, rest = split_vector(x, unit)
-    at = x_ptr + vector_places(k)
-    tl.store(at, value, mask=inside)
-    tl.store(at + REST_PLACE, rest, mask=inside)
+def store_vector(x_ptr, k, inside, x, prescale):
+    """Store those elements k of float32 x that are inside as load_tile_vector reads them."""
+    value, rest = split_vector(x, prescale)
+    x_ptr += vector_offset(k)
+    tl.store(x_ptr, value, mask=inside)
+    tl.store(x_ptr + REST_OFFSET, rest, mask=inside)
 
 
 @triton.jit
 def as_words(ptr):
-    """A pointer to pairs of float16 as one to int32."""
+    """Return a pointer to pairs of float16 as one to int32."""
     return ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
-def load_vector(x_ptr, scale, K: tl.constexpr, WARPS: tl.constexpr):
-    """A vector as multiply_tile takes it, from what store_vector left: (words, scale) of each step.
+def load_tile_vector(x_ptr, scale, K: tl.constexpr, WARPS: tl.constexpr):
+    """Return a vector that store_vector stored as multiply_tile takes it: (words, scale) of each step.
 
-    x_ptr: see as_words; `scale`: see vector_unit.
+    x_ptr: see as_words; `scale`: see tile_vector_prescale.
     """
     THREADS: tl.constexpr = 32 * WARPS
     STEPS: tl.constexpr = (K + WARPS * QUAD * GROUP - 1) // (WARPS * QUAD * GROUP)
     word = tl.arange(0, 4 * THREADS)
     column = word // 16 % 8
-    own = word // 4 % QUAD
+    group = word // 4 % QUAD
     scales = tl.full([THREADS], 1.0, tl.float32) * scale
     steps = ()
     for step in tl.static_range(STEPS):
         quad = step * WARPS + word // 128
-        at = quad * 128 + column % 2 * 16 + word % 16
-        mask = (column // 2 == own) & ((quad * QUAD + own) * GROUP < K)
+        offset = quad * 128 + column % 2 * 16 + word % 16
+        mask = (column // 2 == group) & ((quad * QUAD + group) * GROUP < K)
         words = ()
         for i in tl.static_range(4):
-            words = words + by_thread(tl.load(x_ptr + at + 32 * i, mask=mask, other=0))
+            words = words + by_thread(tl.load(x_ptr + offset + 32 * i, mask=mask, other=0))
         steps = steps + ((words, scales),)
     return steps
 
 
 @triton.jit
 def multiply_tile(blocks, scales, x, WARPS: tl.constexpr):
-    """What each thread has of a tile times a vector: float32 [THREADS] of even rows, and of odd ones.
+    """Return each thread's sums of a tile times a vector: float32 [THREADS] of even rows, and of odd ones.
 
-    blocks, scales: where they lie in shared memory; x: see load_vector. What follows a tile there is finite as FP4 and
-    meets zeros of x.
+    blocks, scales: their addresses in shared memory; x: see load_tile_vector. The bytes behind a tile are finite as FP4
+    and meet zeros of x.
     """
     THREADS: tl.constexpr = 32 * WARPS
     thread = tl.arange(0, THREADS)
@@ -159,9 +158,9 @@ def multiply_tile(blocks, scales, x, WARPS: tl.constexpr):
     odd = tl.zeros([THREADS], tl.float32)
     for step in tl.static_range(len(x)):
         quad = step * WARPS + thread // 32
-        at = blocks + quad * QUAD_BYTES + thread % 32 * 16
-        a = ptx.load_4_words(at)
-        b = ptx.load_4_words(at + QUAD_BYTES // 2)
+        address = blocks + quad * QUAD_BYTES + thread % 32 * 16
+        a = ptx.load_4_words(address)
+        b = ptx.load_4_words(address + QUAD_BYTES // 2)
         if step % 2 == 0:
             scale_words = ptx.load_word(scales + step // 2 * (4 * THREADS) + 4 * thread)
         even, odd = _add_quad(even, odd, a, b, x[step][0], scale_words, x[step][1], step % 2)
@@ -170,7 +169,7 @@ def multiply_tile(blocks, scales, x, WARPS: tl.constexpr):
 
 @triton.jit
 def _add_quad(even, odd, a, b, x, scales, x_scale, STEP: tl.constexpr):
-    """The sums of even and odd rows and a quad's products. a, b: four words of each row, x: sixteen of the vector."""
+    """Return the sums of even and odd rows plus a quad's products. a, b: four words of each row; x: 16 of a vector."""
     ASM: tl.constexpr = SECOND_STEP if STEP else FIRST_STEP
     return tl.inline_asm_elementwise(
         ASM,

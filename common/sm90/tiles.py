@@ -13,17 +13,17 @@ A quad is 1,024 bytes. Thread 4 r + t of a warp, r < 8 and t < 4, reads 16 of th
     | row 1, group 0 | row 1, group 1 | ... | row 3, group 0 | ... | row 15, group 3 |    odd rows: 512 + 16 (4 r + t)
 
 so that it has the 32 elements of group t of rows 2 r and 2 r + 1. They are four int32 words of eight elements each,
-elements 2 j and 2 j + 1 at the j-th of four places in the lower and in the upper 16 bits. s is an element's sign, m its
-magnitude, the number its j:
+with elements 2 j and 2 j + 1 at the j-th of four places in the lower and the upper 16 bits. s is an element's sign, m
+its magnitude, the digit its j:
 
     bit  15 14 13 12 | 11 10  9 |  8  7  6 |  5  4  3 |  2  1  0
          s0 s2 s3 s1 | m0 m0 m0 | m1 m1 m1 | m2 m2 m2 | m3 m3 m3
 
-Bits 15 and 11 .. 9 alone, as a float16, are element 0 times 2^-14, subnormals included; the other three come there by
-one mask and one multiplication.
+Bits 15 and 11 .. 9 alone, as a float16, are element 0 times 2^-14, subnormals included; one mask and one
+multiplication move each of the others to these bits.
 
-A program's warps take a quad each in a step: quad step * warps + w is warp w's. Thread 4 r + t has one int32 of scales
-for two steps, which holds group t's E8M0 bytes:
+In a step each warp of a program takes a quad: warp w takes quad step * warps + w. Thread 4 r + t has one int32 of
+scales for two steps, which holds group t's E8M0 bytes:
 
     byte 0: row 2 r, first step | 1: row 2 r + 1, first step | 2: row 2 r, second step | 3: row 2 r + 1, second step
 
@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 TILE_ROWS = tl.constexpr(16)
-PAIRS = tl.constexpr(8)  # of rows, an even one and an odd one that a thread has
+PAIRS = tl.constexpr(8)  # of an even and an odd row, which one thread takes, in a tile
 QUAD = tl.constexpr(4)  # scale groups that a warp multiplies at a time
 QUAD_BYTES = tl.constexpr(1024)
 GROUP = tl.constexpr(32)  # elements that share a scale
@@ -48,10 +48,9 @@ PLACES = ((15, 9), (12, 6), (14, 3), (13, 0))  # (bit of the sign, lowest bit of
 
 
 def _mask_and_factor(sign: int, magnitude: int) -> tuple[int, int]:
-    """(int32 mask of a place in both halves, factor that moves it to the first place).
+    """Return (int32 mask of a place in both halves, factor that moves it to the first place).
 
-    The factor moves sign and magnitude at once, and on another pipe than the masks, which are what limits the loop over
-    tiles.
+    The factor moves sign and magnitude at once, and on another pipe than the masks, which limit the loop over tiles.
     """
     mask = ((1 << sign) | (7 << magnitude)) * 0x10001
     shifts = {PLACES[0][0] - sign, PLACES[0][1] - magnitude}
@@ -64,31 +63,31 @@ FACTORS = tl.constexpr(tuple(_mask_and_factor(*place)[1] for place in PLACES))
 
 @triton.constexpr_function
 def tile_count(rows: int) -> int:
-    """Tiles of a matrix."""
+    """Return the number of tiles of a matrix."""
     return -(-rows // TILE_ROWS.value)
 
 
 @triton.constexpr_function
 def block_bytes(k: int) -> int:
-    """Bytes of a tile's elements."""
+    """Return the bytes of a tile's elements."""
     return -(-k // (QUAD.value * GROUP.value)) * QUAD_BYTES.value
 
 
 @triton.constexpr_function
 def scale_bytes(k: int, warps: int) -> int:
-    """Bytes of a tile's scales."""
+    """Return the bytes of a tile's scales."""
     return -(-k // (2 * warps * QUAD.value * GROUP.value)) * 2 * warps * QUAD.value * TILE_ROWS.value
 
 
 @triton.constexpr_function
 def stage_bytes(k: int, warps: int) -> int:
-    """Bytes of shared memory for a tile: elements, and scales or what the last warps read behind the elements."""
+    """Return the bytes of shared memory that a tile needs: its bytes, and what the last warps read behind them."""
     read = -(-k // (warps * QUAD.value * GROUP.value)) * warps * QUAD_BYTES.value
     return max(block_bytes(k) + scale_bytes(k, warps), read)
 
 
 def place_asm(place: int, source: str, scratch: str, result: str) -> list[str]:
-    """PTX that makes the two float16 at a place of a word, times 2^-14, of `source`; `scratch` is a register."""
+    """Return PTX that extracts the two float16 at a place of word `source`, times 2^-14; `scratch` is a register."""
     mask, factor = MASKS.value[place], FACTORS.value[place]
     lines = []
     if factor & (factor - 1):  # a shift alone needs no mask before it
@@ -101,7 +100,7 @@ def place_asm(place: int, source: str, scratch: str, result: str) -> list[str]:
 
 
 def pack_blocks(blocks: Tensor) -> Tensor:
-    """uint8 [..., rows, K / 32, 16] as published -> int32 [..., tiles, words of a tile]."""
+    """Pack elements uint8 [..., rows, K / 32, 16], as published, into int32 [..., tiles, words of a tile]."""
     *lead, rows, groups, _ = blocks.shape
     tiles = tile_count(rows)
     blocks = pad(blocks, (0, 0, 0, -groups % QUAD.value, 0, -rows % TILE_ROWS.value))
@@ -114,9 +113,9 @@ def pack_blocks(blocks: Tensor) -> Tensor:
 
 @functools.cache
 def _half_words(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What each half of a published word gives to a packed one, int32 [65536]: elements 0 to 3, and 4 to 7.
+    """Return tables int32 [65536] from each half of a published word to its bits in a packed one: elements 0-3, 4-7.
 
-    Looking halves up is some 7 operations on a GPU, moving their bits some 30, which are what loading waits for.
+    Looking halves up takes some 7 operations on a GPU, moving their bits some 30, for which loading would wait.
     """
     half = torch.arange(1 << 16, dtype=torch.int32, device=device)
     tables = []
@@ -131,9 +130,9 @@ def _half_words(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def drop_elements_of_nan(blocks: Tensor, scales: Tensor, warps: int) -> None:
-    """Make elements 0 whose scale is NaN, of packed blocks and scales [..., tiles, words] of the same matrices.
+    """Zero the elements whose scale is NaN, in packed blocks and scales [..., tiles, words] of the same matrices.
 
-    The kernel takes such a scale for infinity, which times 0 is NaN.
+    The kernel takes such a scale for infinity, and infinity times 0 is NaN.
     """
     tiles, words = blocks.shape[-2:]
     quads = words * 4 // QUAD_BYTES.value
@@ -147,7 +146,7 @@ def drop_elements_of_nan(blocks: Tensor, scales: Tensor, warps: int) -> None:
 
 
 def pack_scales(scales: Tensor, warps: int) -> Tensor:
-    """uint8 [..., rows, K / 32] -> int32 [..., tiles, words of a tile's scales], for a program of so many warps."""
+    """Pack scales uint8 [..., rows, K / 32] into int32 [..., tiles, words of a tile's scales] for `warps` warps."""
     *lead, rows, groups = scales.shape
     tile_bytes = scale_bytes(groups * GROUP.value, warps)
     row_bytes = tile_bytes // TILE_ROWS.value

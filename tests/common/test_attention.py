@@ -21,16 +21,19 @@ import triton.language as tl
 
 from common import decode_attention
 from common.attention import (
+    Keys,
+    KeyStep,
+    Softmax,
     attend_cache,
     attend_cache_by_head,
-    keep_state_if,
+    keep_softmax_if,
     load_cache_block,
     merge_splits,
-    start_state,
+    start_softmax,
 )
 from common.barrier import ABORT, ARRIVALS
 from common.build import Build
-from common.decode_attention import parts_of_a_step
+from common.decode_attention import key_step
 from host.launch import GFX950, SM_90
 from host.phases import barrier_name
 from host.state import new_state
@@ -39,10 +42,10 @@ from kernels import attention_kernel
 from measure.random_cache import fill_cache
 from system.errors import MegakernelAborted
 
-G, BLOCK_T = 8, 32
+G, STEP_KEYS = 8, 32
 MAX_SPLITS = 8
 TOLERANCE = 1e-5
-LENGTHS = [0, 1, BLOCK_T - 1, BLOCK_T, BLOCK_T + 1, 300]
+LENGTHS = [0, 1, STEP_KEYS - 1, STEP_KEYS, STEP_KEYS + 1, 300]
 
 
 class State(NamedTuple):
@@ -58,11 +61,11 @@ def load_state(m_ptr, l_ptr, acc_ptr, G: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def store_state(m_ptr, l_ptr, acc_ptr, m, l, acc, G: tl.constexpr, D: tl.constexpr):  # noqa: E741
+def store_state(m_ptr, l_ptr, acc_ptr, state, G: tl.constexpr, D: tl.constexpr):
     g = tl.arange(0, G)
-    tl.store(m_ptr + g, m)
-    tl.store(l_ptr + g, l)
-    tl.store(acc_ptr + g[:, None] * D + tl.arange(0, D)[None, :], acc)
+    tl.store(m_ptr + g, state.largest)
+    tl.store(l_ptr + g, state.total)
+    tl.store(acc_ptr + g[:, None] * D + tl.arange(0, D)[None, :], state.acc)
 
 
 @triton.jit
@@ -78,17 +81,12 @@ def cache_kernel(
     SCALE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    PARTS: tl.constexpr,
-    BF16_PARTS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     q = tl.load(q_ptr + tl.arange(0, G)[:, None] * D + tl.arange(0, D)[None, :])
-    m, l, acc = load_state(before[0], before[1], before[2], G, D)  # noqa: E741
-    m, l, acc = keep_state_if(has_before, m, l, acc)  # noqa: E741
-    m, l, acc = attend_cache(  # noqa: E741
-        m, l, acc, q, k_ptr, v_ptr, start, end, SCALE, D, BLOCK_T, PARTS, BF16_PARTS
-    )
-    store_state(out[0], out[1], out[2], m, l, acc, G, D)
+    state = keep_softmax_if(has_before, load_state(before[0], before[1], before[2], G, D))
+    state = attend_cache(state, q, Keys(k_ptr, v_ptr, start, end), STEP, SCALE)
+    store_state(out[0], out[1], out[2], state, G, D)
 
 
 @triton.jit
@@ -96,8 +94,8 @@ def start_kernel(out, q_ptr, k_ptr, v_ptr, sink_ptr, SCALE: tl.constexpr, G: tl.
     dim = tl.arange(0, D)
     q = tl.load(q_ptr + tl.arange(0, G)[:, None] * D + dim[None, :])
     k, v = tl.load(k_ptr + dim)[None, :], tl.load(v_ptr + dim)[None, :]
-    m, l, acc = start_state(q, k, v, tl.load(sink_ptr + tl.arange(0, G)), SCALE)  # noqa: E741
-    store_state(out[0], out[1], out[2], m, l, acc, G, D)
+    state = start_softmax(q, k, v, tl.load(sink_ptr + tl.arange(0, G)), SCALE)
+    store_state(out[0], out[1], out[2], state, G, D)
 
 
 @triton.jit
@@ -113,30 +111,28 @@ def head_kernel(
     sink_ptr,
     SCALE: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS_PER_LOAD: tl.constexpr,
 ):
-    """One query head a program: the output."""
+    """Write the output of one query head per program."""
     head = tl.program_id(0)
-    slot, dim = tl.arange(0, SLOTS), tl.arange(0, D)
-    row = 0 * slot[:, None] + dim[None, :]
-    block = load_cache_block(k_ptr, v_ptr, start, end, D, BLOCK_T, SLOTS)
-    q, k, v = tl.load(q_ptr + head * D + row), tl.load(new_k_ptr + row), tl.load(new_v_ptr + row)
-    m, l, acc = start_state(q, k, v, tl.load(sink_ptr + head + 0 * slot), SCALE)  # noqa: E741
-    l, acc = attend_cache_by_head(  # noqa: E741
-        m, l, acc, q, block, k_ptr, v_ptr, start, end, SCALE, D, BLOCK_T, SLOTS
-    )
-    tl.store(out_ptr + head * D + dim, acc / l)
+    row, dim = tl.arange(0, ROWS_PER_LOAD), tl.arange(0, D)
+    offset = 0 * row[:, None] + dim[None, :]
+    keys = Keys(k_ptr, v_ptr, start, end)
+    block = load_cache_block(keys, start, D, BLOCK, ROWS_PER_LOAD)
+    q, k, v = tl.load(q_ptr + head * D + offset), tl.load(new_k_ptr + offset), tl.load(new_v_ptr + offset)
+    state = start_softmax(q, k, v, tl.load(sink_ptr + head + 0 * row), SCALE)
+    total, acc = attend_cache_by_head(state, q, block, keys, SCALE)
+    tl.store(out_ptr + head * D + dim, acc / total)
 
 
 @triton.jit
 def merge_kernel(l_ptr, acc_ptr, states, n_splits, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """One head a program."""
+    """Merge the splits of one head per program."""
     head = tl.program_id(0)
-    l, acc = merge_splits(  # noqa: E741
-        states[0] + head, states[1] + head, states[2] + head * HEAD_DIM, n_splits, STRIDE, HEAD_DIM, SPLITS
-    )
-    tl.store(l_ptr + head, l)
+    own_states = Softmax(states[0] + head, states[1] + head, states[2] + head * HEAD_DIM)
+    total, acc = merge_splits(own_states, n_splits, STRIDE, HEAD_DIM, SPLITS)
+    tl.store(l_ptr + head, total)
     tl.store(acc_ptr + head * HEAD_DIM + tl.arange(0, HEAD_DIM), acc)
 
 
@@ -153,9 +149,9 @@ class Case:
     def new_state(self) -> State:
         return State(*(torch.full(shape, torch.nan) for shape in ((G,), (G,), tuple(self.q.shape))))
 
-    def room(self, start: int, end: int, block_t: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(k, v) with NaN around start .. end, more of it than a block."""
-        room = (block_t + 3, self.q.shape[1])
+    def room(self, start: int, end: int, step_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (k, v) with NaN around start .. end, more of it than a block."""
+        room = (step_keys + 3, self.q.shape[1])
         k, v = torch.full_like(self.k, torch.nan), torch.full_like(self.v, torch.nan)
         k[start:end], v[start:end] = self.k[start:end], self.v[start:end]
         return tuple(torch.cat((x, x.new_full(room, torch.nan))) for x in (k, v))
@@ -164,46 +160,49 @@ class Case:
         self,
         start: int,
         end: int,
-        block_t: int = BLOCK_T,
-        parts: int = 2,
+        step_keys: int = STEP_KEYS,
+        partials: int = 2,
         bf16: bool = True,
         before: State | None = None,
     ) -> State:
-        """attend_cache, which adds to `before`."""
+        """Run attend_cache, which adds to `before`."""
         state = self.new_state()
         cache_kernel[(1,)](
             state,
             before or self.new_state(),
             before is not None,
             self.q,
-            *self.room(start, end, block_t),
+            *self.room(start, end, step_keys),
             start,
             end,
             SCALE=self.scale,
             G=G,
             D=self.q.shape[1],
-            BLOCK_T=block_t,
-            PARTS=parts,
-            BF16_PARTS=bf16,
+            STEP=KeyStep(step_keys, partials, bf16),
         )
         return state
 
     def start(self, t: int, sink: torch.Tensor | float = -torch.inf) -> State:
-        """start_state with the key and value at t."""
+        """Run start_softmax with the key and value at t."""
         out, k, v = self.new_state(), self.k[t].float(), self.v[t].float()
         sinks = torch.zeros(G) + sink
         start_kernel[(1,)](out, self.q, k, v, sinks, SCALE=self.scale, G=G, D=self.q.shape[1])
         return out
 
     def by_head(
-        self, start: int, end: int, sink: torch.Tensor | float = -torch.inf, block_t: int = BLOCK_T, slots: int = 8
+        self,
+        start: int,
+        end: int,
+        sink: torch.Tensor | float = -torch.inf,
+        block: int = STEP_KEYS,
+        rows_per_load: int = 8,
     ) -> torch.Tensor:
-        """attend_cache_by_head for each head, after the key at `end`: its output [G, D]."""
+        """Run attend_cache_by_head for each head, after the key at `end`; return the outputs [G, D]."""
         out, sinks = torch.full_like(self.q, torch.nan), torch.zeros(G) + sink
         head_kernel[(G,)](
             out,
             self.q,
-            *self.room(start, end, block_t),
+            *self.room(start, end, block),
             start,
             end,
             self.k[end].float(),
@@ -211,8 +210,8 @@ class Case:
             sinks,
             SCALE=self.scale,
             D=self.q.shape[1],
-            BLOCK_T=block_t,
-            SLOTS=slots,
+            BLOCK=block,
+            ROWS_PER_LOAD=rows_per_load,
         )
         return out
 
@@ -230,7 +229,7 @@ class Case:
 
 
 def merge(*states: State, splits: int = MAX_SPLITS, stride: int = G) -> State:
-    """merge_splits of each head, with NaN in the room for more states and for more heads."""
+    """Merge the splits of each head by merge_splits, with NaN in the room for more states and for more heads."""
     out = State(
         torch.stack([state.m for state in states]).amax(0), *(torch.full_like(x, torch.nan) for x in states[0][1:])
     )
@@ -256,52 +255,61 @@ def assert_same_state(actual: State, expected: State) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("start", [0, 1, 37])
-@pytest.mark.parametrize("bf16", [True, False], ids=["bfloat16 parts", "float32"])
-@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bfloat16 terms", "float32"])
+@pytest.mark.parametrize("partials", [1, 2, 8])
 @pytest.mark.parametrize("length", LENGTHS[1:])
-def test_attend_cache(length, parts, start, dtype, bf16):
+def test_attend_cache(length, partials, start, dtype, bf16):
     case = Case(start + length, dtype=dtype)
-    assert_same_state(case.attend(start, start + length, parts=parts, bf16=bf16), case.expected(start, start + length))
+    assert_same_state(
+        case.attend(start, start + length, partials=partials, bf16=bf16), case.expected(start, start + length)
+    )
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("partials", [1, 4])
 @pytest.mark.parametrize("start", [0, 5])
-def test_attending_nothing(start, parts):
-    m, l, acc = Case(5).attend(start, start, parts=parts)  # noqa: E741
+def test_attending_nothing(start, partials):
+    m, l, acc = Case(5).attend(start, start, partials=partials)  # noqa: E741
     assert (m < -1e29).all()
     assert (l == 0).all()
     assert (acc == 0).all()
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_attending_nothing_keeps_the_state(parts):
+@pytest.mark.parametrize("partials", [1, 4])
+def test_attending_nothing_keeps_the_state(partials):
     case = Case(5)
     before = case.start(3, sink=1.0)
-    for after, expected in zip(case.attend(2, 2, parts=parts, before=before), before):
+    for after, expected in zip(case.attend(2, 2, partials=partials, before=before), before):
         assert torch.equal(after, expected)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 128])
-@pytest.mark.parametrize("block_t, parts", [(16, 1), (16, 16), (128, 1), (128, 4), (128, 8)])
-def test_other_blocks_and_head_dims(head_dim, block_t, parts):
+@pytest.mark.parametrize("step_keys, partials", [(16, 1), (16, 16), (128, 1), (128, 4), (128, 8)])
+def test_other_blocks_and_head_dims(head_dim, step_keys, partials):
     case = Case(151, head_dim)
-    assert_same_state(case.attend(20, 151, block_t, parts), case.expected(20, 151))
+    assert_same_state(case.attend(20, 151, step_keys, partials), case.expected(20, 151))
 
 
-HALF_STEPS = changed(SM_90, attention=dict(block_t=SM_90.attention.block_t // 2, parts=SM_90.attention.parts // 2))
+HALF_STEPS = changed(
+    SM_90,
+    attention=dict(step_keys=SM_90.attention.step_keys // 2, partial_softmaxes=SM_90.attention.partial_softmaxes // 2),
+)
 
 
 @pytest.mark.parametrize(
     "tuning, wide", [(SM_90, 4), (HALF_STEPS, 4), (GFX950, 1)], ids=["sm_90", "sm_90, wide model", "gfx950"]
 )
-def test_wide_rows_get_fewer_parts(tuning, wide):
-    """So that steps over a float32 cache or wide heads take no more memory; short steps stay as they are."""
-    assert [parts_of_a_step(tuning.attention, n) for n in (32, 128)] == [tuning.attention.parts] * 2
-    assert [parts_of_a_step(tuning.attention, n) for n in (256, 512)] == [wide] * 2
+def test_wide_rows_get_fewer_partial_softmaxes(tuning, wide):
+    """Steps over a float32 cache or wide heads then take no more memory; short steps keep their number."""
+    attention = tuning.attention
+    usual = attention.partial_softmaxes
+    for row_bytes, partials in {32: usual, 128: usual, 256: wide, 512: wide}.items():
+        step = key_step(attention, row_bytes)
+        assert step.partial_softmaxes == partials
+        assert step.size // partials == attention.step_keys // attention.partial_softmaxes
 
 
 def real_case(length: int, dtype: torch.dtype) -> Case:
-    """Scores that are not exact, and values of one sign: nothing cancels."""
+    """Make a case whose scores are not exact and whose values have one sign, so that nothing cancels."""
     case = Case(length, dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     case.q = torch.randn(G, 64, generator=generator)
@@ -312,7 +320,7 @@ def real_case(length: int, dtype: torch.dtype) -> Case:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_queries_and_weights_are_not_rounded_to_the_caches_type(dtype):
-    """The last bits of a query, and of a softmax weight, show in the output: 1e-7 of it, where bfloat16 leaves 4e-3."""
+    """The last bits of a query and of a softmax weight show in the output: 1e-7 of it, where bfloat16 leaves 4e-3."""
     case = real_case(64, dtype)
     actual, expected = case.attend(0, 64), case.expected(0, 64)
     torch.testing.assert_close(actual.m.double(), expected.m, rtol=2e-6, atol=0)
@@ -349,7 +357,7 @@ def test_merged_splits_of_other_head_dims(head_dim):
 @pytest.mark.parametrize("field", State._fields)
 @pytest.mark.parametrize("split", range(3))
 def test_nan_in_a_split_shows(field, split):
-    """In its head's output."""
+    """NaN in a split makes its head's output NaN."""
     case = Case(60)
     states = [case.attend(start, end) for start, end in itertools.pairwise((0, 20, 40, 60))]
     getattr(states[split], field)[3] = torch.nan
@@ -409,17 +417,17 @@ PASTS = [0, 1, 15, 128, 129, 500]
 @pytest.mark.parametrize("past", PASTS)
 def test_by_head(past, head_dim, start, dtype):
     case = Case(start + past + 1, head_dim, dtype=dtype)
-    actual = case.by_head(start, start + past, 0.5, block_t=64, slots=16)
+    actual = case.by_head(start, start + past, 0.5, block=64, rows_per_load=16)
     expected = case.expected_output(start, start + past + 1, 0.5)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [16, 32])
-@pytest.mark.parametrize("block_t, slots", [(16, 16), (16, 1), (32, 8), (128, 16)])
-def test_by_head_with_other_blocks_and_head_dims(block_t, slots, head_dim, dtype):
+@pytest.mark.parametrize("block, rows_per_load", [(16, 16), (16, 1), (32, 8), (128, 16)])
+def test_by_head_with_other_blocks_and_head_dims(block, rows_per_load, head_dim, dtype):
     case = Case(152, head_dim, dtype=dtype)
-    actual = case.by_head(20, 151, block_t=block_t, slots=slots).double()
+    actual = case.by_head(20, 151, block=block, rows_per_load=rows_per_load).double()
     torch.testing.assert_close(actual, case.expected_output(20, 152), rtol=0, atol=TOLERANCE)
 
 
@@ -479,8 +487,8 @@ class Sinks(NamedTuple):
 @pytest.mark.parametrize("head_keys", [0, 40])
 @pytest.mark.parametrize("num_programs", [1, 3, 11])
 @pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(4, 4, 16), (6, 2, 64), (16, 2, 64), (3, 1, 128)], ids=str)
-def test_the_phase(n_heads, n_kv_heads, head_dim, num_programs, head_keys):
-    """Both ways, with fewer units than programs and more, against float64; each appends the key and value once."""
+def test_the_phase_is_right_both_ways(n_heads, n_kv_heads, head_dim, num_programs, head_keys):
+    """Both ways agree with float64, with fewer units than programs and with more. Each appends key and value once."""
     config = small_config(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_layers=2)
     tuning = small_tiles(config, attention=dict(head_keys=head_keys))
     generator = torch.Generator().manual_seed(4)
@@ -516,14 +524,14 @@ def test_the_phase(n_heads, n_kv_heads, head_dim, num_programs, head_keys):
 CONTEXT = 70
 # The past of 69 positions in steps of 16: splits of 32, or of 16 for at most 5.
 SPLIT_KINDS = {
-    "3 splits": dict(split_t=32, max_splits=4),
-    "5 splits": dict(split_t=16, max_splits=5),
-    "2 splits": dict(split_t=48, max_splits=2),
+    "3 splits": dict(min_split_keys=32, max_splits=4),
+    "5 splits": dict(min_split_keys=16, max_splits=5),
+    "2 splits": dict(min_split_keys=48, max_splits=2),
 }
 
 
 class SplitCase:
-    """The attention phase of one layer at the last position, of which none is attended by head."""
+    """The attention phase of one layer at the last position, in which no query head attends alone."""
 
     def __init__(
         self, n_layers: int = 1, n_heads: int = 6, n_kv_heads: int = 2, spin_limit: int = 1 << 14, **attention: int
@@ -555,9 +563,9 @@ class SplitCase:
 @pytest.mark.parametrize("changes", SPLIT_KINDS.values(), ids=SPLIT_KINDS.keys())
 @pytest.mark.parametrize("n_heads, n_kv_heads", [(6, 2), (4, 4), (5, 1)], ids=str)
 def test_who_merges_and_when_changes_no_bit(n_heads, n_kv_heads, changes):
-    """Fewer programs than heads or splits, and more: what is merged was ordered before, in any order of programs."""
+    """Programs are fewer than heads or splits, or more, in any order; merging always waits for what it merges."""
     case = SplitCase(n_heads=n_heads, n_kv_heads=n_kv_heads, **changes)
-    n_splits = -(-(CONTEXT - 1) // changes["split_t"])
+    n_splits = -(-(CONTEXT - 1) // changes["min_split_keys"])
     runs = []
     for num_programs in (1, 2, 3, 5, n_kv_heads * n_splits, 23):
         for seed in range(3):
@@ -573,8 +581,8 @@ def test_who_merges_and_when_changes_no_bit(n_heads, n_kv_heads, changes):
 
 
 def test_one_split_counts_nothing_and_waits_for_none():
-    """Whatever the counters hold."""
-    case = SplitCase(split_t=128)
+    """A single split neither counts nor waits, whatever the counters hold."""
+    case = SplitCase(min_split_keys=128)
     s = case.state(3)
     s.split_arrivals.fill_(-7)
     case.run(s, 3)
@@ -585,7 +593,7 @@ def test_one_split_counts_nothing_and_waits_for_none():
 
 @pytest.mark.parametrize("name", ["count_arrival", "wait_for"])
 def test_merging_needs_its_order(name, monkeypatch):
-    case = SplitCase(split_t=16, max_splits=5, spin_limit=100)
+    case = SplitCase(min_split_keys=16, max_splits=5, spin_limit=100)
     monkeypatch.setattr(decode_attention, name, lambda *args: None)
     races = []
     for seed in range(3):
@@ -599,8 +607,8 @@ def test_merging_needs_its_order(name, monkeypatch):
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("kv_head", [0, 1])
 def test_a_missing_split_makes_the_wait_give_up(kv_head, layer, num_programs):
-    """It names the barrier behind attention. What was complete is right all the same."""
-    case = SplitCase(n_layers=3, split_t=16, max_splits=5, spin_limit=100)
+    """The record names the barrier behind attention. Outputs whose splits were complete are right."""
+    case = SplitCase(n_layers=3, min_split_keys=16, max_splits=5, spin_limit=100)
     expected, s = case.state(num_programs), case.state(num_programs)
     case.run(expected, num_programs, layer)
     s.split_arrivals[kv_head] = -1
@@ -616,9 +624,9 @@ def test_a_missing_split_makes_the_wait_give_up(kv_head, layer, num_programs):
 
 @pytest.fixture(scope="module")
 def split_model():
-    """Both layers see all of the past, in three splits; five programs."""
+    """Make a model both of whose layers see all of the past, in three splits, run by five programs."""
     config = small_config(n_layers=2, layer_is_sliding=(False, False))
-    tuning = small_tiles(config, attention=dict(head_keys=0, split_t=16, max_splits=3), spin_limit=1000)
+    tuning = small_tiles(config, attention=dict(head_keys=0, min_split_keys=16, max_splits=3), spin_limit=1000)
     return MegaModel(loud_checkpoint(config), max_context=41, num_programs=5, tuning=tuning)
 
 
@@ -632,7 +640,7 @@ def fill(model: MegaModel) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_after_a_token_the_counters_are_zero_again(split_model, seed):
-    """In both layers as many arrivals as splits were waited for: three, of which none is left from before."""
+    """In both layers three arrivals are waited for, one for each split, and none is left over."""
     model = split_model
     fill(model)
     with simulate(seed=seed, detect_races=True) as simulation:

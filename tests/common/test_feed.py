@@ -89,7 +89,7 @@ def work_kernel(out_ptr, n_programs, BUILD: tl.constexpr):
     down = work.down
     numbers = (
         (work.qkv.first, work.qkv.count, work.o.first, work.o.count, work.gate_up_count)
-        + (down.ranks, down.member, down.members, down.each, down.count)
+        + (down.ranks, down.member, down.members, down.per_expert, down.count)
         + (work.lm_head.first, work.lm_head.count)
     )
     for field in tl.static_range(len(numbers)):
@@ -340,7 +340,7 @@ def flat(share: dict[str, list[Tile]]) -> list[Tile]:
 @with_quant
 @with_programs
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shares(name, n_programs, quant):
+def test_programs_share_all_tiles(name, n_programs, quant):
     """Each program has as many tiles of each matrix as the model deals out, and knows where they are."""
     config, model = CONFIGS[name], schedule(name, n_programs, quant)
     found, of_head = shares(name, n_programs, quant), model.of_head()
@@ -383,7 +383,7 @@ def test_every_tile_of_the_head_is_one_program_s(name, n_programs):
 
 
 @with_quant
-def test_the_published_sizes(quant):
+def test_tiles_of_the_published_sizes_are_found(quant):
     """The last layer's tiles lie gigabytes behind the first's; a few programs are checked."""
     programs, layer = (0, 57, 131), GPT_OSS_120B.n_layers - 1
     expected = schedule("120b", 132, quant).of_layer(layer)
@@ -396,7 +396,7 @@ def test_the_head_of_published_sizes():
     assert located("120b", 132, False, GPT_OSS_120B.n_layers, programs) == [expected[program] for program in programs]
 
 
-def test_a_head_of_more_than_two_gigabytes(monkeypatch):
+def test_tiles_of_a_head_of_more_than_two_gigabytes_are_found(monkeypatch):
     """A hidden size of 8192 with the published vocabulary makes such an LM head."""
     monkeypatch.setitem(CONFIGS, "wide", replace(GPT_OSS_120B, hidden_size=8192))
     model = schedule("wide", 132, False)
@@ -521,7 +521,7 @@ def test_a_token_takes_its_tiles_in_order(name, n_programs, quant, changes, copi
     decode(model, 2, want_head=True)
 
 
-def test_programs_without_a_tile_of_any_layer(copies):
+def test_programs_without_a_tile_of_any_layer_have_tiles_of_the_head(copies):
     """Such programs still have tiles of the LM head."""
     model = schedule("one head a group", 132, False)
     idle = [program for program, share in enumerate(model.of_layer(0)) if not flat(share)]

@@ -11,9 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from common import build
+from common.build import Operand
 from common.gemm_dense import gemm_dense
 from common.gemv_dense import scale_stride
-from common.parts import half_unit, to_half, two_parts
+from common.operands import Bf16Pair, bf16_pair, half_prescale, to_half
+from host.tuning import Tile
 
 NAN, NAN_SCALE = 0x7F, 255
 FORMATS = ["bf16", "fp8-row", "fp8-32"]
@@ -36,37 +39,32 @@ def gemm_kernel(
     high_ptr,
     low_ptr,
     n_columns,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """out [tiles of rows * BLOCK_M, tiles of columns * BLOCK_N], a program a tile of each."""
-    row0, column0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    acc = gemm_dense(
-        w_ptr, scales_ptr, high_ptr, low_ptr, row0, column0, n_columns, ROWS, K, FORMAT, BLOCK_M, BLOCK_N, BLOCK_K, 1
-    )
-    row, column = row0 + tl.arange(0, BLOCK_M)[:, None], column0 + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(out_ptr + row * (tl.num_programs(1) * BLOCK_N) + column, acc)
+    """Write out [tiles of rows * TILE.m, tiles of columns * TILE.n], one tile of each per program."""
+    row0, column0 = tl.program_id(0) * TILE.m, tl.program_id(1) * TILE.n
+    matrix, x = Operand(w_ptr, scales_ptr), Bf16Pair(high_ptr, low_ptr)
+    acc = gemm_dense(matrix, x, row0, column0, n_columns, MATRIX, TILE)
+    row, column = row0 + tl.arange(0, TILE.m)[:, None], column0 + tl.arange(0, TILE.n)[None, :]
+    tl.store(out_ptr + row * (tl.num_programs(1) * TILE.n) + column, acc)
 
 
 @triton.jit
 def parts_kernel(high_ptr, low_ptr, x_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    high, low = two_parts(tl.load(x_ptr + i))
+    high, low = bf16_pair(tl.load(x_ptr + i))
     tl.store(high_ptr + i, high)
     tl.store(low_ptr + i, low)
 
 
 @triton.jit
 def half_kernel(half_ptr, undo_ptr, x_ptr, N: tl.constexpr):
-    """A program a vector."""
+    """Convert one vector per program."""
     i = tl.program_id(0) * N + tl.arange(0, N)
     x = tl.load(x_ptr + i)
-    unit, undo = half_unit(tl.max(tl.abs(x), axis=0))
-    tl.store(half_ptr + i, to_half(x * unit))
+    prescale, undo = half_prescale(tl.max(tl.abs(x), axis=0))
+    tl.store(half_ptr + i, to_half(x * prescale))
     tl.store(undo_ptr + tl.program_id(0), undo)
 
 
@@ -75,18 +73,18 @@ class Matrix(NamedTuple):
     scales: torch.Tensor  # float32 [rows], uint8 [rows, K / 32], or none
 
     def values(self) -> torch.Tensor:
-        """float64 [rows, K]."""
+        """Return the matrix's numbers, float64 [rows, K]."""
         if self.scales.dtype == torch.float32:
             return self.elements.double() * (self.scales.double()[:, None] if self.scales.numel() else 1.0)
         return self.elements.double() * torch.exp2(self.scales.double() - 127).repeat_interleave(32, 1)
 
     def words(self) -> torch.Tensor:
-        """int32, and NaN in what follows."""
+        """Return the matrix as int32 words, followed by NaN."""
         flat = self.elements.view(torch.uint8).flatten()
         return torch.cat((flat, flat.new_full((1 << 16,), 0x7F if self.elements.itemsize == 1 else 0xFF)))
 
     def padded_scales(self) -> torch.Tensor:
-        """As a kernel reads them, a row's of groups padded to 16: NaN there, and in what follows."""
+        """Return scales as a kernel reads them, groups of a row padded to 16; NaN stands there and behind."""
         if self.scales.dtype == torch.float32:
             return torch.cat((self.scales, torch.full((1 << 10,), torch.nan)))
         rows, groups = self.scales.shape
@@ -104,7 +102,7 @@ def element_type(dense_format: str) -> torch.dtype:
 
 
 def scales_for(rows: int, k: int, dense_format: str, low: int = -2, high: int = 3) -> torch.Tensor:
-    """Powers of two, each other than its neighbours."""
+    """Make powers of two, each different from its neighbours."""
     if dense_format == "bf16":
         return torch.zeros(0)
     groups = 1 if dense_format == "fp8-row" else k // 32
@@ -118,7 +116,7 @@ def integer_matrix(rows: int, k: int, dense_format: str) -> Matrix:
 
 
 def random_matrix(rows: int, k: int, dense_format: str) -> Matrix:
-    """Any numbers; scales of rows are no powers of two."""
+    """Make a matrix of arbitrary numbers; scales of rows are not powers of two."""
     generator = torch.Generator().manual_seed(k)
     elements = (torch.randn(rows, k, generator=generator) * 20).to(element_type(dense_format))
     scales = scales_for(rows, k, dense_format, -5, 4)
@@ -126,13 +124,13 @@ def random_matrix(rows: int, k: int, dense_format: str) -> Matrix:
 
 
 def parts_of(x: torch.Tensor) -> torch.Tensor:
-    """bfloat16 [2, vectors, K]: what is nearest, and what is nearest to the rest."""
+    """Return bfloat16 [2, vectors, K]: the nearest value, and the nearest to the rest."""
     high = x.bfloat16()
     return torch.stack((high, (x - high.float()).bfloat16()))
 
 
 def gemm(matrix: Matrix, x: torch.Tensor, dense_format: str, block_m: int, block_n: int, block_k: int) -> torch.Tensor:
-    """float64 [rows, vectors]. Rows and columns beyond must repeat the last ones, and are cut off."""
+    """Return float64 [rows, vectors]. Rows and columns beyond must repeat the last ones, and are cut off."""
     (rows, k), n = matrix.elements.shape, len(x)
     past = torch.full((3 * k + block_k,), torch.nan, dtype=torch.bfloat16)
     high, low = (torch.cat((part.flatten(), past)) for part in parts_of(x))
@@ -145,12 +143,8 @@ def gemm(matrix: Matrix, x: torch.Tensor, dense_format: str, block_m: int, block
         high,
         low,
         n,
-        ROWS=rows,
-        K=k,
-        FORMAT=dense_format,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        MATRIX=build.Matrix("", rows, k, dense_format, block_m, block_k),
+        TILE=Tile(block_m, block_n, block_k, stages=1),
     )
     found = out[:rows, :n].double()
     repeated = out[torch.arange(len(out)).clamp(max=rows - 1)][:, torch.arange(out.shape[1]).clamp(max=n - 1)]
@@ -174,7 +168,7 @@ POSITIONS = [*range(8), 15, 16, 31, 32, 33, 63, 64, 65, 95]
 @with_format
 @pytest.mark.parametrize("block_k", [32, 64, 128])
 def test_a_single_activation_picks_its_column(block_k, dense_format):
-    """A vector each, of both parts."""
+    """Each vector has one activation, in either part."""
     matrix = integer_matrix(20, 96, dense_format)
     x = torch.zeros(len(POSITIONS), 96)
     x[range(len(POSITIONS)), POSITIONS] = -(1 + 2.0**-12)
@@ -184,7 +178,7 @@ def test_a_single_activation_picks_its_column(block_k, dense_format):
 
 @with_format
 def test_both_parts_count(dense_format):
-    """1 + 2^-14 is no bfloat16: what cancels the one leaves the other."""
+    """1 + 2^-14 is no bfloat16: cancelling one part leaves the other."""
     matrix = Matrix(torch.ones(1, 64).to(element_type(dense_format)), scales_for(1, 64, dense_format, 0, 1))
     x = torch.zeros(1, 64)
     x[0, [3, 50]] = torch.tensor([1 + 2.0**-14, -1.0])
@@ -193,10 +187,10 @@ def test_both_parts_count(dense_format):
 
 @with_blocks
 @with_format
-def test_real_numbers(dense_format, block_m, block_n, block_k):
-    """Two parts leave out at most 2^-17 of an element, see test_two_parts.
+def test_real_numbers_agree_with_float64(dense_format, block_m, block_n, block_k):
+    """Two parts leave out at most 2^-17 of an element, see test_bf16_pair.
 
-    The sums' own roundings come to less than another 2^-18 of the magnitudes, whatever the order.
+    The sums' own roundings come to less than another 2^-18 of the magnitudes, in any order.
     """
     matrix = random_matrix(19, 2880, dense_format)
     x = torch.randn(7, 2880, generator=torch.Generator().manual_seed(1))
@@ -210,7 +204,7 @@ def test_real_numbers(dense_format, block_m, block_n, block_k):
 
 @with_format
 def test_nan_shows_in_its_row_alone(dense_format):
-    """That of an element, and that of a scale."""
+    """A NaN in an element or in a scale makes its row NaN."""
     matrix, x = integer_matrix(20, 96, dense_format), small_integers(3, 96, seed=1)
     expected = matrix.values() @ x.double().T
     bad = [3]
@@ -235,8 +229,8 @@ def test_nan_shows_in_its_column_alone(dense_format):
 
 
 @pytest.mark.parametrize("scale", [0, 1, 60, 126, 127, 128, 200, 240])
-def test_scales_of_groups_from_end_to_end(scale):
-    """bfloat16 has float32's exponents, so that elements times scales are exact: at the least ones subnormal."""
+def test_scales_of_groups_are_exact_from_end_to_end(scale):
+    """bfloat16 has float32's exponents, so elements times scales are exact; the smallest are subnormal."""
     elements = small_integers(20, 96, seed=0).to(torch.float8_e4m3fn)
     matrix = Matrix(elements, torch.full((20, 3), scale, dtype=torch.uint8))
     x = small_integers(3, 96, seed=1)
@@ -244,8 +238,8 @@ def test_scales_of_groups_from_end_to_end(scale):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 0.37, 1e20])
-def test_scales_of_rows(scale):
-    """Applied to the sum, which rounds once."""
+def test_scales_of_rows_multiply_the_sum(scale):
+    """The scale is applied to the sum, which rounds once."""
     matrix = integer_matrix(20, 96, "fp8-row")._replace(scales=torch.arange(1, 21) * scale)
     x = small_integers(3, 96, seed=1)
     sums = (matrix.elements.double() @ x.double().T).float()
@@ -260,8 +254,8 @@ def test_every_e4m3_is_a_bfloat16():
     assert torch.equal(found, matrix.elements.double())
 
 
-def test_two_parts():
-    """The nearest bfloat16 and the nearest to the rest, whatever the magnitude.
+def test_bf16_pair():
+    """The parts are the nearest bfloat16 and the nearest to the rest, at any magnitude.
 
     Of x in 2^e to 2^(e + 1) the first leaves at most 2^(e - 8), and of that the second at most 2^(e - 17).
     """
@@ -275,14 +269,14 @@ def test_two_parts():
 
 
 def halves_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float16 [vectors, K] and what to multiply it by, float32 [vectors]."""
+    """Return float16 [vectors, K] and their factors, float32 [vectors]."""
     half, undo = torch.zeros(x.shape, dtype=torch.float16), torch.zeros(len(x))
     half_kernel[(len(x),)](half, undo, x, N=x.shape[1])
     return half, undo
 
 
 def test_vectors_as_float16_use_its_range():
-    """The largest magnitude comes to 2^14 to 2^15, with all of float16's 11 bits, and little ones are not lost."""
+    """The largest magnitude becomes 2^14 to 2^15, with all of float16's 11 bits, and small ones are not lost."""
     exponents = torch.arange(-95, 128, dtype=torch.float64)
     x = (torch.exp2(exponents)[:, None] * torch.tensor([1.0, -1.4142, 2.0**-20, 1 - 2.0**-12])).float()
     half, undo = halves_of(x)
@@ -295,7 +289,7 @@ def test_vectors_as_float16_use_its_range():
 
 
 def test_vectors_of_tiny_numbers_stay_finite():
-    """Zeros, subnormals, and what is too small to be brought up all the way."""
+    """Vectors hold zeros, subnormals, and numbers too small to be scaled up all the way."""
     x = torch.tensor([[0.0, -0.0], [1e-45, -1e-40], [2.0**-126, 2.0**-127], [2.0**-96, -(2.0**-100)]])
     half, undo = halves_of(x)
     assert undo.isfinite().all()

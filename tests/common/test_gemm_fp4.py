@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from prompt_columns import column_in_tiles
 
+from common import build
+from common.build import Operand
 from common.cpu import CPU
-from common.gemm_fp4 import gemm_fp4, gemm_fp4_fp8, split_rows
+from common.gemm_fp4 import Fp4Matrix, gemm_fp4, gemm_fp4_fp8, split_rows
 from common.sm90 import SM_90
 from common.sm90.tiles import pack_blocks, pack_scales
 from host.tuning import Tile
@@ -41,8 +43,7 @@ def gemm_kernel(
     x_ptr,
     x_scale_ptr,
     x_row_ptr,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
+    MATRIX: tl.constexpr,
     N: tl.constexpr,
     MORE_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -50,7 +51,7 @@ def gemm_kernel(
     MACHINE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """out [places, N + MORE_N], a program a tile of places; with MORE_N vectors in two parts."""
+    """Write out [places, N + MORE_N], a tile of places per program; MORE_N vectors are a second part."""
     m0 = tl.program_id(0) * TILE.m
     at = (m0 + tl.arange(0, TILE.m))[:, None] * (N + MORE_N)
     n = tl.arange(0, N)
@@ -60,9 +61,11 @@ def gemm_kernel(
     else:
         x_rows = (tl.load(x_row_ptr + n),)
     if SCALED:
-        accs = gemm_fp4_fp8(blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, m0, x_rows, ROWS, K, TILE)
+        matrix, x = Operand(blocks_ptr, scales_ptr), Operand(x_ptr, x_scale_ptr)
+        accs = gemm_fp4_fp8(matrix, x, m0, x_rows, MATRIX, TILE)
     else:
-        accs = gemm_fp4(blocks_ptr, scales_ptr, base, x_ptr, m0, x_rows, ROWS, K, TILE, PACKED_WARPS, MACHINE)
+        matrix = Fp4Matrix(blocks_ptr, scales_ptr, base)
+        accs = gemm_fp4(matrix, x_ptr, m0, x_rows, MATRIX, TILE, PACKED_WARPS, MACHINE)
     tl.store(out_ptr + at + n[None, :], accs[0])
     if MORE_N:
         tl.store(out_ptr + at + more[None, :], accs[1])
@@ -76,7 +79,7 @@ def column_kernel(columns_ptr, N: tl.constexpr, MACHINE: tl.constexpr):
 
 @triton.jit
 def in_columns_kernel(out_ptr, columns_ptr, x_ptr, i0, N: tl.constexpr, M: tl.constexpr, MACHINE: tl.constexpr):
-    """What in_columns makes of elements i0 .. of x [N, .. M]."""
+    """Write what in_columns makes of elements i0 .. of x [N, .. M]."""
     m, n = tl.arange(0, M), tl.arange(0, N)[:, None]
     x, columns = MACHINE.prompts.in_columns(tl.load(x_ptr + n * M + m[None, :]), i0)
     tl.store(out_ptr + n * M + m[None, :], x)
@@ -105,7 +108,7 @@ class Matrix:
         self.codes, self.scales = codes.to(torch.uint8), scales.to(torch.uint8)
 
     def published(self) -> torch.Tensor:
-        """uint8 [rows, K / 32, 16], the first element of two in the lower bits."""
+        """Return uint8 [rows, K / 32, 16], the first element of two in the lower bits."""
         return (self.codes[:, 0::2] | self.codes[:, 1::2] << 4).unflatten(1, (-1, 16))
 
     def values(self) -> torch.Tensor:
@@ -116,7 +119,7 @@ class Matrix:
 
 
 class Vectors(NamedTuple):
-    """Integers, or other numbers that E4M3 and float16 hold, and scales, which float16 vectors hold too."""
+    """Vectors of integers, or other numbers that E4M3 and float16 hold, with scales that float16 vectors hold too."""
 
     elements: torch.Tensor  # [vectors, K]
     scales: torch.Tensor  # uint8 [vectors, K / 32]
@@ -159,9 +162,9 @@ def gemm(
     x_rows: list[int] | None = None,
     more: int = 0,
 ) -> torch.Tensor:
-    """float64 [rows, vectors], those of x_rows, or all: W x^T with all factors; `more`: so many in a second part.
+    """Return float64 [rows, vectors] of W x^T with all factors, for x_rows or all vectors; `more` are in a second part.
 
-    What places beyond the last row hold must be finite if all numbers are, and is cut off.
+    Places beyond the last row must hold finite numbers if all numbers are finite, and are cut off.
     """
     rows, k = matrix.codes.shape
     packed = way in TILES
@@ -187,8 +190,7 @@ def gemm(
         before(torch.nan, block_k, x),
         before(NAN_SCALE, block_k, x_scales),
         torch.tensor([*x_rows, *[x_rows[-1]] * (n + more - len(x_rows))], dtype=torch.int32),
-        ROWS=rows,
-        K=k,
+        MATRIX=build.Matrix("", rows, k, "mxfp4", block_m, block_k),
         N=n,
         MORE_N=more,
         TILE=Tile(block_m, n, block_k, num_warps, stages=1),
@@ -205,12 +207,12 @@ def gemm(
 
 
 def place_in_tiles(row: int) -> int:
-    """Of a tile of 16 rows the even ones come first."""
+    """Return a row's place in a tile of 16, in which even rows come first."""
     return row // 16 * 16 + [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15][row % 16]
 
 
 def in_the_order_of_tiles(x: torch.Tensor) -> torch.Tensor:
-    """[vectors, K] -> [vectors, K in whole 128], zeros beyond K."""
+    """Reorder [vectors, K] to [vectors, K in whole 128], with zeros beyond K."""
     k = x.shape[1]
     padded = x.new_zeros(len(x), -(-k // 128) * 128)
     padded[:, [column_in_tiles(column) for column in range(k)]] = x
@@ -234,8 +236,8 @@ def test_the_columns_of_elements(machine, n):
     "i0, m", [(0, 32), (32, 32), (96, 32), (224, 32), (0, 64), (64, 64), (192, 64), (256, 128), (256, 256)]
 )
 @with_machine
-def test_elements_in_the_order_of_their_columns(machine, i0, m):
-    """In runs that are stored together: of each 128 elements' 8 columns as many as there are quarters."""
+def test_elements_are_in_the_order_of_their_columns(machine, i0, m):
+    """Runs that are stored together hold as many of each 128 elements' 8 columns as there are quarters."""
     x = torch.arange(2 * m, dtype=torch.float32).view(2, m)
     out, columns = torch.zeros(2, m), torch.full((m,), -1, dtype=torch.int32)
     in_columns_kernel[(1,)](out, columns, x, i0, N=2, M=m, MACHINE=machine)
@@ -252,8 +254,8 @@ def test_vectors_for_tiles_have_whole_quads(k, padded):
 
 @pytest.mark.parametrize("m, n", [(16, 16), (64, 2), (128, 32)])
 @with_machine
-def test_rows_of_a_result(machine, m, n):
-    """All in their order, and gate and up, even and odd ones, apart."""
+def test_rows_of_a_result_are_in_order(machine, m, n):
+    """All rows come in order, and gate and up, the even and odd ones, apart."""
     x = torch.arange(m * n, dtype=torch.float32).view(m, n)
     place = [place_in_tiles(row) if machine is SM_90 else row for row in range(m)]
     stored = torch.empty(m, n)
@@ -270,7 +272,7 @@ def test_rows_of_a_result(machine, m, n):
 @with_way
 @with_blocks
 @pytest.mark.parametrize("rows, k", SHAPES)
-def test_exact_sums(rows, k, block_m, block_k, way):
+def test_sums_of_integers_are_exact(rows, k, block_m, block_k, way):
     matrix, vectors = random_matrix(rows, k), random_vectors(5, k)
     sums = expected(matrix, vectors)
     unit = 0.5 * powers_of_two(matrix.scales).min() * powers_of_two(vectors.scales).min()
@@ -280,15 +282,15 @@ def test_exact_sums(rows, k, block_m, block_k, way):
 
 @with_way
 @pytest.mark.parametrize("n", [17, 20, 32, 33])
-def test_vectors_in_two_parts(n, way):
-    """The second one has 16; where there are not enough, the last vector is repeated."""
+def test_vectors_in_two_parts_are_exact(n, way):
+    """The second part has 16 vectors; the last vector is repeated where there are not enough."""
     matrix, vectors = random_matrix(33, 160), random_vectors(n, 160)
     assert torch.equal(gemm(matrix, vectors, way, more=16), expected(matrix, vectors))
 
 
 @with_way
-def test_vectors_in_any_order(way):
-    """Some of those in memory, some twice; the others are NaN."""
+def test_vectors_in_any_order_are_exact(way):
+    """Some vectors in memory are used, some twice; the others are NaN."""
     matrix, vectors = random_matrix(20, 160), random_vectors(9, 160)
     x_rows = [7, 2, 2, 0, 8]
     sums = expected(matrix, vectors)[:, x_rows]
@@ -305,7 +307,7 @@ POSITIONS = [*range(8), 15, 16, 31, 32, 63, 64, 96, 127, 128, 150, 159]
 
 @with_way
 def test_a_single_activation_picks_its_column(way):
-    """All of them together, a vector each."""
+    """Each vector has one activation; all are multiplied together."""
     matrix = random_matrix(20, 160)
     vectors = Vectors(torch.zeros(len(POSITIONS), 160), torch.full((len(POSITIONS), 5), 127, dtype=torch.uint8))
     vectors.elements[range(len(POSITIONS)), POSITIONS] = -3.0
@@ -314,7 +316,7 @@ def test_a_single_activation_picks_its_column(way):
 
 @with_way
 def test_a_single_element_picks_its_activation(way):
-    """A row each."""
+    """Each row has one element."""
     codes = torch.zeros(len(POSITIONS), 160)
     codes[range(len(POSITIONS)), POSITIONS] = 13  # -3
     matrix = Matrix(codes, 120 + torch.arange(5 * len(POSITIONS)).view(-1, 5) % 8)
@@ -326,7 +328,7 @@ def test_a_single_element_picks_its_activation(way):
 
 @with_way
 def test_every_code_at_every_place_of_a_word(way):
-    """The identity as vectors: what comes out is the matrix."""
+    """With the identity as vectors the result is the matrix."""
     codes = (torch.arange(32)[:, None] + torch.arange(32)[None, :]) % 16
     matrix = Matrix(codes, torch.full((32, 1), 127))
     vectors = Vectors(torch.eye(32), torch.full((32, 1), 127, dtype=torch.uint8))
@@ -335,8 +337,8 @@ def test_every_code_at_every_place_of_a_word(way):
 
 @pytest.mark.parametrize("base", [0, 1, 26, 127, 200, 253, 254])
 @pytest.mark.parametrize("way", [ROWS, TILES[1]], ids=str)
-def test_scales_from_end_to_end(way, base):
-    """Relative to the largest one they are exact down to 2^-23, in subnormal float16 too."""
+def test_scales_are_exact_from_end_to_end(way, base):
+    """Relative to the largest scale all are exact down to 2^-23, in subnormal float16 too."""
     least = max(0, base - 23)
     generator = torch.Generator().manual_seed(base)
     codes = torch.randint(0, 16, (24, 768), generator=generator)
@@ -351,7 +353,7 @@ def test_scales_from_end_to_end(way, base):
 
 @pytest.mark.parametrize("way", [ROWS, *TILES], ids=str)
 def test_small_scales_keep_the_absolute_precision_of_large_ones(way):
-    """Scales of all E8M0 beside the largest: what float16 cannot hold is off by half of its least step, 2^-24."""
+    """Beside the largest scale stand all of E8M0; float16 errs by half of its least step, 2^-24."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (40, 416), generator=generator)
     matrix = Matrix(codes, torch.randint(0, 255, (40, 13), generator=generator))
@@ -366,8 +368,8 @@ def test_small_scales_keep_the_absolute_precision_of_large_ones(way):
 
 @pytest.mark.parametrize("below", [22, 23, 24, 25, 28, 29, 60, 254])
 @pytest.mark.parametrize("way", [ROWS, TILES[0]], ids=str)
-def test_one_small_scale_beside_the_largest(way, below):
-    """Row 0 has the largest scale, row 1 one so far `below`: rounded to multiples of 2^-24 of the largest, no more."""
+def test_one_small_scale_is_rounded_beside_the_largest(way, below):
+    """Row 0 has the largest scale, row 1 one so far `below` that it is rounded to multiples of 2^-24 of the largest."""
     matrix = Matrix(torch.arange(32).repeat(2, 1) % 16, torch.tensor([[254], [254 - below]]))
     vectors = Vectors(torch.eye(32), torch.full((32, 1), 127, dtype=torch.uint8))
     found = gemm(matrix, vectors, way) / 2.0**127
@@ -378,7 +380,7 @@ def test_one_small_scale_beside_the_largest(way, below):
 
 @pytest.mark.parametrize("scale", [0, 1, 126, 127, 128, 253, 254])
 def test_scales_from_end_to_end_for_scaled_products(scale):
-    """The least gives subnormal sums, which are exact too."""
+    """The smallest scale gives subnormal sums, which are exact too."""
     # Elements below 2, as 2 * 2^127 is no float32, to which the interpreter's dot_scaled dequantizes.
     codes = torch.randint(0, 16, (20, 96), generator=torch.Generator().manual_seed(scale)) & 0b1011
     matrix = Matrix(codes, torch.full((20, 3), scale))
@@ -390,7 +392,7 @@ def test_scales_from_end_to_end_for_scaled_products(scale):
 
 
 def test_groups_with_their_own_scales_for_scaled_products():
-    """One element a group, each at its own power of two, of the matrix and of the vector."""
+    """Each group has one element, at its own power of two in the matrix and in the vector."""
     codes, elements = torch.zeros(5, 160), torch.zeros(1, 160)
     for group in range(5):
         codes[group, group * 32 + 7 * group] = 2
@@ -411,7 +413,7 @@ def test_every_activation_for_scaled_products():
 @with_way
 @pytest.mark.parametrize("row, group", [(3, 4), (17, 0), (19, 2)])
 def test_a_scale_of_nan_shows_in_its_row_alone(row, group, way):
-    """It is no part of `base`."""
+    """A scale of NaN does not enter `base`."""
     matrix, vectors = random_matrix(20, 160), random_vectors(3, 160)
     sums = expected(matrix, vectors)
     matrix.scales[row, group] = NAN_SCALE
@@ -440,8 +442,8 @@ def test_an_activation_of_nan_shows_in_its_column_alone(way):
 
 @with_way
 @with_blocks
-def test_real_vectors(block_m, block_k, way):
-    """Of float16, with a range that it has, or of MXFP8; sums of many bits round."""
+def test_real_vectors_agree_with_float64(block_m, block_k, way):
+    """Vectors are float16 within its range, or MXFP8; sums of many bits round."""
     rows, k = 19, 2880
     generator = torch.Generator().manual_seed(0)
     matrix = random_matrix(rows, k, scales=(112, 131))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from common.build import Matrix
-from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_vector
+from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_split_vector
 from common.rmsnorm import multiply_blocks
 from common.sm90.gemv import load_thread_vector, multiply_rows
 from common.sm90.ring import DESCRIPTION_BYTES, behind_stages, describe_tile, fill_stage, open_ring, wait_for_stage
@@ -30,16 +30,16 @@ def gemv_kernel(
     NORM: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    x = load_vector(x_ptr, K, BLOCK_K)
+    x = load_split_vector(x_ptr, K, BLOCK_K)
     if NORM:
-        x = multiply_blocks(x, load_vector(norm_ptr, K, BLOCK_K))
+        x = multiply_blocks(x, load_split_vector(norm_ptr, K, BLOCK_K))
     weights = load_bf16_rows(w_ptr, first_row + tile * BLOCK_M, end_row, K, BLOCK_M, BLOCK_K)
     tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_bf16(weights, x) * rstd)
 
 
 @triton.jit
 def vector_kernel(out_ptr, x_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    blocks = load_vector(x_ptr, K, BLOCK_K)
+    blocks = load_split_vector(x_ptr, K, BLOCK_K)
     half = tl.arange(0, BLOCK_K // 2)
     for i in tl.static_range(len(blocks)):
         tl.store(out_ptr + i * (BLOCK_K // 2) + half, blocks[i])
@@ -60,12 +60,12 @@ def before_nan(x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def words(w: torch.Tensor, block_m: int, block_k: int) -> torch.Tensor:
-    """bfloat16 w as the int32 that the kernels take, and more than a tile of NaN after it."""
+    """Return bfloat16 w as the int32 words that the kernels take, followed by more than a tile of NaN."""
     return before_nan(w, (block_m + 1) * w.shape[1] + block_k).view(torch.int32)
 
 
 def gemv(w, x, block_m, block_k, norm=None, rstd=1.0, first_row=0, end_row=None) -> torch.Tensor:
-    """All tiles from first_row to end_row, and one more: what they give from end_row on must be 0, and is cut off."""
+    """Multiply all tiles from first_row to end_row and one more; results from end_row on must be 0, and are cut off."""
     rows, k = w.shape
     count = (rows if end_row is None else end_row) - first_row
     n_tiles = triton.cdiv(count, block_m) + 1
@@ -108,7 +108,7 @@ def test_a_vector_is_blocks_of_even_and_of_odd_elements(k, block_k, dtype):
 @pytest.mark.parametrize("row0, end_row", [(0, 13), (3, 13), (3, 5), (12, 13), (13, 13), (20, 13)])
 @pytest.mark.parametrize("block_m, block_k", BLOCKS)
 def test_rows_are_the_words_of_the_matrix(row0, end_row, block_m, block_k):
-    """Every bit, of any value: NaN, infinity and -0 too. Zeros where nothing is to be read."""
+    """Every bit of any value is kept, NaN, infinity and -0 included; masked reads give zeros."""
     rows, k = 13, 38
     w = torch.randint(-(2**15), 2**15, (rows, k), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
     stride = triton.cdiv(k, block_k) * block_k // 2
@@ -163,7 +163,7 @@ def test_real_numbers(block_m, block_k, with_norm):
 
 @pytest.mark.parametrize("position", [0, 1, 30])
 def test_the_vector_is_not_rounded(position):
-    """A float32 activation whose last bit decides, at an even place and at an odd one."""
+    """The last bit of a float32 activation decides, at an even place and at an odd one."""
     w, x = torch.zeros(1, 64).bfloat16(), torch.zeros(64)
     w[0, [position, 63]] = 1.0
     x[[position, 63]] = torch.tensor([1 + 2.0**-23, -1.0])
@@ -183,7 +183,7 @@ def test_huge_and_nan_values_stay():
 
 @triton.jit
 def thread_vector_kernel(out_ptr, x_ptr, K: tl.constexpr, THREADS: tl.constexpr, COPIES: tl.constexpr):
-    """out [blocks, COPIES, THREADS]."""
+    """Write out [blocks, COPIES, THREADS]."""
     blocks = load_thread_vector(x_ptr, K, THREADS, COPIES)
     at = tl.arange(0, COPIES)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
     for i in tl.static_range(len(blocks)):
@@ -192,7 +192,7 @@ def thread_vector_kernel(out_ptr, x_ptr, K: tl.constexpr, THREADS: tl.constexpr,
 
 @triton.jit
 def stage_kernel(out_ptr, w_ptr, x_ptr, MATRIX: tl.constexpr, THREADS: tl.constexpr, COPIES: tl.constexpr):
-    """out [tile_rows / COPIES, COPIES, THREADS], a program for each tile, which it copies into a stage."""
+    """Write out [tile_rows / COPIES, COPIES, THREADS]; each program copies its tile into a stage."""
     ROWS: tl.constexpr = MATRIX.tile_rows
     TILE_BYTES: tl.constexpr = ROWS * MATRIX.k * 2
     STAGE: tl.constexpr = (TILE_BYTES + 127) // 128 * 128
@@ -210,7 +210,10 @@ def stage_kernel(out_ptr, w_ptr, x_ptr, MATRIX: tl.constexpr, THREADS: tl.conste
 
 
 def gemv_in_stages(w: torch.Tensor, x: torch.Tensor, rows: int, threads: int, copies: int) -> torch.Tensor:
-    """What each thread has of w's rows, [rows of w, threads]; NaN stands behind each tile and behind the vector."""
+    """Return each thread's part of w's rows, [rows of w, threads].
+
+    NaN stands behind each tile and behind the vector.
+    """
     n_tiles, k = len(w) // rows, w.shape[1]
     out = torch.full((len(w), threads), torch.nan)
     matrix = Matrix("w", len(w), k, "bf16", rows, k_block=0)
@@ -230,7 +233,7 @@ with_threads = pytest.mark.parametrize("threads", [32, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [*STAGE_SIZES, 31, 256, 257, 1500])
 def test_a_thread_has_eight_elements_of_each_run(k, dtype, copies, threads):
-    """Thread i those from 8 i on, in all copies, and zeros beyond K, where nothing is read."""
+    """Thread i has those from 8 i on, in all copies, and zeros beyond K, where nothing is read."""
     x = (torch.arange(k) % 251 + 1).to(dtype)
     n_runs = triton.cdiv(k, 8 * threads)
     out = torch.full((8 * n_runs, copies, threads), torch.nan)
@@ -245,7 +248,7 @@ def test_a_thread_has_eight_elements_of_each_run(k, dtype, copies, threads):
 @with_tiles
 @pytest.mark.parametrize("k", STAGE_SIZES)
 def test_each_thread_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, threads):
-    """Exactly, as integers: what it has of a row is what its eight elements of each run give, and no more."""
+    """Integers show exactly that a thread's part of a row comes from its eight elements of each run."""
     w, x = small_integers(3 * rows, k, seed=0), small_integers(k, seed=1)
     products = torch.zeros(len(w), triton.cdiv(k, 8 * threads) * 8 * threads)
     products[:, :k] = w * x
@@ -256,8 +259,8 @@ def test_each_thread_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, thre
 @with_threads
 @with_tiles
 @pytest.mark.parametrize("k", STAGE_SIZES)
-def test_rows_in_a_stage(k, rows, copies, threads):
-    """Real numbers against float64; what other rows hold, or follows the tile, is no part of a row."""
+def test_rows_in_a_stage_agree_with_float64(k, rows, copies, threads):
+    """Real numbers agree with float64; other rows and the bytes behind the tile do not enter a row."""
     generator = torch.Generator().manual_seed(k)
     w = torch.randn(2 * rows, k, generator=generator).bfloat16()
     x = torch.randn(k, generator=generator)

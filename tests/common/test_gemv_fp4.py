@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from common import build
+from common.build import Operand
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -28,21 +30,18 @@ def gemv_kernel(
     x_ptr,
     x_scale_ptr,
     first_row,
-    n_rows,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
     WAY: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    row0 = first_row + tile * BLOCK_M
+    M: tl.constexpr = MATRIX.tile_rows
+    row0 = first_row + tile * M
+    matrix = Operand(blocks_ptr, scales_ptr)
     if WAY == "float32":
-        y = gemv_fp4(blocks_ptr, scales_ptr, x_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K)
+        y = gemv_fp4(matrix, x_ptr, row0, MATRIX)
     else:
-        y = gemv_fp4_fp8(
-            blocks_ptr, scales_ptr, x_ptr, x_scale_ptr, row0, n_rows, K, BLOCK_M, BLOCK_K, WAY == "dot_scaled"
-        )
-    tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), y)
+        y = gemv_fp4_fp8(matrix, Operand(x_ptr, x_scale_ptr), row0, MATRIX, WAY == "dot_scaled")
+    tl.store(out_ptr + tile * M + tl.arange(0, M), y)
 
 
 class Matrix:
@@ -52,7 +51,7 @@ class Matrix:
         self.codes, self.scales = codes.to(torch.uint8), scales.to(torch.uint8)
 
     def packed(self) -> torch.Tensor:
-        """int32 words [rows, K / 8], the first element in the lowest bits."""
+        """Return int32 words [rows, K / 8], the first element in the lowest bits."""
         return (self.codes[:, 0::2] | self.codes[:, 1::2] << 4).view(torch.int32)
 
     def values(self) -> torch.Tensor:
@@ -94,7 +93,7 @@ def before(fill: float, count: int, x: torch.Tensor) -> torch.Tensor:
 
 
 def gemv(matrix: Matrix, vector: Vector, way: str, block_m: int, block_k: int, first_row: int = 0) -> torch.Tensor:
-    """All tiles from first_row on: what they give beyond the matrix must be 0, and is cut off."""
+    """Multiply all tiles from first_row on; results beyond the matrix must be 0, and are cut off."""
     rows, k = matrix.codes.shape
     past = (block_m + 1) * k + block_k
     x = vector.values().float() if way == "float32" else vector.elements
@@ -104,15 +103,14 @@ def gemv(matrix: Matrix, vector: Vector, way: str, block_m: int, block_k: int, f
     scales = before(NAN_SCALE, past // 32, matrix.scales)
     n_tiles = triton.cdiv(rows - first_row, block_m)
     out = torch.full((n_tiles * block_m,), torch.nan)
-    gemv_kernel[(n_tiles,)](
-        out, words, scales, x, x_scales, first_row, rows, K=k, BLOCK_M=block_m, BLOCK_K=block_k, WAY=way
-    )
+    shape = build.Matrix("", rows, k, "mxfp4", block_m, block_k)
+    gemv_kernel[(n_tiles,)](out, words, scales, x, x_scales, first_row, MATRIX=shape, WAY=way)
     assert (out[rows - first_row :] == 0).all()
     return out[: rows - first_row]
 
 
 def exact(matrix: Matrix, vector: Vector) -> torch.Tensor:
-    """The products of matrix and vector, having checked that any partial sum of them is a float32."""
+    """Return the products of matrix and vector, having checked that any partial sum of them is a float32."""
     products = matrix.values() * vector.values()
     unit = 0.5 * powers_of_two(matrix.scales).min() * powers_of_two(vector.scales).min()
     assert (products.abs().sum(1) / unit < 2**24).all()
@@ -183,8 +181,8 @@ def test_every_activation_times_one(way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("scale", [0, 1, 126, 127, 128, 253, 254])
-def test_scales_from_end_to_end(scale, way):
-    """The least gives subnormal sums, which are exact too."""
+def test_scales_are_exact_from_end_to_end(scale, way):
+    """The smallest scale gives subnormal sums, which are exact too."""
     # Elements below 2, as 2 * 2^127 is no float32, to which the interpreter's dot_scaled dequantizes.
     codes = torch.randint(0, 16, (3, 96), generator=torch.Generator().manual_seed(scale)) & 0b1011
     elements = torch.zeros(96)
@@ -194,8 +192,8 @@ def test_scales_from_end_to_end(scale, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_groups_with_their_own_scales(way):
-    """One element a group, each group at its own power of two, of the matrix and of the vector."""
+def test_groups_with_their_own_scales_are_exact(way):
+    """Each group has one element, at its own power of two in the matrix and in the vector."""
     codes, elements = torch.zeros(5, 160), torch.zeros(160)
     for group in range(5):
         codes[group, group * 32 + 7 * group] = 2
@@ -207,7 +205,7 @@ def test_groups_with_their_own_scales(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_that_cancel_leave_zero(way):
-    """2 * 1 - 1 * 2: whatever the padding of a matrix product brings in is not hidden by rounding."""
+    """The sum is 2 * 1 - 1 * 2, so that rounding hides nothing that a product's padding brings in."""
     codes, elements = torch.zeros(1, 64), torch.zeros(64)
     codes[0, 3] = codes[0, 40] = 2
     elements[3], elements[40] = 1.0, -2.0
@@ -248,7 +246,7 @@ def test_real_activations(block_m, block_k, magnitude):
 
 @pytest.mark.parametrize("block_m, block_k", BLOCKS)
 def test_both_ways_agree_on_real_mxfp8(block_m, block_k):
-    """Sums of many bits round, in different orders; their products are the same and exact."""
+    """Sums of many bits round in different orders; their products are equal and exact."""
     rows, k = 7, 2880
     generator = torch.Generator().manual_seed(0)
     matrix = random_matrix(rows, k, scales=(118, 131))

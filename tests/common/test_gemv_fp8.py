@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from common import build
+from common.build import Operand
 from common.cpu import CPU
 from common.gemv_dense import row_scale_bytes
 from common.gemv_fp8 import gemv_fp8, load_fp8_rows, load_whole_vector
@@ -19,7 +20,15 @@ from common.gfx950 import GFX950
 from common.rmsnorm import multiply_blocks
 from common.sm90 import SM_90
 from common.sm90.gemv import load_thread_vector, multiply_rows
-from common.sm90.ring import DESCRIPTION_BYTES, behind_stages, describe_tile, fill_stage, open_ring, wait_for_stage
+from common.sm90.ring import (
+    DESCRIPTION_BYTES,
+    TilePieces,
+    behind_stages,
+    describe_tile,
+    fill_stage,
+    open_ring,
+    wait_for_stage,
+)
 
 NAN, NAN_SCALE = 0x7F, 255
 SHAPES = {"fp8-row": [(1, 4), (5, 36), (13, 132), (7, 2880)], "fp8-32": [(1, 32), (5, 96), (13, 160), (7, 2880)]}
@@ -31,7 +40,7 @@ with_blocks = pytest.mark.parametrize("block_m, block_k", BLOCKS)
 
 @triton.jit
 def decode_kernel(out_ptr, words_ptr, N: tl.constexpr, MACHINE: tl.constexpr):
-    """out [N, 4]."""
+    """Write out [N, 4]."""
     i = tl.arange(0, N)
     values = MACHINE.dense.e4m3_to_float32(tl.load(words_ptr + i))
     for j in tl.static_range(4):
@@ -54,16 +63,17 @@ def gemv_kernel(
     norm_ptr,
     first_row,
     end_row,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    FORMAT: tl.constexpr,
+    MATRIX: tl.constexpr,
     MACHINE: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    K: tl.constexpr = MATRIX.k
+    BLOCK_M: tl.constexpr = MATRIX.tile_rows
+    BLOCK_K: tl.constexpr = MATRIX.k_block
+    FORMAT: tl.constexpr = MATRIX.format
     x = multiply_blocks(load_whole_vector(x_ptr, K, BLOCK_K), load_whole_vector(norm_ptr, K, BLOCK_K))
     row0 = first_row + tile * BLOCK_M
-    weights = load_fp8_rows(w_ptr, scales_ptr, row0, end_row, K, BLOCK_M, BLOCK_K, FORMAT)
+    weights = load_fp8_rows(Operand(w_ptr, scales_ptr), row0, end_row, MATRIX)
     tl.store(out_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), gemv_fp8(weights, x, FORMAT, MACHINE))
 
 
@@ -77,7 +87,7 @@ def stage_kernel(
     THREADS: tl.constexpr,
     COPIES: tl.constexpr,
 ):
-    """out [tile_rows / COPIES, COPIES, THREADS], a program for each tile, whose rows it copies into a stage."""
+    """Write out [tile_rows / COPIES, COPIES, THREADS]; each program copies its tile's rows into a stage."""
     K: tl.constexpr = MATRIX.k
     ROWS: tl.constexpr = MATRIX.tile_rows
     SCALES: tl.constexpr = row_scale_bytes(K, MATRIX.format)
@@ -90,7 +100,7 @@ def stage_kernel(
     at, scales = w_ptr.to(tl.int64) + tile * (ROWS * K), scales_ptr.to(tl.int64) + tile * (ROWS * SCALES)
     n_rows = MATRIX.rows - tile * ROWS
     rows = at * 0 + tl.minimum(n_rows, ROWS)
-    describe_tile(description, at, rows * K, scales, rows * SCALES, tile >= 0)
+    describe_tile(description, TilePieces(at, rows * K, scales, rows * SCALES), tile >= 0)
     fill_stage(ring, 0, description, 1, STAGE)
     sums = multiply_rows(wait_for_stage(ring, 0, 1, STAGE), x, n_rows, MATRIX)
     row = tl.arange(0, ROWS // COPIES)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
@@ -102,7 +112,7 @@ class Matrix(NamedTuple):
     scales: torch.Tensor  # float32 [rows] or uint8 [rows, K / 32]
 
     def factors(self) -> torch.Tensor:
-        """float64, of each element."""
+        """Return the scale of each element, float64."""
         if self.scales.dtype == torch.float32:
             return self.scales.double()[:, None].expand(self.codes.shape)
         return torch.exp2(self.scales.double() - 127).repeat_interleave(32, 1)
@@ -114,11 +124,14 @@ class Matrix(NamedTuple):
         return self.elements() * self.factors()
 
     def words(self, past: int) -> torch.Tensor:
-        """int32, and NaN in so many bytes after them."""
+        """Return the matrix as int32 words, followed by this many bytes of NaN."""
         return before(NAN, past, self.codes).view(torch.int32)
 
     def padded_scales(self, past: int) -> torch.Tensor:
-        """As a kernel reads them, a row's of groups padded to 16: NaN there, and in so many rows after them."""
+        """Return scales as a kernel reads them, a row's groups padded to 16.
+
+        NaN stands there and in the rows behind.
+        """
         if self.scales.dtype == torch.float32:
             return before(torch.nan, past, self.scales)
         rows, groups = self.scales.shape
@@ -142,7 +155,7 @@ def small_integers(*shape: int, seed: int) -> torch.Tensor:
 
 
 def scales_for(rows: int, k: int, dense_format: str, low: int = -2, high: int = 3) -> torch.Tensor:
-    """Powers of two, each other than its neighbours."""
+    """Make powers of two, each different from its neighbours."""
     groups = 1 if dense_format == "fp8-row" else k // 32
     exponents = torch.arange(rows * groups).view(rows, groups) * 3 % (high - low) + low
     return torch.exp2(exponents[:, 0].float()) if dense_format == "fp8-row" else (exponents + 127).to(torch.uint8)
@@ -153,7 +166,7 @@ def integer_matrix(rows: int, k: int, dense_format: str) -> Matrix:
 
 
 def random_matrix(rows: int, k: int, dense_format: str) -> Matrix:
-    """Any numbers; scales of rows are no powers of two."""
+    """Make a matrix of arbitrary numbers; scales of rows are not powers of two."""
     generator = torch.Generator().manual_seed(k)
     codes = torch.randint(0, 256, (rows, k), generator=generator).to(torch.uint8)
     codes[(codes & 0x7F) == NAN] = 1
@@ -166,7 +179,7 @@ def format_of(matrix: Matrix) -> str:
 
 
 def gemv(matrix: Matrix, x, block_m, block_k, norm=None, first_row=0, end_row=None) -> torch.Tensor:
-    """All tiles from first_row to end_row, and one more: what they give from end_row on must be 0, and is cut off."""
+    """Multiply all tiles from first_row to end_row and one more; results from end_row on must be 0, and are cut off."""
     rows, k = matrix.codes.shape
     count = (rows if end_row is None else end_row) - first_row
     n_tiles = triton.cdiv(count, block_m) + 1
@@ -179,10 +192,7 @@ def gemv(matrix: Matrix, x, block_m, block_k, norm=None, first_row=0, end_row=No
         before(torch.nan, block_k, torch.ones(k) if norm is None else norm),
         first_row,
         first_row + count,
-        K=k,
-        BLOCK_M=block_m,
-        BLOCK_K=block_k,
-        FORMAT=format_of(matrix),
+        MATRIX=build.Matrix("", rows, k, format_of(matrix), block_m, block_k),
         MACHINE=CPU,
     )
     assert (out[count:] == 0).all()
@@ -191,7 +201,7 @@ def gemv(matrix: Matrix, x, block_m, block_k, norm=None, first_row=0, end_row=No
 
 @pytest.mark.parametrize("machine", [CPU, GFX950, SM_90], ids=lambda machine: machine.name)
 def test_every_code_is_what_torch_makes_of_it(machine):
-    """All 256, NaN and -0 among them, each in each place of a word."""
+    """All 256 codes, NaN and -0 included, stand in each place of a word."""
     codes = (torch.arange(256)[:, None] + torch.tensor([0, 64, 128, 192])).flatten().to(torch.uint8)
     out = torch.zeros(1024)
     decode_kernel[(1,)](out, codes.view(torch.int32), N=256, MACHINE=machine)
@@ -269,7 +279,7 @@ def test_real_numbers(block_m, block_k, dense_format):
 
 @with_format
 def test_the_vector_is_not_rounded(dense_format):
-    """A float32 activation whose last bit decides."""
+    """The last bit of a float32 activation decides."""
     for position in (0, 1, 30):
         values, x = torch.zeros(1, 64), torch.zeros(64)
         values[0, [position, 63]] = 1.0
@@ -280,7 +290,7 @@ def test_the_vector_is_not_rounded(dense_format):
 
 @with_format
 def test_nan_shows_in_its_row_alone(dense_format):
-    """That of an element, and that of a scale."""
+    """A NaN in an element or in a scale makes its row NaN."""
     matrix, x = integer_matrix(5, 96, dense_format), small_integers(96, seed=1)
     expected = (matrix.values() @ x.double()).float()
     matrix.codes[3, 70] = NAN
@@ -291,8 +301,8 @@ def test_nan_shows_in_its_row_alone(dense_format):
 
 
 @pytest.mark.parametrize("scale", [0, 1, 126, 127, 128, 240])
-def test_scales_of_groups_from_end_to_end(scale):
-    """The least gives subnormal sums, which are exact too."""
+def test_scales_of_groups_are_exact_from_end_to_end(scale):
+    """The smallest scale gives subnormal sums, which are exact too."""
     matrix = Matrix(codes_of(small_integers(3, 96, seed=0)), torch.full((3, 3), scale, dtype=torch.uint8))
     x = small_integers(96, seed=1)
     expected = matrix.values() @ x.double()
@@ -300,9 +310,9 @@ def test_scales_of_groups_from_end_to_end(scale):
 
 
 def gemv_in_stages(matrix: Matrix, x: torch.Tensor, rows: int, threads: int, copies: int) -> torch.Tensor:
-    """What each thread has of each row, [rows, threads], without scales of rows.
+    """Return each thread's part of each row, [rows, threads], without scales of rows.
 
-    Rows beyond the last are what their stage holds: nobody wrote there, so that they are NaN.
+    Rows beyond the last are NaN: nobody wrote to their stage.
     """
     n_rows, k = matrix.codes.shape
     n_tiles = triton.cdiv(n_rows, rows)
@@ -334,7 +344,7 @@ def thread_values(matrix: Matrix) -> torch.Tensor:
 @with_tiles
 @pytest.mark.parametrize("dense_format, k", STAGE_CASES)
 def test_each_thread_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, threads, dense_format):
-    """Exactly: what it has of a row is what its sixteen elements of each run give. The last tile is short."""
+    """A thread's part of a row comes exactly from its sixteen elements of each run. The last tile is short."""
     matrix, x = integer_matrix(2 * rows + 1, k, dense_format), small_integers(k, seed=1)
     products = torch.zeros(2 * rows + 1, triton.cdiv(k, 16 * threads) * 16 * threads, dtype=torch.float64)
     products[:, :k] = thread_values(matrix) * x
@@ -344,8 +354,8 @@ def test_each_thread_multiplies_its_sixteen_bytes_of_a_row(k, rows, copies, thre
 
 @with_threads
 @pytest.mark.parametrize("dense_format, k", STAGE_CASES)
-def test_rows_in_a_stage(k, threads, dense_format):
-    """Real numbers, and a row of NaN or a scale of NaN, which is no part of any other row."""
+def test_rows_in_a_stage_agree_with_float64(k, threads, dense_format):
+    """Rows hold real numbers; a row or a scale of NaN does not enter any other row."""
     matrix = random_matrix(7, k, dense_format)
     x = torch.randn(k, generator=torch.Generator().manual_seed(k))
     found = gemv_in_stages(matrix, x, 4, threads, 2).double().sum(1)

@@ -13,6 +13,7 @@ from common.sm90.ring import (
     BARRIER_BYTES,
     DESCRIPTION_BYTES,
     OPEN,
+    TilePieces,
     behind_stages,
     describe_tile,
     fill_stage,
@@ -34,7 +35,7 @@ def ring_kernel(out_ptr, described_ptr, first_ptr, second_ptr, n_tiles, AHEAD: t
     n = tl.arange(0, KNOWN)
     first, second = (first_ptr + 4 * n).to(tl.int64), (second_ptr + 4 * n).to(tl.int64)
     sizes = tl.full([KNOWN], 16, tl.int64)
-    describe_tile(descriptions + n * DESCRIPTION_BYTES, first, sizes, second, sizes, n < n_tiles + AHEAD)
+    describe_tile(descriptions + n * DESCRIPTION_BYTES, TilePieces(first, sizes, second, sizes), n < n_tiles + AHEAD)
     for n in range(AHEAD):
         fill_stage(ring, n, descriptions + n * DESCRIPTION_BYTES, STAGES, 256)
     word = tl.arange(0, 8)
@@ -85,12 +86,12 @@ def test_tiles_come_back_in_order_however_far_ahead(stages):
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
 def test_a_tile_too_far_ahead_takes_the_place_of_one_that_waits(stages):
-    """So a feed that asks too early gives wrong results in the interpreter too."""
+    """A feed that asks too early thus gives wrong results in the interpreter too."""
     found, expected = tiles(2 * stages, stages + 1, stages)
     assert torch.equal(found[0], expected[stages])
 
 
-def test_words_in_a_stage():
+def test_words_in_a_stage_are_read_where_the_mask_allows():
     """Masked words are not read."""
     source = torch.arange(100, 132, dtype=torch.int32)
     mask = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0], dtype=torch.int32)

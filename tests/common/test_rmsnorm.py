@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.gemv_bf16 import load_vector
+from common.gemv_bf16 import load_split_vector
 from common.rmsnorm import add_blocks, multiply_blocks, rms_rstd
 
 EPS = 1e-5
@@ -18,14 +18,14 @@ SIZES = [1, 31, 2880]
 
 @triton.jit
 def rstd_kernel(out_ptr, x_ptr, SIZE: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    tl.store(out_ptr, rms_rstd(load_vector(x_ptr, SIZE, BLOCK), SIZE, EPS))
+    tl.store(out_ptr, rms_rstd(load_split_vector(x_ptr, SIZE, BLOCK), SIZE, EPS))
 
 
 @triton.jit
 def blocks_kernel(sum_ptr, product_ptr, a_ptr, b_ptr, rstd, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """a + b and a * b * rstd, back in the order of memory."""
-    a = load_vector(a_ptr, SIZE, BLOCK)
-    b = load_vector(b_ptr, SIZE, BLOCK)
+    """Write a + b and a * b * rstd, back in the order of memory."""
+    a = load_split_vector(a_ptr, SIZE, BLOCK)
+    b = load_split_vector(b_ptr, SIZE, BLOCK)
     sums = add_blocks(a, b)
     products = multiply_blocks(a, b)
     half = tl.arange(0, BLOCK // 2)
@@ -48,7 +48,7 @@ def rstd_of(x: torch.Tensor, block: int = BLOCK) -> float:
 def sum_and_product(
     a: torch.Tensor, b: torch.Tensor, rstd: float = 1.0, block: int = BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """a + b and a * b * rstd. What lies beyond their size must stay 0, as rms_rstd counts on it."""
+    """Return a + b and a * b * rstd. Places beyond their size must stay 0, as rms_rstd assumes."""
     size = len(a)
     out = torch.full((2, triton.cdiv(size, block) * block), torch.nan)
     blocks_kernel[(1,)](out[0], out[1], before_nan(a), before_nan(b), rstd, SIZE=size, BLOCK=block)

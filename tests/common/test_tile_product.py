@@ -11,17 +11,25 @@ import torch
 import triton
 import triton.language as tl
 
-from common.sm90.ring import DESCRIPTION_BYTES, behind_stages, describe_tile, fill_stage, open_ring, wait_for_stage
+from common.sm90.ring import (
+    DESCRIPTION_BYTES,
+    TilePieces,
+    behind_stages,
+    describe_tile,
+    fill_stage,
+    open_ring,
+    wait_for_stage,
+)
 from common.sm90.sums import collect_tiles, leave_tile
 from common.sm90.tile_product import (
-    REST_PLACE,
+    REST_OFFSET,
     as_words,
-    load_vector,
+    load_tile_vector,
     multiply_tile,
     split_vector,
-    vector_parts,
-    vector_places,
-    vector_unit,
+    tile_vector_prescale,
+    tile_vector_size,
+    vector_offset,
 )
 from common.sm90.tiles import block_bytes, pack_blocks, pack_scales, scale_bytes, stage_bytes, tile_count
 from reference import dequantize_mxfp4, quantize_mxfp8
@@ -35,15 +43,15 @@ SPLIT = 2.0**-23  # how much of an activation two FP16 may lose, see split_error
 
 @triton.jit
 def split_kernel(parts_ptr, scale_ptr, x_ptr, K: tl.constexpr, STRIDE: tl.constexpr, N_PARTS: tl.constexpr):
-    """parts [vectors, N_PARTS] and scale [vectors] of x [vectors, STRIDE]: a program for each vector."""
+    """Write parts [vectors, N_PARTS] and scale [vectors] of x [vectors, STRIDE], one vector per program."""
     vector = tl.program_id(0)
     k = tl.arange(0, triton.next_power_of_2(K))
     x = tl.load(x_ptr + vector * STRIDE + k, mask=k < K, other=0.0)
-    unit, scale = vector_unit(tl.max(tl.abs(x), axis=0))
-    value, rest = split_vector(x, unit)
-    at = parts_ptr + vector * N_PARTS + vector_places(k)
+    prescale, scale = tile_vector_prescale(tl.max(tl.abs(x), axis=0))
+    value, rest = split_vector(x, prescale)
+    at = parts_ptr + vector * N_PARTS + vector_offset(k)
     tl.store(at, value, mask=k < K)
-    tl.store(at + REST_PLACE, rest, mask=k < K)
+    tl.store(at + REST_OFFSET, rest, mask=k < K)
     tl.store(scale_ptr + vector, scale)
 
 
@@ -59,7 +67,7 @@ def gemv_kernel(
     STRIDE: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """out [vectors, tiles, 16]: a program takes a vector through all tiles, one after the other in the same stage.
+    """Write out [vectors, tiles, 16]: a program multiplies a vector by all tiles, one after another in one stage.
 
     The sums stand in shared memory a step and more behind the stage.
     """
@@ -71,10 +79,11 @@ def gemv_kernel(
     vector = tl.program_id(0)
     ring = open_ring(1, STAGE, PAST + SUMS + DESCRIPTION_BYTES)
     sums = behind_stages(ring, 1, STAGE) + PAST
-    x = load_vector(as_words(x_ptr) + vector * STRIDE, tl.load(scale_ptr + vector), K, WARPS)
+    x = load_tile_vector(as_words(x_ptr) + vector * STRIDE, tl.load(scale_ptr + vector), K, WARPS)
     for tile in range(n_tiles):
         blocks, scales = blocks_ptr.to(tl.int64) + tile * BLOCKS, scales_ptr.to(tl.int64) + tile * SCALES
-        describe_tile(sums + SUMS, blocks, blocks * 0 + BLOCKS, scales, scales * 0 + SCALES, tile < n_tiles)
+        pieces = TilePieces(blocks, blocks * 0 + BLOCKS, scales, scales * 0 + SCALES)
+        describe_tile(sums + SUMS, pieces, tile < n_tiles)
         fill_stage(ring, tile, sums + SUMS, 1, STAGE)
         at = wait_for_stage(ring, tile, 1, STAGE)
         even, odd = multiply_tile(at, at + BLOCKS, x, WARPS)
@@ -88,8 +97,8 @@ def gemv_kernel(
 @triton.jit
 def places_kernel(out_ptr, N: tl.constexpr):
     k = tl.arange(0, triton.next_power_of_2(N))
-    tl.store(out_ptr + k, vector_places(k), mask=k < N)
-    tl.store(out_ptr + N + k, vector_places(k) + REST_PLACE, mask=k < N)
+    tl.store(out_ptr + k, vector_offset(k), mask=k < N)
+    tl.store(out_ptr + N + k, vector_offset(k) + REST_OFFSET, mask=k < N)
 
 
 class Matrix(NamedTuple):
@@ -116,7 +125,7 @@ def random_matrix(rows: int, k: int, seed: int = 0, scales=(126, 129)) -> Matrix
 
 
 def random_vector(k: int, seed: int = 0) -> torch.Tensor:
-    """Integers of 5 bits, so that FP8 has to round, each group times 1/2, 1 or 2."""
+    """Make integers of 5 bits, which FP8 must round, each group times 1/2, 1 or 2."""
     generator = torch.Generator().manual_seed(seed + 100)
     x = torch.randint(-31, 32, (k // 32, 32), generator=generator)
     return (x * 2.0 ** torch.randint(-1, 2, (k // 32, 1), generator=generator)).flatten()
@@ -127,9 +136,9 @@ def normal_vector(k: int, seed: int = 0) -> torch.Tensor:
 
 
 def packed(matrix: Matrix, warps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(blocks, scales), one tile after the other, with elements of -6 in the groups that the last quad has beyond K.
+    """Return (blocks, scales), tile after tile, with elements of -6 in the last quad's groups beyond K.
 
-    Elements of -6 and scales of NaN also follow a tile in shared memory: all that nobody wrote is bytes of 255 there.
+    Elements of -6 and scales of NaN also follow a tile in shared memory, where unwritten bytes are 255.
     """
     blocks = pack_blocks(matrix.blocks).unflatten(1, (-1, 2, 8, 4, 4))  # tile, quad, row % 2, row / 2, group, word
     blocks[:, -1, :, :, (matrix.k - 1) // 32 % 4 + 1 :] = -1
@@ -137,9 +146,9 @@ def packed(matrix: Matrix, warps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prepared(x: torch.Tensor, warps: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(parts, scales, stride) of x [vectors, K], NaN behind each for a step and more."""
+    """Return (parts, scales, stride) of x [vectors, K], with NaN behind each for a step and more."""
     n_vectors, k = x.shape
-    n_parts = vector_parts(k) + 512 * warps
+    n_parts = tile_vector_size(k) + 512 * warps
     parts = torch.full((n_vectors, n_parts), torch.nan, dtype=torch.float16)
     scale = torch.full((n_vectors,), torch.nan)
     split_kernel[(n_vectors,)](parts, scale, x.float().contiguous(), K=k, STRIDE=k, N_PARTS=n_parts)
@@ -147,7 +156,7 @@ def prepared(x: torch.Tensor, warps: int) -> tuple[torch.Tensor, torch.Tensor, i
 
 
 def gemv_all(matrix: Matrix, x: torch.Tensor, warps: int) -> torch.Tensor:
-    """[vectors, rows] of x [vectors, K]: what tiles give beyond the matrix must be 0, and is cut off."""
+    """Return [vectors, rows] of x [vectors, K]; results beyond the matrix must be 0, and are cut off."""
     rows, k, n_vectors = len(matrix.blocks), matrix.k, len(x)
     n_tiles = tile_count(rows)
     parts, scale, stride = prepared(x, warps)
@@ -171,7 +180,7 @@ def gemv(matrix: Matrix, x: torch.Tensor, warps: int) -> torch.Tensor:
 
 
 def exact(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
-    """The products of matrix and vector, having checked that any partial sum of them is a float32."""
+    """Return the products of matrix and vector, having checked that any partial sum of them is a float32."""
     products = matrix.values() * x.double()
     unit = 0.25 * 2.0 ** (int(matrix.scales.min()) - 127)  # elements and activations are multiples of 1/2
     assert (products / unit == (products / unit).round()).all()
@@ -182,8 +191,8 @@ def exact(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rounded", [False, True], ids=["float32", "MXFP8"])
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("rows, k", SHAPES)
-def test_exact_sums(rows, k, warps, rounded):
-    """Of what MXFP8 leaves of a vector as well, which whoever writes it rounds: its parts lose nothing of that."""
+def test_sums_of_integers_are_exact(rows, k, warps, rounded):
+    """Vectors rounded to MXFP8 by their writer are tested too: their parts lose nothing of that."""
     matrix, x = random_matrix(rows, k), random_vector(k)
     if rounded:
         assert not torch.equal(quantize_mxfp8(x), x)
@@ -193,7 +202,7 @@ def test_exact_sums(rows, k, warps, rounded):
 
 @pytest.mark.parametrize("warps", [1, 2, 8])
 def test_a_single_activation_picks_its_column(warps):
-    """For each column of an odd number of steps (of one warp), the last of them not full."""
+    """Each column of an odd number of steps (of one warp) is picked; the last step is not full."""
     k = 3 * 128 - 32
     matrix = random_matrix(13, k, scales=(118, 138))
     columns = gemv_all(matrix, -3 * torch.eye(k), warps)
@@ -201,7 +210,7 @@ def test_a_single_activation_picks_its_column(warps):
 
 
 def test_every_pair_of_codes_at_every_place():
-    """Two codes are the halves of a word at one of its places: neither these nor the others disturb them."""
+    """Two codes are the halves of a word at one place; neither they nor the other places disturb each other."""
     pair = (73 * torch.arange(16) + torch.arange(256)[:, None]) % 256  # another one at each place of a row
     matrix = Matrix.from_codes(torch.stack((pair % 16, pair // 16), dim=-1).flatten(1), torch.full((256, 1), 127))
     x = torch.zeros(16, 32)
@@ -214,8 +223,8 @@ def test_every_pair_of_codes_at_every_place():
 
 
 @pytest.mark.parametrize("scale", [0, 1, 2, 100, 126, 127, 128, 150, 253, 254])
-def test_scales_from_end_to_end(scale):
-    """Byte 0 is 2^-127, which float32 has as a subnormal only; the vector is as large as the last byte has room for."""
+def test_scales_are_exact_from_end_to_end(scale):
+    """Byte 0 is 2^-127, a subnormal in float32; the vector is as large as the largest byte allows."""
     codes = torch.randint(0, 7, (3, 96), generator=torch.Generator().manual_seed(scale))
     codes[:, 50] = 2
     matrix, x = Matrix.from_codes(codes, torch.full((3, 3), scale)), torch.zeros(96)
@@ -228,8 +237,8 @@ def test_scales_from_end_to_end(scale):
 
 
 @pytest.mark.parametrize("scale", [200, 254])
-def test_scales_whose_product_is_beyond_float32(scale):
-    """A scale times the vector's, the power of two of its largest magnitude; no row is lost, nor are zeros."""
+def test_scales_whose_product_overflows_lose_no_row(scale):
+    """The scale times the vector's unit, a power of two, overflows; no row is lost, and zeros stay zeros."""
     codes = torch.zeros(3, 64)
     codes[:2, 40] = 1  # 0.5
     scales = torch.tensor([scale, scale - 1, scale])[:, None].expand(3, 2)
@@ -253,8 +262,8 @@ def test_a_sum_beyond_float32_is_infinite():
 
 
 @pytest.mark.parametrize("warps", WARPS)
-def test_groups_with_their_own_scales(warps):
-    """One element a group, each row and group at its own power of two."""
+def test_groups_with_their_own_scales_are_exact(warps):
+    """Each group has one element, and each row and group its own power of two."""
     k = 9 * 32
     x = torch.zeros(k)
     x[torch.arange(9) * 32 + torch.arange(9) * 3] = torch.tensor([1, -2, 3, 4, -5, 6, 7, -8, 9.0])
@@ -280,7 +289,7 @@ def test_a_scale_of_nan_shows_in_its_row_alone(warps):
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_an_activation_that_is_no_number_shows(value, warps):
-    """As NaN, whatever it is, in all rows."""
+    """NaN or infinity in an activation makes all rows NaN."""
     matrix = random_matrix(4, 416)
     x = random_vector(416).repeat(5, 1)
     x[torch.arange(5), torch.tensor([0, 31, 70, 383, 415])] = value
@@ -288,8 +297,8 @@ def test_an_activation_that_is_no_number_shows(value, warps):
 
 
 @pytest.mark.parametrize("warps", WARPS)
-def test_zeros(warps):
-    """No activation at all, though the scale of them is then that of nothing; and no element."""
+def test_zeros_give_zeros(warps):
+    """A vector without activations has no largest magnitude to scale by; a matrix may have no elements."""
     matrix, x = random_matrix(7, 416), random_vector(416)
     assert gemv(matrix, torch.zeros(416), warps).tolist() == [0.0] * 7
     assert gemv(matrix, -torch.zeros(416), warps).tolist() == [0.0] * 7
@@ -299,17 +308,17 @@ def test_zeros(warps):
 
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("k", [32, 96, 416, 2048, 2080, 2880])
-def test_bytes_of_a_tile(k, warps):
-    """As many as those who pack them leave."""
+def test_bytes_of_a_tile_are_those_that_packing_makes(k, warps):
+    """The kernel's byte counts are those of the packed tensors."""
     matrix = random_matrix(16, k)
     assert block_bytes(k) == pack_blocks(matrix.blocks).nbytes
     assert scale_bytes(k, warps) == pack_scales(matrix.scales, warps).nbytes
 
 
 @pytest.mark.parametrize("k", [128, 416, 2880])
-def test_places(k):
-    """Each part has its own place, those of elements beyond K as well, and it is where the description says."""
-    n = vector_parts(k) // 2  # whole quads
+def test_each_part_has_its_place(k):
+    """Each part has its own place, those of elements beyond K too, where the description says."""
+    n = tile_vector_size(k) // 2  # whole quads
     places = torch.full((2, n), -1, dtype=torch.int32)
     places_kernel[(1,)](places, N=n)
     assert torch.equal(places.flatten().sort().values, torch.arange(2 * n, dtype=torch.int32))
@@ -318,19 +327,19 @@ def test_places(k):
 
 
 def additions(k: int, warps: int) -> int:
-    """Float32 roundings on an element's way into a result, whatever the order inside a group of 32."""
+    """Count the float32 roundings on an element's way into a result, in any order inside a group of 32."""
     steps = triton.cdiv(k, 128 * warps)
     # A group's products and their sum, that of values and rests, and what is summed over steps, threads and warps.
     return 32 + 1 + steps + 2 + warps.bit_length() - 1
 
 
 def split_error(x: torch.Tensor) -> torch.Tensor:
-    """What two FP16 may leave of each activation.
+    """Return the error that two FP16 numbers may leave of each activation.
 
-    The value errs by at most half its last place, 2^-11 of its power of two. 2^11 times that is the rest, at most the
-    value's power of two itself, which as FP16 errs by 2^-12 of that: 2^-23 in all. Or by 2^-25 as the subnormals do, so
-    in all by 2^-36, where the largest activation is 2^14 at least: 2^-50 of it. As vectors of less than 2^-95 are
-    brought up by 2^109 only, that is 2^-145 for them.
+    The value errs by at most half its last place, 2^-11 of its power of two. The second number is 2^11 times that rest,
+    at most the value's power of two, and as FP16 errs by 2^-12 of it: 2^-23 in all. A subnormal second number errs by
+    2^-25, 2^-36 in all, where the largest activation is at least 2^14: 2^-50 of it. Vectors below 2^-95 are scaled up
+    by 2^109 only, which leaves 2^-145.
     """
     x = x.double().abs()
     return torch.maximum(SPLIT * x, (2.0**-50 * x.max()).clamp(min=2.0**-145))
@@ -338,7 +347,7 @@ def split_error(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1.0, 1e12, 1e30])
 @pytest.mark.parametrize("warps", WARPS)
-def test_real_activations(warps, magnitude):
+def test_real_activations_agree_with_float64(warps, magnitude):
     rows, k = 40, 2880
     matrix = random_matrix(rows, k, scales=(118, 131))
     x = normal_vector(k) * magnitude
@@ -348,8 +357,8 @@ def test_real_activations(warps, magnitude):
 
 
 @pytest.mark.parametrize("magnitude", [1e-33, 1e-36, 1e-37, 1e-39, 1e-41])
-def test_activations_near_the_end_of_float32(magnitude):
-    """Results may be subnormal: each group's contribution is then rounded to 2^-149, by half of it at most."""
+def test_activations_near_the_end_of_float32_are_right(magnitude):
+    """Results may be subnormal; each group's contribution is then rounded to 2^-149, by half of it at most."""
     rows, k, warps = 40, 416, 2
     matrix = random_matrix(rows, k, scales=(118, 131))
     x = normal_vector(k) * magnitude
@@ -368,7 +377,7 @@ def test_a_power_of_two_changes_no_bit(power):
 
 
 def each_alone(x: torch.Tensor) -> torch.Tensor:
-    """Each activation by itself in a row, so that nothing but its own rounding is seen."""
+    """Put each activation in a row by itself, so that only its own rounding shows."""
     k = len(x)
     return gemv(Matrix.from_codes(torch.eye(k) * 2, torch.full((k, k // 32), 127)), x, 1)  # 1
 
@@ -381,8 +390,8 @@ def test_an_activation_keeps_22_bits(magnitude):
     assert error.max() > 0  # what float32 has more of is lost
 
 
-def test_small_activations_keep_as_many():
-    """As rests are times 2^11, that is so down to 2^-27 of the largest; below, 2^-50 of it is lost."""
+def test_small_activations_keep_as_many_bits():
+    """Rests are times 2^11, so precision holds down to 2^-27 of the largest activation; below, 2^-50 of it is lost."""
     below = torch.arange(64) % 40
     x = (torch.rand(64, generator=torch.Generator().manual_seed(4)) + 1) * 2.0**-below
     error = (each_alone(x).double() - x.double()).abs()
@@ -390,8 +399,8 @@ def test_small_activations_keep_as_many():
     assert (error <= split_error(x)).all()
 
 
-def test_far_closer_than_one_float16_or_bfloat16():
-    """A second column a group is worth it: one FP16 value would err two thousand times as much, bfloat16 more."""
+def test_two_float16_are_far_closer_than_one_or_bfloat16():
+    """One FP16 value would err two thousand times as much, bfloat16 more: a second column a group is worth it."""
     rows, k = 40, 2880
     matrix = random_matrix(rows, k, scales=(118, 131))
     x = normal_vector(k, seed=3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.sm90.tile_product import vector_parts
+from common.sm90.tile_product import tile_vector_size
 from common.sm90.tiles import (
     block_bytes,
     drop_elements_of_nan,
@@ -27,12 +27,15 @@ def random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def codes_of(blocks: torch.Tensor) -> list[list[int]]:
-    """Published blocks [rows, groups, 16] -> E2M1 codes by row and column; the low nibble is the even element."""
+    """Turn published blocks [rows, groups, 16] into E2M1 codes by row and column.
+
+    The low nibble is the even element.
+    """
     return [[code for byte in row.flatten().tolist() for code in (byte & 15, byte >> 4)] for row in blocks]
 
 
 def unpack_blocks(words: torch.Tensor) -> list[list[int]]:
-    """int32 [tiles, words] -> E2M1 codes by row and column, of all that the tiles hold."""
+    """Turn int32 [tiles, words] into E2M1 codes by row and column, of all that the tiles hold."""
     n_quads = words.shape[1] // 256
     codes = [[-1] * (128 * n_quads) for _ in range(16 * len(words))]
     for tile, tile_words in enumerate(words.tolist()):
@@ -49,10 +52,10 @@ def unpack_blocks(words: torch.Tensor) -> list[list[int]]:
 
 
 def unpack_scales(words: torch.Tensor, warps: int) -> list[list[int]]:
-    """int32 [tiles, words] -> scales by row and group, of all that the tiles hold.
+    """Turn int32 [tiles, words] into scales by row and group, of all that the tiles hold.
 
-    In a step, warp w has quad number step * warps + w. A word is a thread's: of its group t, the scales of rows 2 r and
-    2 r + 1, for two steps.
+    In a step, warp w has quad number step * warps + w. A word belongs to a thread: of its group t, the scales of rows 2
+    r and 2 r + 1, for two steps.
     """
     n_pairs = words.shape[1] // (32 * warps)
     scales = [[-1] * (8 * warps * n_pairs) for _ in range(16 * len(words))]
@@ -78,29 +81,29 @@ def test_tiles(rows, tiles):
 
 
 @pytest.mark.parametrize("k, quads", [(32, 1), (96, 1), (128, 1), (160, 2), (2880, 23)])
-def test_bytes_of_the_blocks(k, quads):
-    """1,024 bytes for each quad of 128 columns, whole or not."""
+def test_each_quad_takes_1024_bytes_of_blocks(k, quads):
+    """Each quad of 128 columns takes 1,024 bytes, whole or not."""
     assert block_bytes(k) == 1024 * quads
 
 
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("k", [32, 64, 256, 288, 2048, 2080, 2880])
-def test_bytes_of_the_scales(k, warps):
-    """A byte for each row and group, over as many pairs of steps, of 128 columns a warp, as it takes to cover K."""
+def test_scales_take_a_byte_for_each_row_and_group(k, warps):
+    """Each row and group has a byte, in as many pairs of steps, of 128 columns a warp, as cover K."""
     pairs = next(n for n in range(1, 100) if n * 2 * warps * 128 >= k)
     assert scale_bytes(k, warps) == pairs * 2 * warps * 4 * 16
 
 
 @pytest.mark.parametrize("k, quads", [(32, 1), (96, 1), (128, 1), (160, 2), (2880, 23)])
-def test_parts_of_a_vector(k, quads):
-    """Two of each element of whole quads."""
-    assert vector_parts(k) == 2 * 128 * quads
+def test_each_element_of_a_vector_has_two_parts(k, quads):
+    """Each element of whole quads has two parts."""
+    assert tile_vector_size(k) == 2 * 128 * quads
 
 
 @pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("k", [32, 128, 160, 256, 416, 1024, 1056, 2048, 2080, 2880, 4096])
-def test_a_stage_for_an_expert_tile(k, warps):
-    """As many bytes as arrive or are read, whichever is more: all warps read a quad and a word of scales each step."""
+def test_a_stage_holds_an_expert_tile_and_all_reads(k, warps):
+    """A stage has as many bytes as arrive or are read. All warps read a quad and a word of scales each step."""
     arrive = block_bytes(k) + scale_bytes(k, warps)
     reads = []
     for step in range(-(-k // (128 * warps))):
@@ -111,7 +114,7 @@ def test_a_stage_for_an_expert_tile(k, warps):
 
 
 @pytest.mark.parametrize("rows, groups", SIZES)
-def test_blocks(rows, groups):
+def test_blocks_are_where_the_description_says(rows, groups):
     """Every element is where the description says, and all others are zeros."""
     blocks = random_bytes(rows, groups, 16)
     words = pack_blocks(blocks)
@@ -133,15 +136,15 @@ def test_scales(rows, groups, warps):
 
 
 def test_whole_tiles_take_no_more_room():
-    """Together with the unpacking, which finds all elements again: the packing is a bijection."""
+    """The packing is a bijection: unpacking finds all elements, and no room is left over."""
     rows, groups, warps = 32, 16, 2
     assert pack_blocks(random_bytes(rows, groups, 16)).nbytes == rows * groups * 16
     assert pack_scales(random_bytes(rows, groups), warps).nbytes == rows * groups
 
 
 @pytest.mark.parametrize("lead", LEADS)
-def test_leading_dimensions(lead):
-    """As if each matrix were packed by itself."""
+def test_each_matrix_of_a_stack_is_packed_alone(lead):
+    """Each matrix of a stack is packed as if it were alone."""
     rows, groups, warps = 19, 3, 2
     blocks, scales = random_bytes(*lead, rows, groups, 16), random_bytes(*lead, rows, groups)
     words, scale = pack_blocks(blocks), pack_scales(scales, warps)
@@ -162,8 +165,8 @@ def test_views_are_packed_like_their_copies():
 
 @pytest.mark.parametrize("warps", [1, 4])
 @pytest.mark.parametrize("rows, groups", [(18, 19), (32, 8)])
-def test_elements_whose_scale_is_nan(rows, groups, warps):
-    """Zeros, as if they had been packed as such; and nothing else changes."""
+def test_elements_whose_scale_is_nan_are_packed_as_zeros(rows, groups, warps):
+    """Nothing but these elements changes."""
     generator = torch.Generator().manual_seed(rows)
     blocks = torch.randint(0, 256, (3, rows, groups, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(0, 255, (3, rows, groups), generator=generator, dtype=torch.uint8)

@@ -9,7 +9,7 @@ from tunings import changed
 
 from checkpoints.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
 from common.sm90.ring import BARRIER_BYTES
-from host.launch import LEAST_STAGES, SM_90, fit_ring, tuning_for
+from host.launch import MIN_STAGES, SM_90, fit_ring, tuning_for
 from host.tuning import Tuning
 from system.errors import InputError
 
@@ -32,7 +32,7 @@ each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def bytes_of_tiles(config: ModelConfig, tuning: Tuning) -> dict[str, int]:
-    """What a stage holds of each kind of tile, and how far its threads read, whichever is more."""
+    """Return the bytes that a stage needs for each kind of tile: those it holds or those its threads read, if more."""
 
     def expert(k: int) -> int:
         quads, steps = -(-k // 128), -(-k // (128 * tuning.num_warps))
@@ -60,27 +60,27 @@ def test_the_published_models_have_the_tuned_ring(config):
 
 @each_config
 def test_a_stage_holds_every_tile(config):
-    """No byte more than the largest needs, in as many stages as there is room for."""
+    """A stage has no byte more than the largest tile needs, and there are as many stages as fit."""
     tuning = fit_ring(SM_90, config)
     most = max(bytes_of_tiles(config, tuning).values())
     assert most <= tuning.ring.stage_bytes < most + 128
     assert tuning.ring.stage_bytes % 128 == 0
-    assert LEAST_STAGES <= tuning.ring.stages == min(7, RING_BYTES // tuning.ring.stage_bytes)
+    assert MIN_STAGES <= tuning.ring.stages == min(7, RING_BYTES // tuning.ring.stage_bytes)
     assert tuning.ring.prefetch_distance == min(5, tuning.ring.stages)
     assert tuning.ring.stages * 8 <= BARRIER_BYTES.value
 
 
 @each_config
 def test_all_threads_have_rows_of_a_dense_tile(config):
-    """Two sets of threads share a tile's rows evenly; nothing but the ring and these rows depends on the model."""
+    """Two sets of threads share a tile's rows evenly; only the ring and these rows depend on the model."""
     tuning = fit_ring(SM_90, config)
     assert {tuning.dense.qkv_rows, tuning.dense.o_rows, tuning.dense.head_rows} <= {2, 4}
     wide = tuning.ring.stage_bytes > SM_90.ring.stage_bytes  # then attention's steps are half as long
-    assert (tuning.attention.block_t, tuning.attention.parts) == ((64, 4) if wide else (128, 8))
+    assert (tuning.attention.step_keys, tuning.attention.partial_softmaxes) == ((64, 4) if wide else (128, 8))
     usual = dict(
         dense=dict(qkv_rows=4, o_rows=2, head_rows=4),
         ring=dict(stages=7, stage_bytes=25600, prefetch_distance=5),
-        attention=dict(block_t=128, parts=8),
+        attention=dict(step_keys=128, partial_softmaxes=8),
     )
     assert changed(tuning, **usual) == SM_90
 

@@ -1,4 +1,4 @@
-"""The life of a model: what an abnormal end, a generator that was overtaken, and threads leave behind.
+"""The life of a model: what abnormal ends, overtaken generators and threads leave behind.
 
 Expected tokens are those of the reference, which knows nothing of launches.
 """
@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from made_up_models import loud_checkpoint, small_config
+from threads import LIMIT, together
 from tunings import small_tiles
 
 from common.barrier import ARRIVALS, EXITS
@@ -29,7 +30,6 @@ F32 = torch.float32
 CONTEXT, PROGRAMS, N = 16, 3, 3
 PROMPT = [5, 6, 7, 8, 9]
 OTHER = [100, 101, 102]
-LIMIT = 60  # seconds that a thread may take
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def two_layers():
-    """So that a prompt's block has all launches."""
+    """A model of two layers, so that a prompt's block has all launches."""
     return loud_checkpoint(small_config(n_layers=2, layer_is_sliding=(True, False), stop_ids=()))
 
 
@@ -74,12 +74,12 @@ def expected(checkpoint) -> Callable[[list[int], int], list[int]]:
 
 
 class Raised(BaseException):
-    """By nobody else."""
+    """An exception that only these tests raise."""
 
 
 @pytest.fixture
 def end_at(monkeypatch) -> Iterator[Callable[[int, Callable[[], None]], list[int]]]:
-    """Calls a function at the nth switch between programs from now on; gives the switches so far."""
+    """Call a function at the nth switch between programs from now on; return the switches so far."""
 
     def arm(n: int, act: Callable[[], None]) -> list[int]:
         switches, stock = [0], Grid.switch
@@ -123,8 +123,8 @@ def send(number: int) -> Callable[[], None]:
     [(send(signal.SIGINT), KeyboardInterrupt), (send(signal.SIGUSR1), Raised), (raise_it, Raised)],
     ids=["Ctrl-C", "a signal", "a program"],
 )
-def test_a_launch_that_is_ended_amid_leaves_nothing(act, error, at, model, expected, end_at, monkeypatch):
-    """By Ctrl-C, another signal's handler, or what a program raises, in the second token of an answer."""
+def test_a_launch_that_is_interrupted_leaves_nothing(act, error, at, model, expected, end_at, monkeypatch):
+    """Ctrl-C, another signal's handler or an exception of a program ends the launch, in an answer's second token."""
     tokens = model.generate(PROMPT, N)
     next(tokens)
     end_at(at, act)
@@ -136,16 +136,16 @@ def test_a_launch_that_is_ended_amid_leaves_nothing(act, error, at, model, expec
     assert list(model.generate(OTHER, N)) == expected(OTHER, N)
 
 
-def test_such_launches_leave_arrivals(model, end_at):
-    """Else the test above would show nothing."""
+def test_interrupted_launches_leave_arrivals(model, end_at):
+    """Without leftover arrivals the test above would show nothing."""
     end_at(40, raise_it)
     with pytest.raises(Raised):
         model.step(5, 0)
     assert model.state.sync[ARRIVALS.value] > 0 or model.state.sync[EXITS.value] > 0
 
 
-def test_a_prompt_that_is_ended_amid(two_layers, monkeypatch):
-    """Between two launches of its block: no exception is lost, nor a position counted."""
+def test_a_prompt_that_is_interrupted_leaves_nothing(two_layers, monkeypatch):
+    """The interrupt comes between two launches of a block: no exception is lost, and no position counted."""
     model, expected = make_model(two_layers), answers_of(two_layers)
     for ended in ("_dense", "_experts"):
         with monkeypatch.context() as patch:
@@ -167,8 +167,8 @@ def test_a_deadlock_leaves_nothing(model, expected):
 
 
 @pytest.mark.parametrize("call", ["step", "logits", "hidden", "decode"])
-def test_what_is_fed_behind_a_lost_position(call, model, expected, end_at, monkeypatch):
-    """It is refused until the position is fed again; before it nothing is lost."""
+def test_a_position_behind_a_lost_one_is_refused(call, model, expected, end_at, monkeypatch):
+    """A position behind a lost one is refused until the lost one is fed again; those before it are kept."""
     for position, token_id in enumerate(PROMPT[:2]):
         model.step(token_id, position)
     end_at(50, raise_it)
@@ -196,9 +196,9 @@ def test_what_is_fed_behind_a_lost_position(call, model, expected, end_at, monke
     model.step(7, 9)  # behind a gap, which holds zeros again
 
 
-def test_phases_that_are_ended_amid(checkpoint, expected, end_at, monkeypatch):
-    """Between two launches of a token, where arrivals of attention's splits may be counted."""
-    tuning = small_tiles(checkpoint.config, attention=dict(split_t=2, block_t=2))
+def test_phases_that_are_interrupted_leave_nothing(checkpoint, expected, end_at, monkeypatch):
+    """The interrupt comes between two launches of a token, when arrivals of attention's splits may be counted."""
+    tuning = small_tiles(checkpoint.config, attention=dict(min_split_keys=2, step_keys=2))
     model = PhasedModel(checkpoint, max_context=CONTEXT, num_programs=PROGRAMS, kv_dtype=F32, tuning=tuning)
     for n_phases in (2, 3, 8):
         done = []
@@ -265,7 +265,7 @@ def test_a_generator_that_ends_disturbs_no_other(model, expected):
 
 
 def test_a_generator_takes_the_model_with_its_first_token(model, expected):
-    """And not before, so that those made ahead do no harm."""
+    """A generator does not take it earlier, so that those made ahead do no harm."""
     first, second = model.generate(PROMPT, N), model.generate(OTHER, N)
     tokens = [next(first)]
     model.generate(OTHER, N)
@@ -283,7 +283,7 @@ def test_refused_calls_overtake_nothing(model, expected):
 
 
 def test_on_logits_may_use_models(checkpoint, model, expected):
-    """Another one without harm; its own, whose generation that ends. Its logits are a copy."""
+    """Another model is used without harm; its own model ends its generation. Its logits are a copy."""
     other, rows, answers = make_model(checkpoint), [], []
 
     def use_another(row):
@@ -317,26 +317,6 @@ def test_generators_of_the_reference(checkpoint, expected):
 # ---------------------------------------------------------------- threads
 
 
-def together(*functions: Callable[[], object]) -> list:
-    """What each returned or raised, in a thread of its own."""
-    results, ready = [None] * len(functions), threading.Barrier(len(functions))
-
-    def call(n):
-        ready.wait()
-        try:
-            results[n] = functions[n]()
-        except BaseException as error:  # noqa: BLE001 (the test looks at it)
-            results[n] = error
-
-    threads = [threading.Thread(target=call, args=(n,), daemon=True) for n in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT)
-        assert not thread.is_alive(), "a thread is stuck"
-    return results
-
-
 def test_threads_with_a_model_each(checkpoint, model, expected):
     other = make_model(checkpoint)
     pairs = [(model, PROMPT), (other, OTHER)]
@@ -344,8 +324,8 @@ def test_threads_with_a_model_each(checkpoint, model, expected):
     assert found == [[expected(p, N)] * 3 for _, p in pairs]
 
 
-def test_threads_that_share_a_model(model, expected):
-    """Steps wait for each other; one of two generations is overtaken, or neither, and no token is wrong."""
+def test_threads_that_share_a_model_get_right_tokens(model, expected):
+    """Steps wait for each other; of two generations one is overtaken, or neither, and no token is wrong."""
     first = expected([5], 1)[0]
     assert together(*[lambda: [model.step(5, 0) for _ in range(4)]] * 3) == [[first] * 4] * 3
     prompts = (PROMPT, OTHER)
@@ -373,8 +353,8 @@ def count(programs: int) -> torch.Tensor:
     return x
 
 
-def test_threads_that_launch_other_kernels(model, expected):
-    """Grids of several sizes, beside a model."""
+def test_threads_may_launch_other_kernels(model, expected):
+    """Grids of several sizes run beside a model."""
     sizes = (1, 2, 5)
     launches = [lambda n=n: [count(n) for _ in range(10)] for n in sizes]
     *found, tokens = together(*launches, lambda: list(model.generate(PROMPT, N)))
@@ -412,8 +392,8 @@ def test_ctrl_c_while_waiting_for_another_thread(model, expected):
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("use", ["the model", "another model", "a kernel"])
-def test_a_signal_handler_that_launches_amid_a_launch(use, checkpoint, model, expected, end_at, monkeypatch):
-    """It is refused, as nothing could wait for it, and ends the launch as any exception does."""
+def test_a_signal_handler_must_not_launch_during_a_launch(use, checkpoint, model, expected, end_at, monkeypatch):
+    """The handler's launch is refused, as nothing could wait for it, and ends the first launch like any exception."""
     other = make_model(checkpoint)
     calls = {
         "the model": lambda: model.step(5, 0),
@@ -433,7 +413,7 @@ def test_a_signal_handler_that_launches_amid_a_launch(use, checkpoint, model, ex
 
 
 def with_head(checkpoint, token_id: int, value: float):
-    """A checkpoint whose logit of one token is about that, times the norm of the hidden state."""
+    """Make a checkpoint whose logit of one token is about that value, times the norm of the hidden state."""
 
     def change(name, tensor):
         if name != "lm_head.weight":
@@ -452,8 +432,8 @@ def with_head(checkpoint, token_id: int, value: float):
         *((kind, token_id, math.nan) for kind in (MegaModel, PhasedModel) for token_id in (77, 159)),
     ],
 )
-def test_a_logit_that_is_not_finite(kind, token_id, value, checkpoint):
-    """One of all, wherever it stands: it would be skipped, or win."""
+def test_a_logit_that_is_not_finite_raises(kind, token_id, value, checkpoint):
+    """One logit at any place is not finite: unchecked, it would be skipped or win."""
     checkpoint = with_head(checkpoint, token_id, value)
     model = make_model(checkpoint, kind, tuning=small_tiles(checkpoint.config))
     calls = {
@@ -476,8 +456,8 @@ def test_the_reference_refuses_them_too(checkpoint):
         list(reference.generate(PROMPT, 2, lambda row: None))
 
 
-def test_logits_that_become_not_finite(checkpoint, expected):
-    """The tokens before them are right, and a sequence without them is."""
+def test_logits_that_become_not_finite_raise_then(checkpoint, expected):
+    """The tokens before them are right, and so is a sequence without them."""
     tokens = expected(PROMPT, N)
     spoiled = tokens[1]
 

@@ -17,7 +17,7 @@ from triton.runtime import interpreter as triton_interpreter
 import interpreter
 from common.gfx950 import GFX950
 from common.sm90 import ptx
-from common.sm90.ring import BARRIER_BYTES, describe_tile, fill_stage, open_ring, wait_for_stage
+from common.sm90.ring import BARRIER_BYTES, TilePieces, describe_tile, fill_stage, open_ring, wait_for_stage
 
 FP8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
 
@@ -675,10 +675,7 @@ def tile_kernel(out_ptr, tile_ptr, more_ptr, n_bytes, more_bytes, STAGE_BYTES: t
     piece = tl.zeros([1], tl.int64)
     describe_tile(
         description,
-        piece + tile_ptr.to(tl.int64),
-        piece + n_bytes,
-        piece + more_ptr.to(tl.int64),
-        piece + more_bytes,
+        TilePieces(piece + tile_ptr.to(tl.int64), piece + n_bytes, piece + more_ptr.to(tl.int64), piece + more_bytes),
         piece == 0,
     )
     fill_stage(ring, 0, ring + BARRIER_BYTES + STAGE_BYTES, 1, STAGE_BYTES)

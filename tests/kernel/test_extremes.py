@@ -1,4 +1,4 @@
-"""Finite weights as large as their formats allow, or as small: where reference.py is finite the kernel is, and agrees.
+"""Finite weights as large or as small as their formats allow: where reference.py is finite, the kernel agrees.
 
 Each case changes one kind of a random checkpoint's weights. Its tokens are fed one by one, by 1 and 3 programs, and in
 blocks, on the tunings whose arithmetic differs: products of float32, tiles of tensor cores as on sm_90, MXFP8.
@@ -22,6 +22,8 @@ from reference import Reference
 
 F32 = torch.float32
 BF16_MAX = torch.finfo(torch.bfloat16).max
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = small_config(
     n_layers=2,
     layer_is_sliding=(True, False),
@@ -34,7 +36,7 @@ CONFIG = small_config(
 )
 TOKENS = random_token_ids(4, CONFIG)
 # From the third cached position on a KV head's are cut into splits of two.
-SPLITS = dict(head_keys=2, head_block_t=2, head_slots=2, block_t=2, split_t=2, max_splits=4)
+SPLITS = dict(head_keys=2, head_step_keys=2, rows_per_load=2, step_keys=2, min_split_keys=2, max_splits=4)
 TUNINGS: dict[str, Callable[[ModelConfig], Tuning]] = {
     "rows": lambda config: changed(tuning_for(torch.device("cpu"), config), attention=SPLITS),
     "no scaled products": lambda config: changed(
@@ -44,7 +46,7 @@ TUNINGS: dict[str, Callable[[ModelConfig], Tuning]] = {
         config,
         dense=dict(qkv_rows=64, o_rows=32, head_rows=64),
         experts=dict(step_tiles=16),
-        attention=SPLITS | dict(bf16_parts=True, parts=2),
+        attention=SPLITS | dict(bf16x3=True, partial_softmaxes=2),
     ),
 }
 # Beside float32 caches: the order of additions one by one, float16 vectors of the experts in blocks. Beside bfloat16
@@ -53,7 +55,7 @@ ONE_BY_ONE, IN_BLOCKS, ROUNDED = 1e-4, 3e-3, 0.1
 
 
 def checkpoint_with(*changes: tuple[str, Callable[[Tensor], Tensor]]) -> MemoryCheckpoint:
-    """The checkpoint with the tensors whose names contain the first of a pair as the second makes them."""
+    """Return a checkpoint in which each pair (text, change) changes the tensors whose names contain the text."""
 
     def change(name: str, tensor: Tensor) -> Tensor:
         for part, change_tensor in changes:
@@ -73,12 +75,15 @@ def times(part: str, factor: float) -> tuple[str, Callable[[Tensor], Tensor]]:
 
 
 def either_sign(part: str, value: float) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Of the value, in turns."""
+    """Return the value with alternating signs."""
     return part, lambda t: t.fill_(value) * (1 - 2 * (torch.arange(t.numel()).view(t.shape) % 2)).to(t.dtype)
 
 
 def scaled(matrix: str, scale: int, code: int, rows: slice = slice(None)) -> tuple:
-    """Changes: of rows of an MXFP4 stack the second group's scale and its first element, in E2M1; its others are 0."""
+    """Return changes of rows of an MXFP4 stack.
+
+    The second group gets this scale and, in E2M1, this first element; its other elements become 0.
+    """
 
     def change_scales(t: Tensor) -> Tensor:
         t[:, rows, 1] = scale
@@ -131,17 +136,8 @@ CASES = [(kind, "rows", False, BF16) for kind in list(KINDS)[:-2]] + [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The reference's matrices are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Of tokens' logits, relative; zeros, as of a residual whose square is beyond float32, are to be zeros."""
+    """Assert that logits agree relatively, and are zeros where expected, as of a residual whose square overflows."""
     largest = expected.abs().amax(-1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)  # beside which no square leaves float32
     error = (found / unit - expected / unit).norm(dim=-1) / (expected / unit).norm(dim=-1)
@@ -176,7 +172,7 @@ def test_extremes(kind, tuning, quant, dense_format):
 @pytest.mark.parametrize("dense_format", [FP8_ROWS, FP8_GROUPS])
 @pytest.mark.parametrize("largest", [1.9 * 2.0**127, 1.0, 2.0**-126, 2.0**-133, 0.0])
 def test_rows_of_any_size_in_fp8(largest, dense_format):
-    """Half of E4M3's last place off at most, or of the smallest subnormal scale's; finite where the matrix is."""
+    """Errors are at most half of E4M3's last place, or of the smallest subnormal scale's; finite rows stay finite."""
     row = torch.linspace(-1, 1, 64).to(torch.bfloat16)
     matrix = torch.stack((row, row.flip(0))) * torch.tensor(largest, dtype=torch.bfloat16)
     found = dequantize_fp8(*quantize_fp8(matrix, dense_format)).double()

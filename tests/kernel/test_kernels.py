@@ -1,4 +1,4 @@
-"""The phases as launches of their own, interpreted: the same bits as from the megakernel, whatever the programs."""
+"""Phases as launches of their own, interpreted, give the megakernel's bits with any number of programs."""
 
 import os
 import subprocess
@@ -24,27 +24,17 @@ from system.errors import InputError
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CONTEXT = 40  # beyond the window of 20; the full layer has three splits of 16 positions at its end
-SPLITS = dict(attention=dict(split_t=16, max_splits=3))
+SPLITS = dict(attention=dict(min_split_keys=16, max_splits=3))
 SMALL_TILES = {"small": small_tiles, "ring": ring_tiles}
 
 
-@pytest.fixture(scope="module")
-def checkpoint():
-    return loud_checkpoint(small_config())
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["default", "quant"])
-def quant(request):
-    return request.param
-
-
 def rows_of(model: MegaModel, token_ids: list[int], first: int = 0) -> torch.Tensor:
-    """Logits of the tokens at `first` and after; before it is what reset() or fill_cache left."""
+    """Return logits of the tokens from position `first` on, after what reset() or fill_cache left."""
     return torch.stack([model.logits(token_id, position) for position, token_id in enumerate(token_ids, first)])
 
 
 def assert_same_bits(mega: MegaModel, others: list[PhasedModel], token_ids: list[int], first: int = 0) -> None:
-    """Every token's logits, the next token, and what the last token leaves in the state."""
+    """Compare every token's logits, the next token, and the state that the last token leaves."""
     last = first + len(token_ids) - 1
     fill_cache(mega.state.k_cache, mega.state.v_cache, first, seed=1)
     expected_rows, expected_token = rows_of(mega, token_ids, first), mega.step(token_ids[-1], last)
@@ -104,8 +94,8 @@ def models(checkpoint):
     return PhasedModel(checkpoint.with_config(stop_ids=()), max_context=16, weights=mega.weights), mega
 
 
-def test_hidden(models, checkpoint):
-    """After any number of layers; 0 is the embedding."""
+def test_hidden_agrees_after_any_number_of_layers(models, checkpoint):
+    """The residual agrees after any number of layers; 0 is the embedding."""
     phased, mega = models
     for n_layers in range(checkpoint.config.n_layers + 1):
         assert torch.equal(phased.hidden(7, 0, n_layers), mega.hidden(7, 0, n_layers))
@@ -133,7 +123,7 @@ def test_a_stop_id_and_a_full_context_end_it(checkpoint):
 
 
 def test_a_new_model_and_one_after_reset_hold_nothing(checkpoint):
-    """Position 5 alone sees zeros before it, also from the launches that compile."""
+    """Position 5 alone sees zeros before it, also after the launches that only compile."""
     mega = MegaModel(checkpoint, max_context=8)
     phased = PhasedModel(checkpoint, max_context=8)
     expected = mega.logits(50, 5)
@@ -144,7 +134,7 @@ def test_a_new_model_and_one_after_reset_hold_nothing(checkpoint):
 
 
 def test_launches_are_the_phases_in_order(models, checkpoint):
-    """One each, of a prompt's tokens without the LM head, of logits without the argmax."""
+    """Each phase is one launch; a prompt's tokens have no LM head, logits no argmax."""
     phased, _ = models
     launched = []
     phased.on_phase = lambda: launched.append(1)
@@ -229,7 +219,7 @@ for gpu, tuning in TARGETS.values():
 
 
 def test_all_compile_at_120b_sizes():
-    """For gfx950 and sm_90, with no GPU, in a process that does not interpret."""
+    """All kernels compile for gfx950 and sm_90 with no GPU, in a process that does not interpret."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE_ALL]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=600)

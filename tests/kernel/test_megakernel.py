@@ -14,7 +14,7 @@ import reference
 from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import ModelConfig, expected_tensors
 from gpt_oss_megakernel import MegaModel
-from host.launch import LEAST_STAGES, tuning_for
+from host.launch import MIN_STAGES, tuning_for
 from interpreter import simulate
 from measure.random_cache import fill_cache
 from reference import Reference
@@ -35,7 +35,7 @@ F32 = torch.float32
 def kernel_logits(
     model: MegaModel, token_ids: list[int], position: int = 0, cache: Reference | None = None
 ) -> torch.Tensor:
-    """float32 [tokens, vocab]; with `cache` the kernel reads a reference's keys and values instead of its own."""
+    """Return float32 [tokens, vocab]; with `cache` the kernel reads a reference's keys and values, not its own."""
     rows = []
     for p, token in enumerate(token_ids, position):
         if cache is not None:
@@ -56,23 +56,13 @@ def assert_same_logits(logits: torch.Tensor, expected: torch.Tensor, quant: bool
 
 
 @pytest.fixture(scope="module")
-def checkpoint():
-    return loud_checkpoint(small_config())
-
-
-@pytest.fixture(scope="module")
 def token_ids(checkpoint):
     return random_token_ids(TOKENS, checkpoint.config)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["default", "quant"])
-def quant(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def right(checkpoint, token_ids, quant):
-    """The reference, fed, and its logits."""
+    """Return the reference, fed, and its logits."""
     reference = Reference(checkpoint, quant, F32, max_context=TOKENS)
     return reference, reference.forward(token_ids)
 
@@ -88,7 +78,7 @@ def test_logits(logits, right, quant):
 
 
 def test_logits_with_the_cache_in_bfloat16(checkpoint, token_ids, quant):
-    """As it ships. A key that rounds the other way moves the logits of all that see it, by 2^-8 of what it is worth."""
+    """A key that rounds the other way moves the logits of all that see it, by 2^-8 of its weight."""
     expected = Reference(checkpoint, quant, max_context=TOKENS).forward(token_ids)
     logits = kernel_logits(MegaModel(checkpoint, quant, max_context=TOKENS), token_ids)
     per_token = (logits - expected).abs().amax(-1)
@@ -98,7 +88,7 @@ def test_logits_with_the_cache_in_bfloat16(checkpoint, token_ids, quant):
 
 @pytest.mark.parametrize("mutation", CHECKPOINT_MUTATIONS.values(), ids=CHECKPOINT_MUTATIONS.keys())
 def test_the_kernel_does_not_make_this_mistake(mutation, checkpoint, token_ids, quant, logits):
-    """The mutated reference computes what a kernel with the mistake would: test_logits would tell it from the right."""
+    """The mutated reference computes what a kernel with the mistake would, and test_logits tells the two apart."""
     mistaken = Reference(mutation(checkpoint), quant, F32, max_context=TOKENS).forward(token_ids)
     assert (logits - mistaken).abs().amax(-1).median() > CLEAR_MARGIN
 
@@ -114,7 +104,7 @@ def test_the_kernel_does_not_make_this_mistake_in_code(
 
 @pytest.mark.parametrize("name", ["sinks dropped", "YaRN truncated", "nibbles swapped", "window one too large"])
 def test_the_kernel_follows_a_mutated_checkpoint(name, checkpoint, token_ids, quant):
-    """The other way round: nothing of these is fixed in the kernel."""
+    """The kernel hard-codes none of the mutated conventions."""
     mutated = CHECKPOINT_MUTATIONS[name](checkpoint)
     few = token_ids[:32]
     reference = Reference(mutated, quant, F32, max_context=32)
@@ -128,8 +118,8 @@ def dequantized(elements: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tiles", ["rows", "loaded ahead", "ring"])
-def test_each_phase_of_each_layer(checkpoint, token_ids, quant, tiles):
-    """Every buffer that a phase leaves, for a token beyond the window."""
+def test_each_phase_of_each_layer_agrees(checkpoint, token_ids, quant, tiles):
+    """Every buffer that a phase leaves is compared, for a token beyond the window."""
     config, position = checkpoint.config, 40
     trace = {}
     truth = Reference(checkpoint, quant, F32, max_context=TOKENS)
@@ -169,8 +159,11 @@ def test_each_phase_of_each_layer(checkpoint, token_ids, quant, tiles):
 
 
 @pytest.mark.parametrize("num_warps, threads_per_row", [(1, 32), (2, 32), (4, 64)])
-def test_ring(checkpoint, token_ids, quant, num_warps, threads_per_row):
-    """From within the window of 20 to beyond it. A warp has all of a row of a dense tile, or two share it."""
+def test_rings_of_any_length_agree(checkpoint, token_ids, quant, num_warps, threads_per_row):
+    """Positions go from within the window of 20 to beyond it.
+
+    One warp has a whole row of a dense tile, or two share it.
+    """
     reference = Reference(checkpoint, quant, F32, max_context=24)
     expected = reference.forward(token_ids[:24])[16:]
     dense = dict(threads_per_row=threads_per_row)
@@ -181,9 +174,9 @@ def test_ring(checkpoint, token_ids, quant, num_warps, threads_per_row):
 
 @pytest.fixture
 def make_model(checkpoint, monkeypatch):
-    """A function that makes a model with no room, by one byte, for a ring of more than so many stages.
+    """Return a function that makes a model with one byte too little for a ring of more than a number of stages.
 
-    It also returns the stages of each launch. `ring`: changes of the ring, or None for a device without one.
+    The function also returns the stages of each launch. `ring`: changes of the ring, or None for a device without one.
     """
 
     def make(most_stages: int, ring: dict | None):
@@ -207,9 +200,9 @@ def make_model(checkpoint, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("most_stages", [LEAST_STAGES, 3])
+@pytest.mark.parametrize("most_stages", [MIN_STAGES, 3])
 def test_a_ring_that_does_not_fit_gets_shorter(most_stages, make_model, checkpoint, token_ids):
-    """What stands beside it in shared memory is known only when the kernel is compiled."""
+    """Only compiling the kernel tells what else it needs in shared memory."""
     model, attempts = make_model(most_stages, dict(stages=6, prefetch_distance=4))
     assert attempts == [6, most_stages]
     assert (model.tuning.ring.stages, model.tuning.ring.prefetch_distance) == (most_stages, most_stages)
@@ -222,15 +215,15 @@ def test_a_prefetch_distance_shorter_than_the_ring_stays(make_model):
     assert (model.tuning.ring.stages, model.tuning.ring.prefetch_distance) == (3, 2)
 
 
-@pytest.mark.parametrize("stages, most_stages", [(0, -1), (LEAST_STAGES, LEAST_STAGES - 1), (5, LEAST_STAGES - 1)])
-def test_too_little_shared_memory_for_any_ring(make_model, stages, most_stages):
-    """0 stages: a device without a ring."""
+@pytest.mark.parametrize("stages, most_stages", [(0, -1), (MIN_STAGES, MIN_STAGES - 1), (5, MIN_STAGES - 1)])
+def test_too_little_shared_memory_for_any_ring_is_refused(make_model, stages, most_stages):
+    """0 stages stand for a device without a ring."""
     with pytest.raises(InputError, match="cpu has too little shared memory for this model"):
         make_model(most_stages, dict(stages=stages) if stages else None)
 
 
 @pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
-def test_ring_at_odd_sizes(changes, quant):
+def test_a_ring_at_odd_sizes_agrees(changes, quant):
     config = small_config(**{"n_layers": 2, "layer_is_sliding": (True, False), **changes})
     checkpoint = loud_checkpoint(config)
     token_ids = random_token_ids(5, config)
@@ -251,9 +244,9 @@ def test_quantized_experts_compute_the_same_numbers_both_ways(checkpoint, token_
 
 @pytest.mark.parametrize("tiles", ["device", "small", "ring"])
 def test_the_number_of_programs_does_not_change_a_bit(checkpoint, token_ids, quant, tiles):
-    """Window 20, steps of 16 positions, splits of 32 or more, at most 4 of them: 45 tokens cross all of these."""
+    """45 tokens cross the window of 20, steps of 16 positions, and at most 4 splits of 32 or more."""
     config = checkpoint.config
-    splits = dict(split_t=16, max_splits=3)
+    splits = dict(min_split_keys=16, max_splits=3)
     tuning = {
         "device": tuning_for(CPU, config),
         "small": small_tiles(config, attention=splits),
@@ -276,7 +269,7 @@ def test_the_number_of_programs_does_not_change_a_bit(checkpoint, token_ids, qua
 
 
 def test_the_order_of_programs_does_not_change_a_bit(checkpoint, token_ids, quant):
-    tuning = small_tiles(checkpoint.config, attention=dict(split_t=16))
+    tuning = small_tiles(checkpoint.config, attention=dict(min_split_keys=16))
     model = MegaModel(checkpoint, quant, max_context=40, num_programs=5, tuning=tuning)
     for position, token in enumerate(token_ids[:39]):
         model.hidden(token, position, checkpoint.config.n_layers)
@@ -288,8 +281,8 @@ def test_the_order_of_programs_does_not_change_a_bit(checkpoint, token_ids, quan
 
 
 @pytest.mark.parametrize("position", [5000, 131_000])
-def test_far_positions(checkpoint, token_ids, position):
-    """YaRN far beyond the original context of 4096. Both caches are zero, and attended, before `position`."""
+def test_far_positions_agree(checkpoint, token_ids, position):
+    """YaRN reaches far beyond the original context of 4096. Both caches are zero, and attended, before `position`."""
     config = replace(checkpoint.config, n_layers=2, layer_is_sliding=(True, False))
     near = MemoryCheckpoint(config, {name: checkpoint.tensor(name) for name in expected_tensors(config)})
     few = token_ids[:12]
@@ -301,7 +294,7 @@ def test_far_positions(checkpoint, token_ids, position):
 
 
 @pytest.mark.parametrize("changes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
-def test_odd_sizes(changes, quant):
+def test_odd_sizes_agree(changes, quant):
     config = small_config(**{"n_layers": 2, "layer_is_sliding": (True, False), **changes})
     checkpoint = loud_checkpoint(config)
     token_ids = random_token_ids(9, config)
@@ -312,8 +305,11 @@ def test_odd_sizes(changes, quant):
         assert_same_logits(kernel_logits(model, token_ids, cache=reference), expected, quant)
 
 
-def test_the_published_width(quant):
-    """Hidden and intermediate 2880, 64 heads on 8: no multiple of any block; fewer layers, experts and words."""
+def test_the_published_width_agrees(quant):
+    """Hidden and intermediate 2880, and 64 heads on 8, are no multiples of any block.
+
+    Layers, experts and words are few.
+    """
     config = ModelConfig(n_layers=2, n_experts=6, vocab_size=515, layer_is_sliding=(True, False), stop_ids=())
     checkpoint = RandomCheckpoint(config, seed=3)
     token_ids = random_token_ids(3, config)

@@ -1,7 +1,7 @@
 """Dense matrices in FP8, on every path of the kernel, against reference.py with the same matrices rounded.
 
-What the quantizer makes of a matrix is tests/test_fp8.py's; here both sides have the same bytes, so that the tolerances
-are those of bfloat16.
+tests/checkpoints/test_fp8.py tests the quantizer. Here both sides have the same bytes, so that the tolerances are those
+of bfloat16.
 """
 
 import json
@@ -49,18 +49,13 @@ with_quant = pytest.mark.parametrize("quant", [False, True], ids=["default", "qu
 
 
 @pytest.fixture(scope="module")
-def checkpoint():
-    return loud_checkpoint(small_config())
-
-
-@pytest.fixture(scope="module")
 def token_ids(checkpoint):
     return random_token_ids(TOKENS, checkpoint.config)
 
 
 @pytest.fixture(scope="module")
 def right(checkpoint, token_ids):
-    """A function: the reference of some formats, fed, and its logits."""
+    """Return a function: the fed reference of these formats, and its logits."""
     found = {}
 
     def right(dense: DenseFormats, quant: bool) -> tuple[Reference, torch.Tensor]:
@@ -73,7 +68,7 @@ def right(checkpoint, token_ids):
 
 
 def worst(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The median of the tokens' worst logits."""
+    """Return the median of the tokens' worst logits."""
     return (logits - expected).abs().amax(-1).median().item()
 
 
@@ -91,8 +86,8 @@ def test_logits(checkpoint, token_ids, right, components, dense_format, quant):
 
 @pytest.mark.parametrize("dense", [in_fp8(FP8_ROWS), in_fp8(FP8_GROUPS), MIXED], ids=["rows", "groups", "mixed"])
 @pytest.mark.parametrize("tiles, quant", [("rows", False), ("loaded ahead", True), ("ring", True)])
-def test_tiles(checkpoint, token_ids, right, tiles, dense, quant):
-    """Several tiles a phase, the last one short, and several programs."""
+def test_several_tiles_and_programs_agree(checkpoint, token_ids, right, tiles, dense, quant):
+    """Each phase has several tiles, the last one short, and several programs."""
     reference, expected = right(dense, quant)
     tuning, n = TILES[tiles](checkpoint.config), 1 if tiles == "ring" else 5  # which is slow
     model = MegaModel(checkpoint, quant, TOKENS, num_programs=3, tuning=tuning, kv_dtype=F32, dense=dense)
@@ -110,8 +105,8 @@ def test_tiles(checkpoint, token_ids, right, tiles, dense, quant):
     ids=["rows", "groups", "ring"],
 )
 def test_any_programs_in_any_order_and_phases_alone_give_the_same_bits(checkpoint, token_ids, tiles, dense, quant):
-    """Beyond the window of 20, where the full layer is split."""
-    tuning, position = tiles(checkpoint.config, attention=dict(split_t=16, max_splits=3)), 39
+    """Positions lie beyond the window of 20, where the full layer is split."""
+    tuning, position = tiles(checkpoint.config, attention=dict(min_split_keys=16, max_splits=3)), 39
     runs = []
     for kind, num_programs, seed in ((MegaModel, 1, 0), (MegaModel, 9, 1), (PhasedModel, 2, 2)):
         model = kind(checkpoint, quant, 40, num_programs=num_programs, tuning=tuning, dense=dense)
@@ -142,7 +137,7 @@ def test_odd_sizes(name, dense_format):
 
 
 def rolled(weights, field: str):
-    """Rows of scales given to the next row."""
+    """Give each row's scales to the next row."""
     return {field: getattr(weights, field).roll(1, -1 if getattr(weights, field).dtype == torch.float32 else -2)}
 
 

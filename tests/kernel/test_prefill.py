@@ -1,7 +1,6 @@
 """Prompts in blocks, interpreted, against reference.py: the cache that a prompt leaves, and the logits after it."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import pytest
@@ -18,21 +17,23 @@ from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, expected_tensors
 from common.sm90.prompt_tiles import vector_stride
 from gpt_oss_megakernel import MegaModel
-from host.buffers import Buffers, buffer_bytes, buffer_shapes, most_tokens
+from host.buffers import Buffers, buffer_bytes, buffer_shapes, max_block_tokens
 from host.launch import BLOCKS_CPU, BLOCKS_GFX950, BLOCKS_SM_90, tuning_for
 from host.tuning import BlockTuning, Tile, Tuning
 from load_model import open_checkpoint
-from prefill import act_unit, largest_scales
+from prefill import largest_scales
 from reference import Reference
 from tokenizer_util import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = 48
 F32 = torch.float32
 # Blocks of 23 tokens beside a window of 20, and tiles so small that a small model has several in each direction.
 SMALL_BLOCKS = BlockTuning(
     tokens=23,
-    least_tokens=3,
-    dense=(Tile(64, 16, 64), Tile(128, 32, 32, least_programs=4)),
+    min_tokens=3,
+    dense=(Tile(64, 16, 64), Tile(128, 32, 32, min_programs=4)),
     gate_up=(Tile(64, 16, 128, more=16), Tile(128, 32, 256)),
     down=(Tile(128, 16, 256), Tile(64, 32, 128, more=16)),
     norm_warps=4,
@@ -69,14 +70,14 @@ def make_model(checkpoint, quant: bool, tuning: str = "device", max_context: int
 
 
 def feed(model: MegaModel, token_ids: list[int], position: int = 0) -> None:
-    """In blocks, whatever their number."""
+    """Feed tokens in blocks, whatever their number."""
     poison(model)
     model._write_tokens(token_ids, position)
     model.prefill.feed(position, len(token_ids))
 
 
 def poison(model: MegaModel) -> None:
-    """NaN wherever a launch may leave something for another one: none may read what it was not left."""
+    """Put NaN wherever a launch may leave something for another one: none may read what it was not left."""
     for name, buffer in model.prefill.buffers._asdict().items():
         if name in ("expert_in", "act"):
             buffer[:, vector_columns(model, name)] = torch.nan
@@ -89,37 +90,37 @@ def poison(model: MegaModel) -> None:
 
 
 def vector_columns(model: MegaModel, name: str) -> list[int]:
-    """Where the elements of an expert's vector stand; the others are zeros for ever."""
+    """Return where the elements of an expert's vector stand; the other columns are always zeros."""
     k = model.config.hidden_size if name == "expert_in" else model.config.intermediate_size
     return [column_in_tiles(i) if model.tuning.machine.experts.is_packed else i for i in range(k)]
 
 
 def logits_after(model: MegaModel, token_ids: list[int]) -> torch.Tensor:
-    """Of the last of these tokens, the others fed in blocks."""
+    """Return the logits of the last of these tokens, after the others were fed in blocks."""
     feed(model, token_ids[:-1])
     model._write_tokens(token_ids[-1:], len(token_ids) - 1)
     return model.logits(token_ids[-1], len(token_ids) - 1)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Along the last dimension."""
+    """Return the relative error along the last dimension."""
     return (found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
 
 
 def entries(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[layers, heads, positions, head_dim] both -> [layers, positions, all of both]."""
+    """Reshape both [layers, heads, positions, head_dim] to [layers, positions, all of both]."""
     return torch.cat((keys, values), -1).float().transpose(1, 2).flatten(2)
 
 
 def cache_errors(model: MegaModel, right: Reference, start: int, end: int) -> torch.Tensor:
-    """Of each layer and position of start .. end - 1."""
+    """Return the errors of each layer and position of start .. end - 1."""
     found = entries(model.state.k_cache, model.state.v_cache)
     expected = entries(right.keys.transpose(1, 2), right.values.transpose(1, 2))
     return relative(found[:, start:end], expected[:, start:end])
 
 
 def assert_close(errors: torch.Tensor, quant: bool) -> None:
-    """Of tokens, in the last dimension."""
+    """Assert that tokens agree along the last dimension."""
     assert errors.median(-1).values.max() < MEDIAN
     assert errors.max() < (QUANT_WORST if quant else WORST)
 
@@ -131,22 +132,8 @@ def assert_same_cache(model: MegaModel, right: Reference, end: int, start: int =
 
 
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor, quant: bool) -> None:
-    """Of a single token, which with --quant may be one of those."""
+    """Assert that a single token's logits agree; with --quant it may be one with a rounding the other way."""
     assert relative(found, expected) < (QUANT_WORST if quant else WORST)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The reference's matrices are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    return loud_checkpoint(small_config())
 
 
 @pytest.fixture(scope="module")
@@ -154,21 +141,16 @@ def token_ids(checkpoint):
     return random_token_ids(TOKENS, checkpoint.config)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["default", "quant"])
-def quant(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def right(checkpoint, token_ids, quant):
-    """The reference, fed, and its logits at all positions."""
+    """Return the reference, fed, and its logits at all positions."""
     right = Reference(checkpoint, quant, F32, max_context=TOKENS)
     return right, right.forward(token_ids)
 
 
 @pytest.fixture(scope="module")
 def model(checkpoint, quant):
-    """One for all tests that start anew."""
+    """One model for all tests that start anew."""
     return make_model(checkpoint, quant, "small")
 
 
@@ -192,15 +174,15 @@ def test_prompts_of_any_length(n, model, token_ids, right):
 
 @pytest.mark.parametrize("cuts", [[1, 2], [19, 20, 21], [22, 45], [7, 8, 30, 31]], ids=str)
 def test_blocks_may_begin_anywhere(cuts, model, token_ids, right):
-    """What comes later must not depend on where a prompt was cut."""
+    """Later results must not depend on where a prompt was cut."""
     model.reset()
     for start, end in zip([0, *cuts], [*cuts, TOKENS]):
         feed(model, token_ids[start:end], start)
     assert_same_cache(model, right[0], TOKENS)
 
 
-def test_blocks_after_tokens_fed_one_by_one(model, token_ids, right):
-    """And before such: the kernel and the blocks read what the other has left."""
+def test_blocks_may_follow_tokens_fed_one_by_one(model, token_ids, right):
+    """The kernel and the blocks read what the other left, in either order."""
     model.reset()
     for position in (0, 1, 2, 28, 29):
         if position == 28:
@@ -210,8 +192,8 @@ def test_blocks_after_tokens_fed_one_by_one(model, token_ids, right):
     assert_same_cache(model, right[0], TOKENS)
 
 
-def test_the_kernel_token_by_token(checkpoint, token_ids, quant):
-    """The same model, the other way to feed it."""
+def test_the_kernel_token_by_token_agrees(checkpoint, token_ids, quant):
+    """The model is fed the other way: one token per launch."""
     model = make_model(checkpoint, quant)
     for position, token_id in enumerate(token_ids):
         expected = model.logits(token_id, position)
@@ -225,7 +207,7 @@ def test_the_kernel_token_by_token(checkpoint, token_ids, quant):
 
 
 def test_the_same_prompt_gives_the_same_bits(model, token_ids):
-    """After other prompts, too."""
+    """This holds after other prompts, too."""
     runs = []
     for _ in range(2):
         model.reset()
@@ -237,8 +219,8 @@ def test_the_same_prompt_gives_the_same_bits(model, token_ids):
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_each_launch(tuning, checkpoint, token_ids, quant):
-    """All that the first of two layers leaves, for tokens within the window and beyond it."""
+def test_each_launch_agrees(tuning, checkpoint, token_ids, quant):
+    """All that the first of two layers leaves is compared, for tokens within the window and beyond it."""
     config = dataclasses.replace(checkpoint.config, n_layers=2, layer_is_sliding=(True, False))
     cut = MemoryCheckpoint(config, {name: checkpoint.tensor(name) for name in expected_tensors(config)})
     n, top_k = 43, config.experts_per_token
@@ -263,7 +245,7 @@ def test_each_launch(tuning, checkpoint, token_ids, quant):
 
 
 def expert_vectors(model: MegaModel, n: int) -> torch.Tensor:
-    """float32 [n, intermediate] of what gate-up left."""
+    """Return what gate-up left, float32 [n, intermediate]."""
     act = model.prefill.buffers.act[:n, vector_columns(model, "act")].float()
     if model.build.is_scaled:
         return act * torch.exp2(model.prefill.buffers.act_scale[:n].float() - 127).repeat_interleave(32, 1)
@@ -271,8 +253,8 @@ def expert_vectors(model: MegaModel, n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tuning", ["device", "packed"])
-def test_the_cache_in_bfloat16(tuning, checkpoint, token_ids, quant):
-    """As it ships. A key that rounds the other way differs by 2^-8, and so does a little what attends to it."""
+def test_the_cache_in_bfloat16_agrees(tuning, checkpoint, token_ids, quant):
+    """A key that rounds the other way differs by 2^-8, and what attends to it differs a little."""
     right = Reference(checkpoint, quant, max_context=TOKENS)
     expected = right.forward(token_ids)[-1]
     model = make_model(checkpoint, quant, tuning, kv_dtype=torch.bfloat16)
@@ -296,13 +278,13 @@ def test_dense_matrices_in_fp8(dense_format, checkpoint, token_ids, quant):
 
 
 def both_kinds(quant: bool) -> str:
-    """Rows, with scaled products, or packed tiles: for tests that would be slow with each of them on both paths."""
+    """Give either rows with scaled products or packed tiles, for tests that would be slow with each on both paths."""
     return "small" if quant else "packed"
 
 
 @pytest.mark.parametrize("field", ["qkv", "o", "router"])
-def test_one_dense_matrix_in_fp8(field, checkpoint, token_ids):
-    """Each by its own format."""
+def test_one_dense_matrix_in_fp8_agrees(field, checkpoint, token_ids):
+    """Each matrix is tested alone, in its own format."""
     dense = DenseFormats(**{field: FP8_GROUPS})
     right = Reference(checkpoint, False, F32, max_context=TOKENS, dense=dense)
     right.forward(token_ids[:30])
@@ -323,8 +305,11 @@ def test_odd_sizes(changes, quant):
     assert_same_cache(model, right, 26)
 
 
-def test_the_published_width(quant):
-    """Hidden and intermediate 2880, 64 heads on 8: no multiple of any block; fewer layers, experts and words."""
+def test_the_published_width_agrees(quant):
+    """Hidden and intermediate 2880, and 64 heads on 8, are no multiples of any block.
+
+    Layers, experts and words are few.
+    """
     sizes = dict(n_layers=2, n_experts=2, experts_per_token=2, vocab_size=515, layer_is_sliding=(True, False))
     config = ModelConfig(**sizes, stop_ids=())
     checkpoint = RandomCheckpoint(config, seed=3)
@@ -340,8 +325,8 @@ def test_the_published_width(quant):
 
 
 @pytest.mark.parametrize("position", [5000, 131_000])
-def test_far_positions(checkpoint, token_ids, position):
-    """YaRN far beyond the original context of 4096. Both caches are zero, and attended, before `position`."""
+def test_far_positions_agree(checkpoint, token_ids, position):
+    """YaRN reaches far beyond the original context of 4096. Both caches are zero, and attended, before `position`."""
     config = dataclasses.replace(checkpoint.config, n_layers=2, layer_is_sliding=(True, False))
     near = MemoryCheckpoint(config, {name: checkpoint.tensor(name) for name in expected_tensors(config)})
     few = token_ids[:12]
@@ -355,7 +340,7 @@ def test_far_positions(checkpoint, token_ids, position):
 
 
 def test_keys_before_the_window_are_not_read(checkpoint, token_ids):
-    """NaN stands there, which even a weight of zero would spread: what is not read takes no time."""
+    """NaN stands there, which even a weight of zero would spread; what is not read takes no time."""
     config = dataclasses.replace(checkpoint.config, n_layers=2, layer_is_sliding=(True, True))
     cut = MemoryCheckpoint(config, {name: checkpoint.tensor(name) for name in expected_tensors(config)})
     model = make_model(cut, False, "small")
@@ -370,8 +355,8 @@ BIASES = {"all choose the same": [50.0] * 4 + [0.0] * 4, "one expert has all": [
 
 
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES.keys())
-def test_uneven_experts(bias, checkpoint, token_ids, quant):
-    """More tokens than a tile has, or none: as many programs as it takes, and none too few."""
+def test_uneven_experts_agree(bias, checkpoint, token_ids, quant):
+    """Experts have more tokens than a tile, or none: as many programs run as it takes."""
     uneven = checkpoint.with_tensors(lambda n, t: torch.tensor(bias).to(t) if n.endswith("router.bias") else t)
     right = Reference(uneven, quant, F32, max_context=TOKENS)
     right.forward(token_ids[:40])
@@ -382,14 +367,14 @@ def test_uneven_experts(bias, checkpoint, token_ids, quant):
 
 @pytest.fixture(scope="module")
 def fed(model, token_ids):
-    """The cache that all tokens leave."""
+    """Return the cache that all tokens leave."""
     model.reset()
     feed(model, token_ids)
     return entries(model.state.k_cache, model.state.v_cache)
 
 
 def assert_far_off(fed: torch.Tensor, mistaken: Reference) -> None:
-    """A mistake shows in half of the tokens or more, and clearer than assert_close lets pass."""
+    """Assert that a mistake shows in half of the tokens or more, far beyond what assert_close allows."""
     expected = entries(mistaken.keys.transpose(1, 2), mistaken.values.transpose(1, 2))
     assert relative(fed, expected).median(-1).values.max() > CLEAR_MARGIN
 
@@ -413,7 +398,7 @@ def test_blocks_do_not_make_this_mistake_in_code(function, replacement, checkpoi
     "name", ["sinks dropped", "YaRN truncated", "nibbles swapped", "window one too large", "gate and up swapped"]
 )
 def test_blocks_follow_a_mutated_checkpoint(name, checkpoint, token_ids, quant):
-    """The other way round: nothing of these is fixed in the code."""
+    """The code hard-codes none of the mutated conventions."""
     mutated = CHECKPOINT_MUTATIONS[name](checkpoint)
     right = Reference(mutated, quant, F32, max_context=TOKENS)
     right.forward(token_ids[:30])
@@ -423,8 +408,8 @@ def test_blocks_follow_a_mutated_checkpoint(name, checkpoint, token_ids, quant):
 
 
 @pytest.mark.parametrize("limit", [0.5, 1.5, 30.0])
-def test_any_limit_of_swiglu(limit, checkpoint, token_ids):
-    """Activations are float16, brought near the end of its range: the largest that there can be must not saturate."""
+def test_any_limit_of_swiglu_agrees(limit, checkpoint, token_ids):
+    """Activations are float16, scaled near the end of its range: the largest possible one must not saturate."""
     louder = checkpoint.with_tensors(lambda n, t: t + 3 if n.endswith("gate_up_proj_scales") else t)
     louder = louder.with_config(swiglu_limit=limit)
     right = Reference(louder, False, F32, max_context=TOKENS)
@@ -438,16 +423,17 @@ def test_any_limit_of_swiglu(limit, checkpoint, token_ids):
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.5, 1.0, 7.0, 10.0, 100.0, 1e4])
-def test_the_largest_activation_uses_the_range_of_float16(limit):
-    """silu(gate) * (up + 1) is at most limit * (limit + 1)."""
-    largest = act_unit(limit) * max(limit, 1) * (max(limit, 1) + 1)
-    assert 2**14 <= largest < 2**15
-    assert math.log2(act_unit(limit)).is_integer()
+def test_activations_stay_within_their_bound(limit, checkpoint):
+    """The bound, from which the prescale of float16 activations follows, is no more than twice the largest of them."""
+    config = dataclasses.replace(checkpoint.config, swiglu_limit=limit)
+    gate, up = torch.linspace(-20, limit, 100_001), torch.tensor([[-limit], [limit]])
+    largest = reference.swiglu(gate, up, limit, config.swiglu_alpha).abs().max().item()
+    assert config.swiglu_bound / 2 < largest <= config.swiglu_bound * 1.00001
 
 
 @pytest.mark.parametrize("gain", [-40, 30])
-def test_any_scale_of_the_experts(gain, checkpoint, token_ids):
-    """Matrices are decoded beside their largest scale."""
+def test_any_scale_of_the_experts_agrees(gain, checkpoint, token_ids):
+    """Matrices are decoded relative to their largest scale."""
     biased = checkpoint.with_tensors(
         lambda n, t: t.int().add(gain).to(t.dtype) if n.endswith("down_proj_scales") else t
     )
@@ -459,8 +445,8 @@ def test_any_scale_of_the_experts(gain, checkpoint, token_ids):
         assert_same_cache(model, right, 30)
 
 
-def test_the_largest_scales():
-    """Of each matrix of a stack, in whichever form it stands; NaN is none, and a matrix of nothing else has 0."""
+def test_the_largest_scales_are_found():
+    """Each matrix of a stack has its own, in either layout; NaN is none, and a matrix of NaN has 0."""
     scales = torch.randint(100, 140, (2, 3, 8, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     scales[0, 1, 3, 2] = 254
     scales[1, 0, 7, 3] = 255
@@ -474,19 +460,19 @@ def test_the_largest_scales():
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("max_context", [1, 3, 4, 5, 23, 24, 64])
-def test_memory(max_context, tuning, checkpoint, quant):
-    """No more than was said beforehand, and no block's where all prompts are so short that they are fed one by one."""
+def test_memory_is_what_was_announced(max_context, tuning, checkpoint, quant):
+    """Buffers take no more than announced, and none where all prompts are so short that they are fed one by one."""
     model = make_model(checkpoint, quant, tuning, max_context=max_context)
     used = sum(buffer.nbytes for buffer in model.prefill.buffers)
     assert used <= buffer_bytes(model.config, max_context)
     longest = max_context - 1  # that blocks may feed
-    assert model.prefill.tokens == (min(model.blocks.tokens, longest) if longest >= model.blocks.least_tokens else 0)
+    assert model.prefill.tokens == (min(model.blocks.tokens, longest) if longest >= model.blocks.min_tokens else 0)
     assert model.prefill.buffers.x.shape == (model.prefill.tokens, model.config.hidden_size)
 
 
 @pytest.mark.parametrize("m", [64, 128, 256])
 def test_vectors_end_in_zeros(m, quant):
-    """Tiles of gate-up that end with the matrix, or go beyond it."""
+    """Tiles of gate-up end with the matrix, or go beyond it."""
     config = small_config(**ODD_SIZES["hidden 416, intermediate 224"])
     blocks = dataclasses.replace(SMALL_BLOCKS, gate_up=(Tile(m, 16, 128),))
     model = make_model(loud_checkpoint(config), quant, "packed", blocks=blocks)
@@ -503,7 +489,7 @@ def test_elements_of_a_block_are_counted_in_32_bits(top_k, size):
         config = small_config(
             hidden_size=hidden, intermediate_size=intermediate, n_experts=top_k, experts_per_token=top_k
         )
-        tokens = most_tokens(config)
+        tokens = max_block_tokens(config)
         shapes = buffer_shapes(config, tokens, scaled=False, stride=vector_stride)
         assert max(torch.Size(shape).numel() for shape, _ in (shapes.act, shapes.expert_in)) < 2**31
         assert tokens == 4096 or top_k * (tokens + 1) * size >= 2**31
@@ -516,7 +502,7 @@ def test_tiles_grow_with_the_number_of_tokens(blocks):
         at = [blocks.dense.index(tile) for tile in tiles]
         assert (at[0], at[-1]) == (0, len(blocks.dense) - 1)
         for n, tile in enumerate(tiles, 1):
-            assert -(-rows // tile.m) * -(-n // tile.n) >= tile.least_programs
+            assert -(-rows // tile.m) * -(-n // tile.n) >= tile.min_programs
     for tiles in (blocks.gate_up, blocks.down):
         experts = [tiles.index(blocks.expert_tile(tiles, mean)) for mean in range(1, 300)]
         assert experts == sorted(experts)
@@ -524,7 +510,7 @@ def test_tiles_grow_with_the_number_of_tokens(blocks):
 
 
 def test_blocks_cover_a_prompt_once(model, token_ids, monkeypatch):
-    """Each as large as it may be, but for the last."""
+    """Each block except the last is as large as allowed."""
     fed = []
     monkeypatch.setattr(model.prefill, "_feed_block", lambda position, n: fed.append((position, n)))
     for position, n in ((0, 1), (0, 23), (0, 24), (7, 50)):
@@ -561,9 +547,9 @@ def test_the_shipped_model_goes_on_like_the_reference(length, shipped, quant):
 def test_the_shipped_model_goes_on_as_after_tokens_fed_one_by_one(shipped, quant):
     checkpoint, token_ids = shipped
     found = []
-    for least_tokens in (3, 1 << 30):
-        blocks = dataclasses.replace(BLOCKS_CPU, tokens=20, least_tokens=least_tokens)
+    for min_tokens in (3, 1 << 30):
+        blocks = dataclasses.replace(BLOCKS_CPU, tokens=20, min_tokens=min_tokens)
         model = MegaModel(checkpoint, quant, 50, blocks=blocks)
         found.append(list(model.generate(token_ids[:45], 5)))
-        assert (model.prefill.tokens == 0) == (least_tokens > 3)
+        assert (model.prefill.tokens == 0) == (min_tokens > 3)
     assert found[0] == found[1]
