@@ -1,9 +1,9 @@
 """GPT-OSS in plain PyTorch: the definition of the model that the kernel is tested against.
 
-Contracts. Default: float32 throughout, except that K (after RoPE) and V are rounded to the cache's type when they
-enter it, and that rounded value is used everywhere, by the token's own query too. `quant`: the same, and the input of
-each expert matrix (the normed hidden state, the SwiGLU output) is rounded to MXFP8. `dense`: dense matrices are rounded
-to E4M3 with scales, activations are not.
+All arithmetic is float32 by default. K (after RoPE) and V are rounded to the cache's type when they enter it, and the
+rounded values are used everywhere, also by the token's own query. With `quant` the input of each expert matrix (the
+normed hidden state, the SwiGLU output) is also rounded to MXFP8. With `dense` the dense matrices, but no activations,
+are rounded to E4M3 with scales.
 """
 
 import functools
@@ -36,23 +36,23 @@ KEEP_BYTES = 2**30  # a model below this size is dequantized once and kept
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., hidden] divided by its root mean square, times weight [hidden]."""
+    """Return x [..., hidden] divided by its root mean square, times weight [hidden]."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [tokens, heads, head_dim] by cos and sin [tokens, head_dim / 2]; i pairs with i + head_dim / 2."""
+    """Rotate x [tokens, heads, head_dim] by cos and sin [tokens, head_dim / 2]; i pairs with i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, window: int, sm_scale: float) -> Tensor:
-    """Causal attention of the last tokens of a sequence over all of it: float [tokens, n_heads * head_dim].
+    """Attend causally with the last tokens of a sequence to all of it: float [tokens, n_heads * head_dim].
 
     q [tokens, n_heads, head_dim] belongs to the last `tokens` of keys and values [n_keys, n_kv_heads, head_dim]. A
-    query sees `window` keys, its own included; 0 means all before it. A head's sink [n_heads] is one more logit, not
-    scaled, that takes its share of the softmax and brings no value.
+    query sees `window` keys, its own included; 0 means all up to its own. A head's sink, of sinks [n_heads], is one
+    more logit: it is not scaled, takes its share of the softmax, and has no value.
     """
     tokens, n_heads, head_dim = q.shape
     n_keys, n_kv_heads, _ = keys.shape
@@ -67,24 +67,24 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, window: in
 
 
 def route(router_logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
-    """router_logits [tokens, n_experts] -> chosen experts int64 and their weights, both [tokens, experts_per_token].
+    """Return the experts chosen by router_logits [tokens, n_experts], int64, and weights: [tokens, experts_per_token].
 
-    The largest logits win, the lower index on a tie, in falling order; the softmax is over the chosen ones only.
+    The largest logits are chosen, the lower index on a tie, in descending order; the softmax is over these alone.
     """
     values, indices = router_logits.sort(dim=-1, descending=True, stable=True)
     return indices[:, :experts_per_token], values[:, :experts_per_token].softmax(-1)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
-    """gate is clamped from above only; up from both sides, and shifted by 1."""
+    """Return gate * sigmoid(alpha * gate) * (up + 1); gate is clamped only from above, up from both sides."""
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """blocks uint8 [..., K / 32, 16] and scales uint8 [..., K / 32] -> float32 [..., K], exact.
+    """Return float32 [..., K], exactly, of blocks uint8 [..., K / 32, 16] and scales uint8 [..., K / 32].
 
-    The low nibble is the even element.
+    The low nibble of a byte is the even element.
     """
     values = torch.tensor(E2M1_VALUES, device=blocks.device)
     nibbles = torch.stack((blocks & 0xF, blocks >> 4), dim=-1).flatten(-2)
@@ -92,7 +92,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def mxfp8_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [..., K] -> elements float8_e4m3fn [..., K] and scales uint8 (E8M0) [..., K / 32].
+    """Quantize float32 [..., K]: return elements float8_e4m3fn [..., K] and scales uint8 (E8M0) [..., K / 32].
 
     OCP MX v1.0, section 6.3: the shared exponent is floor(log2(max|x|)) - 8 and at least -127; the elements are
     x / 2^exponent, saturated to +-448 and rounded to nearest even. NaN stays NaN.
@@ -107,7 +107,7 @@ def mxfp8_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_mxfp8(x: Tensor) -> Tensor:
-    """float32 [..., K] -> float32 [..., K]: what is left of x after a round trip through MXFP8."""
+    """Return float32 x [..., K] rounded to MXFP8, as float32."""
     elements, scales = mxfp8_bytes(x)
     return (elements.float().unflatten(-1, (-1, MXFP8_GROUP)) * _e8m0_to_float(scales)[..., None]).flatten(-2)
 
@@ -117,7 +117,7 @@ def _e8m0_to_float(scales: Tensor) -> Tensor:
 
 
 class MxFp4Matrices:
-    """[expert] -> float matrix [rows, K] of the MXFP4 tensors of all experts; only what is asked for is dequantized."""
+    """The MXFP4 matrices of all experts; indexing by expert dequantizes a float matrix [rows, K], or several."""
 
     def __init__(self, blocks: Tensor, scales: Tensor, device: torch.device, dtype: torch.dtype):
         self._blocks, self._scales, self._device, self._dtype = blocks, scales, device, dtype
@@ -130,9 +130,10 @@ class MxFp4Matrices:
 def expert_activations(
     x: Tensor, chosen: Tensor, gate_up: Tensor | MxFp4Matrices, bias: Tensor, config: ModelConfig
 ) -> Tensor:
-    """SwiGLU outputs [tokens, top_k, intermediate] of the chosen experts [tokens, top_k] for x [tokens, hidden].
+    """Return SwiGLU outputs [tokens, top_k, intermediate] of the chosen experts [tokens, top_k] for x [tokens, hidden].
 
-    gate_up [n_experts, 2 * intermediate, hidden], bias [n_experts, 2 * intermediate]: even rows gate, odd rows up.
+    Of gate_up [n_experts, 2 * intermediate, hidden] and bias [n_experts, 2 * intermediate] even rows are gate rows and
+    odd rows up rows.
     """
     act = x.new_empty(*chosen.shape, config.intermediate_size)
     for expert in chosen.unique().tolist():
@@ -143,9 +144,9 @@ def expert_activations(
 
 
 def combine_experts(act: Tensor, chosen: Tensor, weights: Tensor, down: Tensor | MxFp4Matrices, bias: Tensor) -> Tensor:
-    """Down projections of act [tokens, top_k, intermediate], summed with the router's weights: [tokens, hidden].
+    """Return down projections of act [tokens, top_k, intermediate] summed with the router's weights: [tokens, hidden].
 
-    down [n_experts, hidden, intermediate], bias [n_experts, hidden], which is weighted too.
+    down is [n_experts, hidden, intermediate]; bias [n_experts, hidden] is weighted too.
     """
     out = act.new_zeros(act.shape[0], bias.shape[-1])
     for expert in chosen.unique().tolist():
@@ -155,11 +156,11 @@ def combine_experts(act: Tensor, chosen: Tensor, weights: Tensor, down: Tensor |
     return out
 
 
-_precision = threading.RLock()  # held while the process's setting is not the user's
+_precision = threading.RLock()  # held while the process has another precision than the user set
 
 
 def full_float32(function: Callable) -> Callable:
-    """Runs `function` without TF32, whatever the process has set; threads wait for each other."""
+    """Run `function` without TF32, whatever the process has set; threads wait for each other."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -179,7 +180,7 @@ def _ignore(name: str, value: Tensor) -> None:
 
 
 class Weights:
-    """A checkpoint's tensors as numbers on a device: kept if the model is small, else read anew at each use."""
+    """A checkpoint's dequantized tensors on a device: kept if the model is small, else read at each use."""
 
     def __init__(self, checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype, dense: DenseFormats):
         self._checkpoint, self._device, self._dtype, self._dense = checkpoint, device, dtype, dense
@@ -192,21 +193,21 @@ class Weights:
             if tensor.dtype == torch.float8_e4m3fn:
                 scales = self._checkpoint.tensor(scale_name(name)).to(self._device)
                 tensor = dequantize_fp8(tensor, scales)
-            elif (dense_format := self._dense.of(name)) != BF16:
+            elif (dense_format := self._dense.format_of(name)) != BF16:
                 tensor = dequantize_fp8(*quantize_fp8(tensor, dense_format))
             return tensor.to(self._dtype)
 
         return self._keep(name, read)
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Some rows of a matrix; one that is not kept is not converted as a whole."""
+        """Return some rows of a matrix; without converting the whole matrix, unless it is kept."""
         if self._kept is not None:
             return self.tensor(name)[indices]
         matrix = self._checkpoint.tensor(name)
         return matrix[indices.to(matrix.device)].to(self._device, self._dtype)
 
     def expert_matrices(self, name: str) -> Tensor | MxFp4Matrices:
-        """What [expert] of is a float matrix; `name` without _blocks and _scales."""
+        """Return experts' matrices whose [expert] is a float matrix; `name` has no _blocks or _scales."""
 
         def read() -> MxFp4Matrices:
             blocks, scales = self._checkpoint.tensor(f"{name}_blocks"), self._checkpoint.tensor(f"{name}_scales")
@@ -223,11 +224,11 @@ class Weights:
 
 
 class Reference:
-    """The model over a KV cache, one sequence.
+    """The model with a KV cache for one sequence.
 
     The cache is zero after construction and reset(). A token at a position sees all earlier positions (in a sliding
-    layer those in its window), and those that were never fed count as zero keys and values; the kernel does the same.
-    Threads and generators that share one: see MegaModel.
+    layer those in its window); positions that were never fed have zero keys and values, as in the kernel. MegaModel
+    documents how threads and generators may share a model.
     """
 
     def __init__(
@@ -241,12 +242,14 @@ class Reference:
         n_layers: int | None = None,
         dense: DenseFormats | None = None,
     ):
-        """checkpoint: anything with .config and .tensor(name). kv_dtype None keeps K and V unrounded.
+        """Load a model from `checkpoint`, anything with .config and .tensor(name).
 
-        dense: dense matrices are rounded to these formats, see checkpoints/fp8.py; unless said they stay in bfloat16 or
-        as an archive has them. InputError if it has them in another format than this says.
-        max_context: positions of the cache. device: that of the arithmetic, CPU by default. n_layers: only the first.
-        TypeError names an argument of the wrong kind.
+        kv_dtype: the cache's type; None keeps K and V unrounded. dense: formats that dense matrices are rounded to, see
+        checkpoints/fp8.py; by default they stay in bfloat16 or as an archive has them. max_context: positions of the
+        cache. device: that of the arithmetic, the CPU by default. n_layers: use only so many, the first ones.
+
+        Raise InputError if an archive has dense matrices in other formats than `dense`, TypeError for an argument of
+        the wrong type.
         """
         if not hasattr(checkpoint, "config"):
             raise TypeError(f"checkpoint must be an open one, not {type(checkpoint).__name__}")
@@ -255,7 +258,7 @@ class Reference:
             instance(value, torch.dtype, name)
             if value is not None and not value.is_floating_point:
                 raise InputError(f"{name} {value}: a floating point type")
-        max_context, n_layers = integer(max_context, "max_context", least=1), integer_or_none(n_layers, "n_layers")
+        max_context, n_layers = integer(max_context, "max_context", minimum=1), integer_or_none(n_layers, "n_layers")
         boolean(quant, "quant")
         self.turns = Turns()
         self.config = checkpoint.config if n_layers is None else checkpoint.config.cut(n_layers)
@@ -271,7 +274,7 @@ class Reference:
 
     @exclusive
     def reset(self) -> None:
-        """Forgets the sequence."""
+        """Forget the sequence."""
         self.turns.take()
         self._forget()
 
@@ -281,15 +284,16 @@ class Reference:
 
     @exclusive
     def forward(self, token_ids: Iterable[int], position: int = 0, trace: dict[str, Tensor] | None = None) -> Tensor:
-        """Logits [tokens, vocab_size] in the reference's dtype, float32 by default, after each of the tokens.
+        """Return logits [tokens, vocab_size] after each of the tokens, in the reference's dtype, float32 by default.
 
-        The tokens stand at position, position + 1, ...; their keys and values enter the cache. `trace` receives
+        The tokens are at position, position + 1, ...; their keys and values enter the cache. `trace` receives
         intermediates by name, under "layers.{n}.": qkv (with biases, before RoPE) [tokens, qkv_size], attention
         (before the output projection) [tokens, q_size], attn_residual (hidden state after it) [tokens, hidden],
         router_logits [tokens, n_experts], expert_act (before quantization) [tokens, top_k, intermediate], output
-        (hidden state after the layer) [tokens, hidden]. InputError if a position exceeds max_context, a token lies
-        outside the vocabulary, or a file of the checkpoint was changed since it was opened; TypeError if they are no
-        integers.
+        (hidden state after the layer) [tokens, hidden].
+
+        Raise InputError if a position exceeds max_context, a token is outside the vocabulary, or a file of the
+        checkpoint was changed since it was opened; TypeError if positions or tokens are not integers.
         """
         token_ids, position = integers(token_ids, "token_ids"), integer(position, "position")
         self._check_fit(token_ids, position)
@@ -314,13 +318,13 @@ class Reference:
     def generate(
         self, prompt_ids: Iterable[int], max_new_tokens: int, on_logits: Callable[[Tensor], None] | None = None
     ) -> Iterator[int]:
-        """Yields greedy tokens (the lowest id on a tie) until a stop id, which is yielded too, or a full context.
+        """Start a new sequence and yield greedy tokens until a stop id, which is yielded too, or a full context.
 
-        Starts a new sequence. `on_logits` receives the logits [vocab_size] of each position fed, the prompt's included.
-        InputError if logits are not finite, and otherwise see forward.
+        On a tie the lowest id wins. `on_logits` receives the logits [vocab_size] of each position fed, also the
+        prompt's. Raise InputError if logits are not finite, and what `forward` raises.
         """
         prompt_ids = integers(prompt_ids, "prompt_ids")
-        max_new_tokens = integer(max_new_tokens, "max_new_tokens", least=0)
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens", minimum=0)
         function_or_none(on_logits, "on_logits")
         if not prompt_ids:
             raise InputError("the prompt is empty")
@@ -358,7 +362,7 @@ class Reference:
         return self._forward(token_ids, position)
 
     def _check_fit(self, token_ids: list[int], position: int) -> None:
-        """InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
+        """Raise InputError unless positions from `position` on are in the context, and tokens in the vocabulary."""
         if position < 0 or position + len(token_ids) > self.max_context:
             raise InputError(
                 f"positions {position} to {position + len(token_ids) - 1} "
