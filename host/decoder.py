@@ -172,7 +172,7 @@ class Decoder:
     def reset(self) -> None:
         """Forget all positions and the record of a barrier that gave up. Return None; the weights stay loaded.
 
-        Raise ModelInUse if a signal handler calls it while its thread is using a model.
+        Raise ModelInUse in a signal handler whose thread is using a model.
         """
         self._begin_use()
         s, self.n_fed = self.state, 0
@@ -186,7 +186,7 @@ class Decoder:
         """Switch to the quantized or the default path, keeping the weights and starting a new, empty sequence.
 
         Return None. Raise TypeError if quant is not a bool, InputError if the path's kernels cannot be compiled,
-        MegakernelAborted if their first launch gives up, ModelInUse for a signal handler during another use.
+        MegakernelAborted if their first launch gives up, ModelInUse in a signal handler whose thread is using a model.
         """
         quant = boolean(quant, "quant")
         self._begin_use()
@@ -241,10 +241,10 @@ class Decoder:
     def step(self, token_id: int, position: int) -> int:
         """Feed a token at a position whose predecessors were fed, and return the most likely next token's id.
 
-        Raise TypeError if an argument is not an integer; InputError if the position lies outside the context, the token
-        outside the vocabulary; LogitsNotFinite (an InputError) if a logit is not finite; PositionsLost (an InputError)
-        if an interrupted call lost earlier positions; MegakernelAborted if a barrier gave up; ModelInUse for a signal
-        handler during another use.
+        Raise TypeError if an argument is not an integer; InputError if the position lies outside the context or the
+        token outside the vocabulary, LogitsNotFinite if a logit is not finite, and PositionsLost if an interrupted call
+        lost earlier positions (both are InputErrors); MegakernelAborted if a barrier gave up; ModelInUse in a signal
+        handler whose thread is using a model.
         """
         token_id, position = self._check_token_at(token_id, position)
         self._begin_use_at(token_id, position)
@@ -256,8 +256,9 @@ class Decoder:
         """Feed a token at a position whose predecessors were fed, and return the next token's logits.
 
         They are float32 [vocab], a copy on the model's device. Raise TypeError if an argument is not an integer;
-        InputError if the position lies outside the context or the token outside the vocabulary; LogitsNotFinite,
-        PositionsLost, MegakernelAborted and ModelInUse under the same conditions as step.
+        InputError if the position lies outside the context or the token outside the vocabulary, LogitsNotFinite if a
+        logit is not finite, and PositionsLost if an interrupted call lost earlier positions (both are InputErrors);
+        MegakernelAborted if a barrier gave up; ModelInUse in a signal handler whose thread is using a model.
         """
         token_id, position = self._check_token_at(token_id, position)
         self._begin_use_at(token_id, position)
@@ -269,7 +270,9 @@ class Decoder:
 
         It is float32 [hidden], a copy on the model's device. The position does not count as fed. Raise TypeError if an
         argument is not an integer; InputError if the position lies outside the context, the token outside the
-        vocabulary or n_layers outside 0 to the model's; PositionsLost, MegakernelAborted and ModelInUse as step does.
+        vocabulary or n_layers outside 0 to the model's, and PositionsLost (an InputError) if an interrupted call lost
+        earlier positions; MegakernelAborted if a barrier gave up; ModelInUse in a signal handler whose thread is using
+        a model.
         """
         n_layers = integer(n_layers, "n_layers")
         if not 0 <= n_layers <= self.config.n_layers:
@@ -286,7 +289,7 @@ class Decoder:
         max_new_tokens: int,
         on_logits: Callable[[torch.Tensor], None] | None = None,
     ) -> Iterator[int]:
-        """Return an iterator over the up to max_new_tokens ids that follow the prompt, a stop id being the last.
+        """Return an iterator over at most max_new_tokens ids (int) that follow the prompt; a stop id is the last.
 
         It ends early when the context is full. The prefix that the prompt shares with the model's sequence, such as the
         earlier turns of a chat, is not fed again; the rest is fed in blocks (prefill.py), except its last token. With
@@ -296,7 +299,8 @@ class Decoder:
         At the call, raise TypeError for an argument of the wrong type; InputError if the prompt is empty, too long for
         the context or has an id outside the vocabulary, or if max_new_tokens is negative. At a token, raise
         GenerationOvertaken if the model was used for something else since the last token; InputError if weights that a
-        CPU reads in place lie in a file that changed; LogitsNotFinite, MegakernelAborted and ModelInUse as step does.
+        CPU reads in place lie in a file that changed, and LogitsNotFinite (an InputError) if a logit is not finite;
+        MegakernelAborted if a barrier gave up; ModelInUse in a signal handler whose thread is using a model.
         """
         prompt_ids = integers(prompt_ids, "prompt_ids")
         max_new_tokens = integer(max_new_tokens, "max_new_tokens", minimum=0)
@@ -349,15 +353,16 @@ class Decoder:
     def decode(
         self, token_id: int, position: int, n_tokens: int, on_launch: Callable[[], None] | None = None
     ) -> Iterator[int]:
-        """Return an iterator that feeds a token at a position whose predecessors were fed, and yields n_tokens ids.
+        """Return an iterator that feeds a token at a position whose predecessors were fed, and yields n_tokens int ids.
 
         Stop ids do not end it, but a full context does. `on_launch` is called after each launch. A GPU may only have
         queued the launch by then, so that events recorded in the callback mark its end.
 
         At the call, raise TypeError for an argument of the wrong type; InputError if the position lies outside the
         context, the token outside the vocabulary, or n_tokens is negative. At a token, raise GenerationOvertaken if the
-        model was used for something else since the last token; LogitsNotFinite, PositionsLost, MegakernelAborted and
-        ModelInUse as step does.
+        model was used for something else since the last token; LogitsNotFinite if a logit is not finite, and
+        PositionsLost if an interrupted call lost earlier positions (both are InputErrors); MegakernelAborted if a
+        barrier gave up; ModelInUse in a signal handler whose thread is using a model.
         """
         token_id, position = self._check_token_at(token_id, position)
         n_tokens = integer(n_tokens, "n_tokens", minimum=0)
@@ -450,7 +455,7 @@ class Decoder:
         self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
 
     def _check_token_at(self, token_id: int, position: int) -> tuple[int, int]:
-        """Return both as int. Raise TypeError or InputError under the conditions that step describes."""
+        """Return both as int. Raise TypeError if one is no integer, InputError if it is out of range."""
         token_id, position = integer(token_id, "token_id"), integer(position, "position")
         self._check_fit([token_id], position)
         return token_id, position

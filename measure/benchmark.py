@@ -1,4 +1,4 @@
-"""Run a benchmark over the paths that a command line asks for, and report what it measured."""
+"""Run a benchmark over the paths that a command line selects, and write its reports."""
 
 import argparse
 from collections.abc import Callable, Sequence
