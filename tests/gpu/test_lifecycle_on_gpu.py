@@ -1,17 +1,15 @@
 """The life of a model on a GPU: generators, threads and streams that share it, abnormal ends, logits not finite."""
 
-import threading
-
 import pytest
 import torch
 from made_up_models import loud_checkpoint, small_config
+from threads import together
 
 from gpt_oss_megakernel import MegaModel
 from system.errors import GenerationOvertaken, LogitsNotFinite, PositionsLost
 
 CONTEXT, N = 64, 12
 PROMPT, OTHER = [5, 6, 7, 8, 9, 10], [100, 101, 102]
-LIMIT = 60  # seconds that a thread may take
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +30,6 @@ def expected(checkpoint):
 
 def answers(model: MegaModel, prompt: list[int], times: int = 20) -> list[list[int]]:
     return [list(model.generate(prompt, N)) for _ in range(times)]
-
-
-def together(*functions) -> list:
-    """Run each function in a thread of its own; return what each returned or raised."""
-    results = [None] * len(functions)
-
-    def call(n):
-        try:
-            results[n] = functions[n]()
-        except BaseException as error:  # noqa: BLE001 (the test looks at it)
-            results[n] = error
-
-    threads = [threading.Thread(target=call, args=(n,), daemon=True) for n in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT)
-        assert not thread.is_alive(), "a thread is stuck"
-    return results
 
 
 def test_a_generator_that_was_overtaken_raises(models, expected):

@@ -31,7 +31,7 @@ def make_model(checkpoint, quant: bool = False) -> MegaModel:
 
 @pytest.fixture(scope="module")
 def fresh(checkpoint):
-    """A function: the tokens of a model that was fed nothing before."""
+    """Return a function: the tokens of a model that was fed nothing before."""
     model = make_model(checkpoint)
 
     @functools.cache
@@ -48,7 +48,7 @@ def prompt(checkpoint):
 
 
 class Watched:
-    """A model, and the positions that it was fed, in their order."""
+    """A model, and the positions that it was fed, in order."""
 
     def __init__(self, model: MegaModel, monkeypatch: pytest.MonkeyPatch):
         self.model, self._monkeypatch = model, monkeypatch
@@ -76,7 +76,7 @@ class Watched:
         self._watch()
 
     def generate(self, prompt: list[int], n: int) -> tuple[list[int], list[int]]:
-        """(tokens, positions fed)."""
+        """Return (tokens, positions fed)."""
         self.positions.clear()
         return list(self.model.generate(prompt, n)), list(self.positions)
 
@@ -87,7 +87,7 @@ def watched(checkpoint, monkeypatch):
 
 
 def assert_goes_on(watched: Watched, fresh, prompt: list[int], held: int, n: int = 3) -> None:
-    """It feeds the positions from `held` on, each once: those of the prompt and those of its answer but the last."""
+    """Assert that positions from `held` on are each fed once: the prompt's, and the answer's except the last."""
     tokens, fed = watched.generate(prompt, n)
     assert fed == list(range(held, len(prompt) - 1 + n))
     assert tokens == fresh(prompt, n)
@@ -102,14 +102,14 @@ def test_a_first_prompt_is_fed_in_blocks(watched, fresh, prompt):
     assert watched.blocks == [6, 6, 1]  # but for its last token
 
 
-def test_the_same_prompt_again(watched, fresh, prompt):
-    """Its last token is fed again: what follows it is not known."""
+def test_the_same_prompt_again_feeds_its_last_token(watched, fresh, prompt):
+    """The prompt's last token is fed again, because what follows it is not known."""
     for held in (0, PROMPT - 1, PROMPT - 1):
         assert_goes_on(watched, fresh, prompt, held)
 
 
-def test_a_conversation(watched, fresh, prompt):
-    """Each turn begins with the last one and its answer, whose last token has not been fed."""
+def test_a_conversation_feeds_only_what_is_new(watched, fresh, prompt):
+    """Each turn begins with the previous one and its answer, whose last token has not been fed."""
     start, held = prompt[:6], 0
     for turn in range(3):
         tokens, fed = watched.generate(start, 4)
@@ -130,8 +130,8 @@ def test_a_prompt_that_the_cache_holds_more_of(n, watched, fresh, prompt):
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 6, 11, PROMPT - 2, PROMPT - 1])
-def test_a_prompt_that_differs_from_somewhere_on(at, watched, fresh, prompt):
-    """By one token, after which all is as before: that must not be taken from the cache."""
+def test_a_prompt_is_fed_from_the_first_difference_on(at, watched, fresh, prompt):
+    """One token differs and all later ones are equal; those must not be taken from the cache."""
     watched.generate(prompt, 4)
     differing = [*prompt[:at], other_than(prompt[at]), *prompt[at + 1 :]]
     assert_goes_on(watched, fresh, differing, held=at)
@@ -145,13 +145,13 @@ def test_nothing_in_common(watched, fresh, prompt):
 
 
 @pytest.mark.parametrize("n_new", [1, 2, 3, 4, 9])
-def test_few_new_tokens(n_new, watched, fresh, prompt):
-    """Too few for a block are fed one by one."""
+def test_few_new_tokens_are_fed_one_by_one(n_new, watched, fresh, prompt):
+    """Tokens too few for a block are fed one by one."""
     watched.generate(prompt[:5], 1)
     watched.blocks.clear()
     assert_goes_on(watched, fresh, prompt[: 5 + n_new], held=5)
     in_blocks = n_new - 1  # the last one by the kernel
-    assert sum(watched.blocks) == (in_blocks if in_blocks >= BLOCKS_CPU.least_tokens else 0)
+    assert sum(watched.blocks) == (in_blocks if in_blocks >= BLOCKS_CPU.min_tokens else 0)
 
 
 @pytest.mark.parametrize("taken", [1, 3])
@@ -172,8 +172,8 @@ def test_a_generator_that_never_ran(watched, fresh, prompt):
 
 
 @pytest.mark.parametrize("differs_at", [5, PROMPT - 1])
-def test_an_answer_of_no_tokens(differs_at, watched, fresh, prompt):
-    """What such a prompt did not feed the cache does not hold, though the prompt stands among the tokens."""
+def test_an_answer_of_no_tokens_feeds_nothing(differs_at, watched, fresh, prompt):
+    """The cache does not hold what such a prompt did not feed, though the prompt stands among the tokens."""
     watched.generate(prompt, 6)
     differing = [*prompt[:differs_at], other_than(prompt[differs_at]), *prompt[differs_at + 1 :]]
     tokens, fed = watched.generate(differing, 0)
@@ -182,7 +182,7 @@ def test_an_answer_of_no_tokens(differs_at, watched, fresh, prompt):
 
 
 def test_a_stop_token_is_not_fed(checkpoint, fresh, prompt, monkeypatch):
-    """But a prompt that goes on behind it feeds it, and what came before it is held."""
+    """A prompt that goes on behind a stop token feeds it, and finds what came before it in the cache."""
     answer = fresh(prompt, 4)
     stop = next(token for token in answer if token not in answer[: answer.index(token)] and token != answer[0])
     n = answer.index(stop) + 1
@@ -205,8 +205,8 @@ def test_after_a_reset(watched, fresh, prompt):
 @pytest.mark.parametrize("call", ["step", "logits", "hidden", "decode"])
 @pytest.mark.parametrize("token", ["the same", "another"])
 @pytest.mark.parametrize("position", [0, 7, PROMPT - 1])
-def test_after_a_step_back(call, token, position, watched, fresh, prompt):
-    """What came after a position that was fed again is forgotten; and that position, if not all layers were fed."""
+def test_a_step_back_forgets_what_came_after(call, token, position, watched, fresh, prompt):
+    """What came after a position that was fed again is forgotten; so is that position, if not all layers were fed."""
     watched.generate(prompt, 4)
     model, token_id = watched.model, prompt[position] if token == "the same" else other_than(prompt[position])
     if call == "hidden":
@@ -220,7 +220,7 @@ def test_after_a_step_back(call, token, position, watched, fresh, prompt):
 
 
 def test_a_step_behind_a_gap_is_not_held(watched, fresh, prompt):
-    """Its keys were made of positions that were never fed, or were forgotten, though their tokens still stand there."""
+    """Keys behind a gap come from positions never fed, or forgotten, though their tokens still stand there."""
     watched.generate(prompt[:5], 1)
     watched.model.step(prompt[9], 9)
     assert_goes_on(watched, fresh, prompt, held=5)
@@ -235,8 +235,8 @@ def test_steps_count_as_fed(watched, fresh, prompt):
     assert_goes_on(watched, fresh, prompt, held=7)
 
 
-def test_after_another_path(checkpoint, watched, fresh, prompt):
-    """Its keys and values are not this path's, whatever tokens a new state begins with."""
+def test_another_path_reuses_nothing(checkpoint, watched, fresh, prompt):
+    """The cache holds another path's keys and values, whatever tokens a new state begins with."""
     prompt = [0, 0, *prompt[2:]]
     watched.generate(prompt, 4)
     watched.switch_path(quant=True)
@@ -248,7 +248,7 @@ def test_after_another_path(checkpoint, watched, fresh, prompt):
 
 
 def test_all_logits_need_all_positions(watched, fresh, prompt):
-    """Those of the prompt too, so that none is taken from the cache; but it holds them afterwards."""
+    """The prompt's positions are all fed, none is taken from the cache; afterwards the cache holds them."""
     watched.generate(prompt, 4)
     watched.positions.clear()
     rows = []
@@ -259,8 +259,8 @@ def test_all_logits_need_all_positions(watched, fresh, prompt):
     assert_goes_on(watched, fresh, prompt + tokens[:2] + prompt[:4], held=PROMPT + 2)
 
 
-def test_a_full_context(watched, fresh, checkpoint):
-    """A prompt as long as the context has one token of an answer."""
+def test_a_full_context_has_one_token_of_answer(watched, fresh, checkpoint):
+    """A prompt as long as the context has an answer of one token."""
     full = random_token_ids(CONTEXT, checkpoint.config, seed=9)
     for held in (0, CONTEXT - 1):
         tokens, fed = watched.generate(full, 5)
@@ -289,7 +289,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("bad", REFUSED.values(), ids=REFUSED.keys())
 def test_a_prompt_that_is_refused_does_no_harm(bad, watched, fresh, prompt):
-    """What the cache holds stays held."""
+    """Positions that the cache holds stay held."""
     tokens, _ = watched.generate(prompt, 4)
     watched.positions.clear()
     with pytest.raises(InputError):
@@ -298,8 +298,8 @@ def test_a_prompt_that_is_refused_does_no_harm(bad, watched, fresh, prompt):
     assert_goes_on(watched, fresh, prompt + tokens[:3] + prompt[:3], held=PROMPT + 3)
 
 
-def test_an_interrupted_prompt(watched, fresh, prompt, monkeypatch):
-    """Ctrl-C between two blocks: none of them counts, but what was held before does."""
+def test_an_interrupted_prompt_counts_no_block(watched, fresh, prompt, monkeypatch):
+    """Ctrl-C comes between two blocks: none of them counts, but positions held before do."""
     watched.generate(prompt[:6], 1)
     feed_block, blocks = watched.model.prefill._feed_block, []
 
@@ -316,8 +316,8 @@ def test_an_interrupted_prompt(watched, fresh, prompt, monkeypatch):
     assert_goes_on(watched, fresh, prompt, held=6)
 
 
-def test_a_callback_that_fails(watched, fresh, prompt):
-    """The positions that it has seen are held."""
+def test_a_callback_that_fails_keeps_the_positions_it_saw(watched, fresh, prompt):
+    """The positions that the callback has seen are held."""
     seen = []
 
     def fail(row):
@@ -330,8 +330,8 @@ def test_a_callback_that_fails(watched, fresh, prompt):
     assert_goes_on(watched, fresh, prompt, held=5)
 
 
-def test_a_launch_that_fails(watched, fresh, prompt, monkeypatch):
-    """The position that it was to feed is not held."""
+def test_a_launch_that_fails_holds_no_position(watched, fresh, prompt, monkeypatch):
+    """The position that the launch was to feed is not held."""
     watched.generate(prompt[:6], 1)
     launch = watched.model._launch
 

@@ -209,7 +209,10 @@ def assert_dense(weights: Weights, checkpoint, dense: DenseFormats) -> None:
 @pytest.mark.parametrize("dense", [ALL_ROWS, ALL_GROUPS, MIXED], ids=["rows", "groups", "mixed"])
 @pytest.mark.parametrize("config", [EVEN, small_config(hidden_size=544)], ids=["even", "odd"])
 def test_dense_matrices_in_fp8(config, dense, tmp_path, monkeypatch):
-    """They come from a checkpoint, also a few rows at a time, or from an archive; other tensors are as without FP8."""
+    """Matrices in FP8 come from a checkpoint, also a few rows at a time, or from an archive.
+
+    Other tensors do not change.
+    """
     checkpoint = loud_checkpoint(config)
     held = dataclasses.replace(config, dense=dense)
     tuning = tuning_for(CPU, held)
