@@ -18,7 +18,6 @@ from common import cpu
 from common.gemm_fp4 import as_half
 from common.gemv_fp8 import e4m3_to_float32
 from common.gfx950 import asm
-from common.quant import e8m0_to_float32
 from common.sm90 import prompt_tiles, ptx, tile_product
 from common.sm90.tiles import FACTORS, MASKS
 from interpreter.scheduler import Grid
@@ -26,16 +25,6 @@ from interpreter.scheduler import Grid
 Handle = interpreter.TensorHandle
 POISON = 0xFF  # fills shared memory that was never written; as a float it is NaN
 REQUEST = re.compile(r"// shared memory behind Triton's own: (\d+) bytes")  # host.shared_memory reads it on a GPU
-
-
-class Results:
-    """The results of an operation, with the method by which Triton reads them."""
-
-    def __init__(self, handles: list[Handle]):
-        self._handles = handles
-
-    def get_result(self, index: int) -> Handle:
-        return self._handles[index]
 
 
 # ---------------------------------------------------------------- shared memory
@@ -141,60 +130,55 @@ def decode_word(words, scales):
 
 
 def multiply_quad(step: int) -> Callable:
-    """Return a function for tile_product's product of a quad: number `step` of two whose scales share a word."""
+    """Return a function for tile_product's product of a quad: number `step` of two whose scales share a word.
 
-    def multiply(*arrays: np.ndarray) -> list[np.ndarray]:
-        even, odd, *operands, scales, x_scale = map(as_tensor, arrays)
-        return [result.handle.data for result in add_quad(even, odd, tuple(operands), scales, x_scale, step)]
+    It adds to the sums of even and odd rows. The operands are four words of the even row, four of the odd row, and
+    sixteen of the vector.
+    """
+
+    def multiply(even: np.ndarray, odd: np.ndarray, *operands: np.ndarray) -> list[np.ndarray]:
+        *words, scales, x_scale = operands
+        x = tile_columns(np.stack(words[8:], -1).reshape(-1, 4, 4))
+        sums = []
+        for row, before in enumerate((even, odd)):
+            scale = e8m0_value(scales >> (16 * step + 8 * row) & 0xFF)
+            w = np.stack(words[4 * row : 4 * row + 4], -1)
+            places = np.stack([((w & mask) * factor) & _MASKS[0] for mask, factor in zip(_MASKS, _FACTORS)], -1)
+            products = column_sums(places, x[0]) + column_sums(places >> 16, x[1])
+            sums.append(before + products * x_scale * scale)
+        return sums
 
     return multiply
 
 
-@triton.jit
-def add_quad(even, odd, operands, scales, x_scale, STEP: tl.constexpr):
-    """Add a quad's products to the sums of even and odd rows, and return both sums.
+_MASKS, _FACTORS = (np.array([int(value) for value in values.value], np.int32) for values in (MASKS, FACTORS))
 
-    operands: four words of the even row, four of the odd row, and sixteen of the vector.
+
+def tile_columns(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vector, float32 [warps, 1, 4, 64], for the lower and for the upper halves of a row's words.
+
+    x: int32 [threads, place, word]; of eight columns the first four hold values, the others what rounding left of them.
     """
-    even_scale = e8m0_to_float32((scales >> (16 * STEP)) & 0xFF)
-    odd_scale = e8m0_to_float32((scales >> (16 * STEP + 8)) & 0xFF)
-    x = operands[8:]
-    even += products(operands[:4], x) * x_scale * even_scale
-    return even, odd + products(operands[4:8], x) * x_scale * odd_scale
+    return tuple(_joined(halves(part).reshape(-1, 4, 2, 64)) for part in (x, x >> 16))
 
 
-@triton.jit
-def products(words, x):
-    """Return the tensor cores' products of a row's four words and the vector; thread 4 r + q has the sum of group q."""
-    w = stack(words[0], words[1], words[2], words[3])
-    places = ()
-    for place in tl.static_range(4):
-        places = places + (((w & MASKS[place]) * FACTORS[place]) & MASKS[0],)
-    w = stack(places[0], places[1], places[2], places[3])  # threads, word, place
-    x0 = stack(x[0], x[1], x[2], x[3])
-    x1 = stack(x[4], x[5], x[6], x[7])
-    x2 = stack(x[8], x[9], x[10], x[11])
-    x3 = stack(x[12], x[13], x[14], x[15])
-    x = tl.permute(stack(x0, x1, x2, x3), (0, 2, 1))
-    return column_sums(w, x) + column_sums(w >> 16, x >> 16)
+def _joined(x: np.ndarray) -> np.ndarray:
+    return (x[:, :, 0] + x[:, :, 1] / np.float32(tile_product.REST_FACTOR.value))[:, None]
 
 
-@triton.jit
-def stack(a, b, c, d):
-    """Stack four tensors along a new last dimension."""
-    both = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(both, a.shape + [4])
+def halves(words: np.ndarray) -> np.ndarray:
+    """Return the lower 16 bits of int32 words, as float16, in float32."""
+    return words.astype(np.int16).view(np.float16).astype(np.float32)
 
 
-@triton.jit
-def column_sums(w, x):
-    """Return the sums of products [threads] of the lower halves, as float16, of int32 w and x [threads, 4, 4]."""
-    WARPS: tl.constexpr = w.shape[0] // 32
-    w = tl.reshape(w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (WARPS, 8, 1, 64))
-    x = tl.reshape(x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (WARPS, 4, 2, 64))
-    value, rest = tl.split(tl.permute(x, (0, 1, 3, 2)))
-    x = tl.reshape(value + rest / tile_product.REST_FACTOR, (WARPS, 1, 4, 64))
-    return tl.reshape(tl.sum(w * x, axis=3), (WARPS * 32,))
+def column_sums(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return the sums [threads] of products of the lower halves of int32 w [threads, 4, 4] and x; see tile_columns."""
+    return (halves(w).reshape(-1, 8, 1, 64) * x).sum(3).reshape(-1)
+
+
+def e8m0_value(e8m0: np.ndarray) -> np.ndarray:
+    """Return 2^(e8m0 - 127) as float32; 255 is NaN."""
+    return np.where(e8m0 == 255, np.float32(np.nan), np.ldexp(np.float32(1), e8m0 - 127))
 
 
 # ---------------------------------------------------------------- memory ordering and clocks
@@ -248,31 +232,44 @@ EMULATIONS = {
 BY_TEXT = {text.value: emulate for text, emulate in EMULATIONS.items()}
 
 
-def inline_asm(self, text: str, _constraints: str, handles: list[Handle], types: list, *_options) -> Results:
-    """Execute inline assembly, as an operation of the interpreter. Raise NotImplementedError for an unknown text."""
+def inline_asm_elementwise(asm, _constraints, args, dtype, is_pure, pack, _semantic=None):
+    """Execute inline assembly on tensors broadcast to one shape. Raise NotImplementedError for an unknown text."""
+    # Stock: broadcasts each argument against each other one.
+    text = asm.value if isinstance(asm, tl.constexpr) else asm
+    arrays = [interpreter.interpreter_semantic.to_tensor(arg).handle.data for arg in args]
+    is_block = any(isinstance(arg, tl.tensor) and arg.type.is_block() for arg in args)
+    if len(arrays) > 1:
+        arrays = np.broadcast_arrays(*arrays)
     if text == ptx.POLL.value:
-        return Results([poll(self, *handles)])
-    if request := REQUEST.search(text):
-        arrays = [open_memory(int(request.group(1)))]
+        results = [poll(*arrays)]
+    elif request := REQUEST.search(text):
+        results = [open_memory(int(request.group(1)))]
     elif text in BY_TEXT:
-        arrays = BY_TEXT[text](*(handle.data for handle in handles))
+        results = BY_TEXT[text](*arrays)
     else:
         raise NotImplementedError(
             "inline assembly has no meaning on a CPU: interpreter/assembly.py must say what it does, or a constexpr "
             "that is false under TRITON_INTERPRET=1 keep it out"
         )
-    return Results([Handle(array, type_.scalar) for array, type_ in zip(arrays, types)])
+    dtypes = dtype if isinstance(dtype, (tuple, tl.tuple)) else (dtype,)
+    tensors = [
+        tl.tensor(Handle(array, scalar), tl.block_type(scalar, list(array.shape)) if is_block else scalar)
+        for array, scalar in zip(results, dtypes)
+    ]
+    return tl.tuple(tensors) if isinstance(dtype, (tuple, tl.tuple)) else tensors[0]
 
 
-def poll(builder, address: Handle, target: Handle) -> Handle:
+def poll(address: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Return the value of a counter, read by an atomic with acquire semantics."""
-    pointer = Handle(address.data.astype(np.uint64), tl.pointer_type(tl.int32))
-    zero, mask = Handle(np.zeros_like(target.data), tl.int32), Handle(np.ones(target.data.shape, bool), tl.int1)
-    return builder.create_atomic_rmw(
+    pointer = Handle(address.astype(np.uint64), tl.pointer_type(tl.int32))
+    zero, mask = Handle(np.zeros_like(target), tl.int32), Handle(np.ones(target.shape, bool), tl.int1)
+    value = interpreter.interpreter_builder.create_atomic_rmw(
         ir.ATOMIC_OP.ADD, pointer, zero, mask, ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SYNC_SCOPE.GPU
     )
+    return value.data
 
 
 def install() -> None:
-    """Add inline assembly to the interpreter."""
-    interpreter.InterpreterBuilder.create_inline_asm = inline_asm
+    """Give inline assembly a meaning in the interpreter."""
+    for module in (tl, tl.core):
+        module.inline_asm_elementwise = inline_asm_elementwise
