@@ -19,13 +19,15 @@ def gemm_dense(matrix, x, row0, column0, n_columns, MATRIX: tl.constexpr, TILE: 
     columns beyond the last repeat the last.
     """
     K: tl.constexpr = MATRIX.k
-    row = tl.minimum(row0 + tl.arange(0, TILE.m), MATRIX.rows - 1)
-    column = tl.minimum(column0 + tl.arange(0, TILE.n), n_columns - 1)
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    row = tl.minimum(row0 + tl.arange(0, BLOCK_M), MATRIX.rows - 1)
+    column = tl.minimum(column0 + tl.arange(0, BLOCK_N), n_columns - 1)
     element = tl.bfloat16 if MATRIX.format == "bf16" else tl.float8e4nv
     w_ptr = matrix.ptr.to(tl.pointer_type(element)) + row.to(tl.int64)[:, None] * K
     column = column.to(tl.int64)[:, None] * K
     high_ptr, low_ptr = x.high_ptr + column, x.low_ptr + column
-    acc = tl.zeros([TILE.m, TILE.n], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in tl.range(0, K, TILE.k, num_stages=TILE.stages):
         k = k0 + tl.arange(0, TILE.k)[None, :]
         if K % TILE.k == 0:

@@ -97,7 +97,8 @@ def _eighths(x):
 def gemv_fp4_fp8(matrix, x, row0, MATRIX: tl.constexpr, DOT_SCALED: tl.constexpr):
     """Return gemv_fp4 of x in MXFP8, an Operand, with DOT_SCALED on scaled matrix cores."""
     if DOT_SCALED:
-        acc = tl.zeros([MATRIX.tile_rows, DOT_N], tl.float32)
+        M: tl.constexpr = MATRIX.tile_rows
+        acc = tl.zeros([M, DOT_N], tl.float32)
         for k0 in tl.range(0, MATRIX.k, MATRIX.k_block, num_stages=2):
             acc = _dot_scaled(acc, matrix, x, row0, k0, MATRIX)
         return _zero_beyond(tl.sum(acc, axis=1), row0, MATRIX.rows)

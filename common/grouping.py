@@ -45,10 +45,10 @@ def cut_blocks(starts_ptr, table_ptr, width, n_blocks, E: tl.constexpr, BLOCK: t
     end = tl.load(starts_ptr + expert + 1, mask=expert < E, other=0)
     count = (end - start + width - 1) // width
     row_ptr = table_ptr + (tl.cumsum(count, axis=0) - count) * 4
-    for block in range(tl.max(count, axis=0)):
-        tl.store(row_ptr, expert, mask=block < count)
-        tl.store(row_ptr + 1, start + block * width, mask=block < count)
-        tl.store(row_ptr + 2, end, mask=block < count)
+    for n in range(tl.max(count, axis=0)):
+        tl.store(row_ptr, expert, mask=n < count)
+        tl.store(row_ptr + 1, start + n * width, mask=n < count)
+        tl.store(row_ptr + 2, end, mask=n < count)
         row_ptr += 4
     for first in range(tl.sum(count, axis=0), n_blocks, BLOCK):
         block = first + tl.arange(0, BLOCK)
