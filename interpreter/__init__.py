@@ -14,12 +14,12 @@ assert not simulation.races
 
 import triton
 
-from interpreter.launch import Simulation, simulate
+from interpreter.launch import Simulation, launch_together, simulate
 from interpreter.scheduler import GridDeadlock
 from system.errors import InputError
 from system.turns import LAUNCHING
 
-__all__ = ["GridDeadlock", "Simulation", "install", "simulate"]
+__all__ = ["GridDeadlock", "Simulation", "install", "launch_together", "simulate"]
 
 _KNOWN_VERSIONS = ("3.6.", "3.9.")
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import inspect
-import math
 import random
 import threading
 from contextvars import ContextVar
@@ -61,6 +60,10 @@ class _Executor(interpreter.GridExecutor):
     """
 
     def __call__(self, *args, **kwargs):
+        _run_together([self.prepare(*args, **kwargs)])
+
+    def prepare(self, *args, **kwargs):
+        """Return (arguments by name, shape of the grid, what each program calls)."""
         parameters = inspect.signature(self.fn).parameters
         kwargs = {name: value for name, value in kwargs.items() if name in parameters}
         for hook in self.pre_run_hooks:
@@ -77,25 +80,56 @@ class _Executor(interpreter.GridExecutor):
             name: value if name in self.constexprs else interpreter._implicit_cvt(value)
             for name, value in arguments.items()
         }
-        simulation = _simulation.get() or Simulation(random.Random(0), False, _DEADLOCK_LIMIT, {})
-        grid = Grid(shape, lambda: self.fn(**converted), simulation.random, simulation.deadlock_limit)
-        if simulation.detect_races:
-            grid.detector = races.RaceDetector(arguments | simulation.watch, math.prod(shape), simulation.races)
-        try:
-            grid.run()
-        finally:
-            simulation.switches += grid.switches
+        return arguments, shape, lambda: self.fn(**converted)
+
+
+def _run_together(prepared):
+    """Run the programs of prepared launches concurrently, to their end."""
+    simulation = _simulation.get() or Simulation(random.Random(0), False, _DEADLOCK_LIMIT, {})
+    grid = Grid([launch[1:] for launch in prepared], simulation.random, simulation.deadlock_limit)
+    if simulation.detect_races:
+        named = [arguments for arguments, _, _ in prepared]
+        if len(named) > 1:
+            named = [{f"launch {n}: {name}": value for name, value in each.items()} for n, each in enumerate(named)]
+        watched = {name: value for each in named for name, value in each.items()} | simulation.watch
+        grid.detector = races.RaceDetector(watched, len(grid.programs), simulation.races)
+    try:
+        grid.run()
+    finally:
+        simulation.switches += grid.switches
+
+
+def launch_together(launches):
+    """Run several launches at the same time, as several GPUs do, and return when all have ended.
+
+    launches: (kernel, grid, arguments, options) of each, as in kernel[grid](*arguments, **options). Programs are
+    numbered through all launches. Raises what the first failing program raises, ModelInUse amid another launch.
+    """
+    with _exclusive_launch():
+        _run_together(
+            [
+                _Executor(kernel.rewrite(), kernel.arg_names, grid, kernel.pre_run_hooks).prepare(*arguments, **options)
+                for kernel, grid, arguments, options in launches
+            ]
+        )
+
+
+@contextlib.contextmanager
+def _exclusive_launch():
+    """Refuse launches from within launches, and make those of other threads wait."""
+    if (active := Grid.active) is not None and active.runs_in(threading.current_thread()):
+        raise ModelInUse("a kernel launches another one")
+    with LAUNCHING:
+        if Grid.active is not None:
+            raise ModelInUse("a kernel is launched in the middle of a launch, as by a signal handler")
+        yield
 
 
 def _run(self, *args, grid, warmup, **kwargs):
     # Stock: launches of several threads share the interpreter's global state, such as the program's index.
     if warmup:
         return
-    if (active := Grid.active) is not None and active.runs_in(threading.current_thread()):
-        raise ModelInUse("a kernel launches another one")
-    with LAUNCHING:
-        if Grid.active is not None:
-            raise ModelInUse("a kernel is launched in the middle of a launch, as by a signal handler")
+    with _exclusive_launch():
         _stock_run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
 

@@ -66,11 +66,13 @@ def interrupts_to(fail):
 
 
 class _Program:
-    __slots__ = ("grid_index", "idle_turns", "number", "seen_version", "shared", "thread", "turn")
+    __slots__ = ("body", "grid_index", "grid_shape", "idle_turns", "number", "seen_version", "shared", "thread", "turn")
 
-    def __init__(self, number, grid_index):
+    def __init__(self, number, grid_index, grid_shape, body):
         self.number = number
         self.grid_index = grid_index
+        self.grid_shape = grid_shape
+        self.body = body
         self.thread = None
         self.turn = threading.Lock()
         self.turn.acquire()
@@ -79,7 +81,9 @@ class _Program:
 
 
 class Grid:
-    """The programs of one launch.
+    """The programs of one launch, or of several that run at the same time, as on several GPUs.
+
+    launches: (shape, body) of each; all its programs call its body.
 
     A program's turn is *idle* if no program has changed memory since its last one. A program with two idle turns in a
     row is polling, and is skipped until memory changes, unless all live programs are polling. It is a deadlock if every
@@ -89,13 +93,12 @@ class Grid:
 
     active = None
 
-    def __init__(self, shape, body, random, deadlock_limit):
+    def __init__(self, launches, random, deadlock_limit):
         self.builder = interpreter.interpreter_builder
-        self.shape = shape
-        self.body = body
         self.random = random
         self.deadlock_limit = deadlock_limit
-        self.programs = [_Program(number, index) for number, index in enumerate(np.ndindex(*shape))]
+        places = ((index, shape, body) for shape, body in launches for index in np.ndindex(*shape))
+        self.programs = [_Program(number, *place) for number, place in enumerate(places)]
         self.live = list(self.programs)
         self.running = None
         self.version = 0
@@ -109,12 +112,10 @@ class Grid:
         """Run all programs to their end, and raise the exception of the first one that fails. Only one grid may run."""
         try:
             Grid.active = self
-            self.builder.set_grid_dim(*self.shape)
             if len(self.programs) == 1:
-                self.running = self.programs[0]
-                self.builder.grid_idx = self.running.grid_index
+                self._enter(self.programs[0])
                 with np.errstate(all="ignore"):
-                    self.body()
+                    self.running.body()
             elif self.programs:
                 self._run_threads()
         finally:
@@ -145,7 +146,7 @@ class Grid:
         try:
             if not self.aborting:
                 with np.errstate(all="ignore"):
-                    self.body()
+                    program.body()
         except _ProgramEnded:
             pass
         except BaseException as error:  # noqa: BLE001 (the launcher raises it)
@@ -169,9 +170,13 @@ class Grid:
             except Exception as error:  # noqa: BLE001 (no thread could be started; the launcher raises it)
                 self._fail(error)
 
-    def _give_turn(self, program):
+    def _enter(self, program):
         self.running = program
+        self.builder.set_grid_dim(*program.grid_shape)
         self.builder.grid_idx = program.grid_index
+
+    def _give_turn(self, program):
+        self._enter(program)
         if program.thread is None:
             try:
                 program.thread = threading.Thread(target=self._program_main, args=(program,), daemon=True)
