@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from common import barrier as barriers
+from common import exchange
 from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
 from common.barrier import ABORT, leave_grid
 from common.context import Context
@@ -39,6 +40,8 @@ from measure import trace
 from prefill import Prefill
 from system.errors import InputError
 
+AMONG_RANKS = tl.constexpr(True)  # barriers of all GPUs that share the model
+
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
 def megakernel(
@@ -52,20 +55,21 @@ def megakernel(
     n_programs,
     BUILD: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    peers=None,
 ):
     """Decode the token at `position`: w is Weights, s is State, BUILD a common.build.Build.
 
     want_token and want_logits (0 or 1) say what to compute from the final hidden state; with neither, as for a
-    prompt's tokens, the LM head is left out.
+    prompt's tokens, the LM head is left out. peers: common.exchange.Peers, where several GPUs share the model.
     """
     FEED: tl.constexpr = BUILD.machine.feed
-    ctx = open_context(w, s, position, max_context, n_layers, want_token | want_logits, n_programs, BUILD)
+    ctx = open_context(w, s, position, max_context, n_layers, want_token | want_logits, n_programs, BUILD, peers)
     barrier = tl.cast(1, tl.int32)
     mark(ctx, 0, BUILD)
     embedding_phase(ctx, BUILD)
-    arrive(ctx, barrier, BUILD)
+    arrive(ctx, barrier, BUILD, AMONG_RANKS)
     feed = FEED.open(ctx, BUILD)
-    barrier = wait(ctx, barrier, BUILD)
+    barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
 
     for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
@@ -85,9 +89,9 @@ def megakernel(
         barrier = wait(ctx, barrier, BUILD)
 
         feed = o_phase(ctx, layer, feed, BUILD)
-        arrive(ctx, barrier, BUILD)
+        arrive(ctx, barrier, BUILD, AMONG_RANKS)
         FEED.ask_part_of_qkv(ctx, following, 0, BUILD)
-        barrier = wait(ctx, barrier, BUILD)
+        barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
 
         FEED.ask_part_of_qkv(ctx, following, 1, BUILD)
         router_phase(ctx, layer, BUILD)
@@ -101,44 +105,50 @@ def megakernel(
         barrier = wait(ctx, barrier, BUILD)
 
         feed = down_phase(ctx, layer, choice, feed, BUILD)
-        arrive(ctx, barrier, BUILD)
+        arrive(ctx, barrier, BUILD, AMONG_RANKS)
         feed = FEED.ask_qkv(ctx, following, feed, BUILD)
-        barrier = wait(ctx, barrier, BUILD)
+        barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
 
     if ctx.want_head:
         barrier = 2 + n_layers * 6
         head_phase(ctx, want_logits, FEED.extend(ctx, n_layers, feed), BUILD)
-        arrive(ctx, barrier, BUILD)
-        barrier = wait(ctx, barrier, BUILD)
+        arrive(ctx, barrier, BUILD, AMONG_RANKS)
+        barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
         if want_token:
-            argmax_phase(ctx, BLOCK_P)
+            argmax_phase(ctx, BUILD, BLOCK_P)
         mark(ctx, 2 * barrier - 1, BUILD)
     MACHINE: tl.constexpr = BUILD.machine
     leave_grid(s.sync, n_programs, MACHINE)
 
 
 @triton.jit
-def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr):
+def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr, peers=None):
     """Return this program's Context."""
     program = tl.program_id(0)
     work = share_work(program, n_programs, BUILD)
-    return Context(w, s, position, max_context, n_layers, want_head, program, n_programs, work)
+    return Context(w, s, position, max_context, n_layers, want_head, program, n_programs, work, peers)
 
 
 @triton.jit
-def arrive(ctx, barrier, BUILD: tl.constexpr):
+def arrive(ctx, barrier, BUILD: tl.constexpr, AMONG_RANKS: tl.constexpr = False):
     """Arrive at a barrier at the end of a phase. Until `wait` only memory that no program writes may be read."""
     MACHINE: tl.constexpr = BUILD.machine
     mark(ctx, 2 * barrier - 1, BUILD)
-    barriers.arrive(ctx.s.sync, MACHINE)
+    if AMONG_RANKS:
+        exchange.arrive_among_ranks(ctx, barrier, BUILD)
+    else:
+        barriers.arrive(ctx.s.sync, MACHINE)
 
 
 @triton.jit
-def wait(ctx, barrier, BUILD: tl.constexpr):
+def wait(ctx, barrier, BUILD: tl.constexpr, AMONG_RANKS: tl.constexpr = False):
     """Wait until all that programs stored before they arrived at a barrier is visible. Return the next one's number."""
     MACHINE: tl.constexpr = BUILD.machine
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
-    barriers.wait(ctx.s.sync, barrier, ctx.n_programs, SPINS, MACHINE)
+    if AMONG_RANKS:
+        exchange.wait_for_ranks(ctx, barrier, BUILD)
+    else:
+        barriers.wait(ctx.s.sync, barrier, ctx.n_programs, SPINS, MACHINE)
     mark(ctx, 2 * barrier, BUILD)
     return barrier + 1
 
@@ -157,10 +167,9 @@ def embedding_phase(ctx, BUILD: tl.constexpr):
     )  # else -1 after an abort or where none was fed, or NOT_FINITE
     if ctx.program == 0:
         h = tl.arange(0, BLOCK_H)
-        row = tl.load(ctx.w.embed + token.to(tl.int64) * H + h, mask=h < H, other=0.0)
-        tl.store(s.x + h, row.to(tl.float32), mask=h < H)
-        for rank in range(BUILD.config.experts_per_token):
-            tl.store(s.expert_out + rank * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
+        exchange.store_embedding(ctx, token, h, h < H, BUILD)
+        for n in range(BUILD.n_expert_outs):
+            tl.store(s.expert_out + n * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
 
 
 @triton.jit
@@ -211,7 +220,6 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
     H: tl.constexpr = MATRIX.rows
     STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
     N_KV_HEADS: tl.constexpr = BUILD.config.n_kv_heads
-    TOP_K: tl.constexpr = BUILD.config.experts_per_token
     w, s = ctx.w, ctx.s
     attention = DENSE.load_vector(s.attention, MATRIX, BUILD)
     matrix = o_matrix(ctx, layer, BUILD)
@@ -222,11 +230,11 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
         x = tl.load(s.x + row, mask=row < end, other=0.0)
-        for rank in tl.static_range(TOP_K):
-            x += tl.load(s.expert_out + rank * H + row, mask=row < end, other=0.0)
+        for n in tl.static_range(BUILD.n_expert_outs):
+            x += tl.load(s.expert_out + n * H + row, mask=row < end, other=0.0)
         x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
         y, feed = DENSE.multiply(ctx, feed, attention, matrix, row0, end, MATRIX, BUILD)
-        tl.store(s.x + row, x + y * (1.0 / vector_prescale(MATRIX.format)), mask=row < end)
+        exchange.store_o(ctx, row, x, y * (1.0 / vector_prescale(MATRIX.format)), row < end, BUILD)
     return feed
 
 
@@ -245,7 +253,7 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
     # Tiles from the first program on, blocks from the last one on, so that few programs have both.
     if (program < MATRIX.n_tiles) | (n_programs - 1 - program < N_BLOCKS):
         rows, bias = load_router_tile(ctx, layer, program, BUILD)
-        x = load_row_vector(s.x, MATRIX, zero)
+        x = exchange.load_residual(ctx, MATRIX, zero, BUILD)
         rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
         x, factor = normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_prescale(MATRIX.format))
         for tile in range(program, MATRIX.n_tiles, n_programs):
@@ -256,7 +264,8 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
             tl.store(s.router_logits + row, logits, mask=row < MATRIX.rows)
         for block in range(n_programs - 1 - program, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
-            normed = tl.load(s.x + h, mask=h < H, other=0.0) * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
+            residual = exchange.settle_residual(ctx, h, h < H, BUILD)
+            normed = residual * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
             MACHINE.experts.store_input(ctx, block, normed, x, factor, BUILD)
 
 
@@ -325,7 +334,7 @@ def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
     MATRIX: tl.constexpr = BUILD.down
     M: tl.constexpr = MATRIX.tile_rows
     TILES: tl.constexpr = BUILD.tuning.experts.step_tiles
-    w, s, down = ctx.w, ctx.s, ctx.work.down
+    w, down = ctx.w, ctx.work.down
     PAIRS: tl.constexpr = M // 2  # of an even and an odd row
     tile_of_step, pair = tl.arange(0, TILES * PAIRS) // PAIRS, tl.arange(0, TILES * PAIRS) % PAIRS
     for rank in range(ctx.program % down.ranks, BUILD.config.experts_per_token, down.ranks):
@@ -338,9 +347,9 @@ def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
             odd_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row + 1, MATRIX, BUILD)
             tiles = ExpertTiles(rank, first, tl.minimum(tl.cdiv(MATRIX.n_tiles - first, down.members), TILES))
             even, odd, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
-            out_ptr = s.expert_out + rank * MATRIX.rows + row
-            tl.store(out_ptr, weight * (even + even_bias), mask=row < MATRIX.rows)
-            tl.store(out_ptr + 1, weight * (odd + odd_bias), mask=row + 1 < MATRIX.rows)
+            even, odd = weight * (even + even_bias), weight * (odd + odd_bias)
+            exchange.store_expert_out(ctx, rank, row, even, row < MATRIX.rows, BUILD)
+            exchange.store_expert_out(ctx, rank, row + 1, odd, row + 1 < MATRIX.rows, BUILD)
     return feed
 
 
@@ -361,7 +370,6 @@ def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.lm_head
     STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
-    s = ctx.s
     first, end = share_rows(ctx.program, ctx.n_programs, MATRIX)
     matrix = lm_head_matrix(ctx, BUILD)
     feed = BUILD.machine.feed.ask_head(ctx, feed, BUILD)
@@ -374,23 +382,23 @@ def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
         y, feed = DENSE.multiply(ctx, feed, x, matrix, row0, end, MATRIX, BUILD)
         logits = y * factor
         if want_logits:
-            tl.store(s.logits + row, logits, mask=row < end)
+            exchange.store_logits(ctx, row, logits, row < end, BUILD)
         doubt = keep_finite(doubt, tl.where(row < end, logits, 0.0))
         best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)
     best, best_index = expose_doubt(best, best_index, doubt)
     value, index = reduce_argmax(best, best_index)
-    tl.store(s.head_value + ctx.program, value)
-    tl.store(s.head_index + ctx.program, index)
+    exchange.store_largest(ctx, value, index, BUILD)
 
 
 @triton.jit
-def argmax_phase(ctx, BLOCK_P: tl.constexpr):
+def argmax_phase(ctx, BUILD: tl.constexpr, BLOCK_P: tl.constexpr):
     """tokens[position + 1] = index of the largest logit, or NOT_FINITE, unless a barrier gave up."""
     s = ctx.s
     if ctx.program == 0:
         program = tl.arange(0, BLOCK_P)
-        value = tl.load(s.head_value + program, mask=program < ctx.n_programs, other=float("-inf"))
-        index = tl.load(s.head_index + program, mask=program < ctx.n_programs, other=0x7FFFFFFF)
+        n_programs = ctx.n_programs * BUILD.n_ranks
+        value = tl.load(s.head_value + program, mask=program < n_programs, other=float("-inf"))
+        index = tl.load(s.head_index + program, mask=program < n_programs, other=0x7FFFFFFF)
         _, token = reduce_argmax(value, index)
         if tl.load(s.sync + ABORT) == 0:  # otherwise -1 stays in tokens
             tl.store(s.tokens + ctx.position + 1, token)

@@ -89,7 +89,7 @@ def head_kernel(w, s, want_logits, n_programs, BUILD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["position", "n_programs"])
 def argmax_kernel(w, s, position, n_programs, BLOCK_P: tl.constexpr, BUILD: tl.constexpr):
-    phases.argmax_phase(context_of(w, s, position, 0, 0, n_programs, BUILD), BLOCK_P)
+    phases.argmax_phase(context_of(w, s, position, 0, 0, n_programs, BUILD), BUILD, BLOCK_P)
 
 
 class PhasedModel(MegaModel):

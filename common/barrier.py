@@ -34,7 +34,8 @@ def arrive(sync_ptr, MACHINE: tl.constexpr):
 @triton.jit
 def wait(sync_ptr, index, n_programs, SPIN_LIMIT: tl.constexpr, MACHINE: tl.constexpr):
     """Wait until all programs have arrived at barrier `index`."""
-    wait_for(sync_ptr + ARRIVALS, index * n_programs, sync_ptr, index, SPIN_LIMIT, MACHINE)
+    SYNC: tl.constexpr = MACHINE.sync
+    wait_for(sync_ptr + ARRIVALS, index * n_programs, sync_ptr, index, SPIN_LIMIT, SYNC)
 
 
 @triton.jit
@@ -45,14 +46,14 @@ def count_arrival(counter_ptr, MACHINE: tl.constexpr):
 
 
 @triton.jit
-def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, MACHINE: tl.constexpr):
+def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, SYNC: tl.constexpr):
     """Wait until `target` arrivals are counted and what they stored before is visible; give up as barrier `index`."""
     arrived = 0
     spins = 0
     while (arrived < target) & (spins < SPIN_LIMIT):
-        arrived = MACHINE.sync.poll(counter_ptr, target)
+        arrived = SYNC.poll(counter_ptr, target)
         spins += 1
-    arrived = MACHINE.sync.acquire(counter_ptr, arrived)
+    arrived = SYNC.acquire(counter_ptr, arrived)
     if arrived < target:
         tl.atomic_cas(sync_ptr + ABORT, 0, index, sem="relaxed", scope="gpu")
         tl.atomic_max(sync_ptr + ARRIVALS, OPEN_ALL, sem="relaxed", scope="gpu")

@@ -40,10 +40,23 @@ class Build:
     tuning: Any  # host.tuning.Tuning
     quant: bool = False
     trace: bool = False
+    n_ranks: int = 1  # GPUs that share each matrix, see common/exchange.py
+    rank: int = 0  # of this one
+    first_row: int = 0  # token id of this rank's first row of embedding and LM head
 
     @property
     def machine(self) -> Machine:
         return self.tuning.machine
+
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """All ranks."""
+        return tuple(range(self.n_ranks))
+
+    @property
+    def n_expert_outs(self) -> int:
+        """Vectors whose sum is what the experts add to the residual: of each chosen one a part from each rank."""
+        return self.n_ranks * self.config.experts_per_token
 
     @functools.cached_property
     def qkv(self) -> Matrix:
@@ -102,7 +115,8 @@ class Build:
     @functools.cached_property
     def cache_key(self) -> str:
         """The key by which Triton's cache tells builds apart; it includes the sources of the machine's functions."""
-        groups = (self.machine.sync, self.machine.feed, self.machine.dense, self.machine.experts, self.machine.prompts)
-        functions = [self.machine.opaque_zero, *(function for group in groups for function in group)]
+        m = self.machine
+        groups = (m.sync, m.rank_sync, m.feed, m.dense, m.experts, m.prompts)
+        functions = [m.opaque_zero, *(function for group in groups for function in group)]
         keys = [getattr(function, "cache_key", str(function)) for function in functions]
         return repr([[getattr(self, f.name) for f in fields(self)], keys])

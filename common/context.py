@@ -15,3 +15,4 @@ class Context(NamedTuple):
     program: Any
     n_programs: Any
     work: Any  # common.work.Work
+    peers: Any  # common.exchange.Peers; None on a single GPU

@@ -170,11 +170,11 @@ def merge_head(ctx, head, n_splits, barrier, BUILD: tl.constexpr):
     BLOCK_G: tl.constexpr = max(BUILD.tuning.attention.min_query_rows, triton.next_power_of_2(G))
     SPLITS: tl.constexpr = triton.next_power_of_2(MAX_SPLITS)
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
-    MACHINE: tl.constexpr = BUILD.machine
+    SYNC: tl.constexpr = BUILD.machine.sync
     s = ctx.s
     zero = BUILD.machine.opaque_zero()
     kv_head = head // G
-    wait_for(s.split_arrivals + kv_head, n_splits, s.sync, barrier, SPINS, MACHINE)
+    wait_for(s.split_arrivals + kv_head, n_splits, s.sync, barrier, SPINS, SYNC)
     offset = kv_head * (MAX_SPLITS * BLOCK_G) + head % G
     states = Softmax(s.split_m + offset, s.split_l + offset, s.split_acc + offset * D)
     total, acc = merge_splits(states, n_splits, BLOCK_G, D, SPLITS, zero)

@@ -69,6 +69,7 @@ class Machine:
         repr=False
     )  # () -> a 0 unknown to the compiler, which keeps index vectors out of registers
     sync: Synchronization = field(repr=False)
+    rank_sync: Synchronization = field(repr=False)  # among the programs of several GPUs
     feed: Feed = field(repr=False)
     dense: Dense = field(repr=False)
     experts: Experts = field(repr=False)

@@ -21,6 +21,18 @@ def poll(counter_ptr, target):
 
 
 @triton.jit
+def poll_ranks(counter_ptr, target):
+    """Return the int32 at counter_ptr, which another GPU may change; see poll."""
+    return tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="sys")
+
+
+@triton.jit
+def acquire_from_ranks(counter_ptr, seen):
+    """Return the int32 at counter_ptr; what a GPU stored before it wrote there is visible afterwards."""
+    return tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
 def acquire(counter_ptr, seen):
     """Return the int32 at counter_ptr; what the programs that counted there stored before is visible afterwards."""
     return tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")

@@ -224,6 +224,7 @@ EMULATIONS = {
     prompt_tiles.DECODE: by_language(decode_word),
     asm.DRAIN: no_op,
     asm.WRITE_BACK: write_back,
+    asm.WRITE_BACK_TO_RANKS: write_back,
     asm.ZERO: no_op,
     asm.CLOCK: clock_100_mhz,
     asm.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),
@@ -240,7 +241,7 @@ def inline_asm_elementwise(asm, _constraints, args, dtype, is_pure, pack, _seman
     is_block = any(isinstance(arg, tl.tensor) and arg.type.is_block() for arg in args)
     if len(arrays) > 1:
         arrays = np.broadcast_arrays(*arrays)
-    if text == ptx.POLL.value:
+    if text in (ptx.POLL.value, ptx.POLL_RANKS.value):
         results = [poll(*arrays)]
     elif request := REQUEST.search(text):
         results = [open_memory(int(request.group(1)))]

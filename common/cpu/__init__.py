@@ -22,17 +22,19 @@ def clock_ns():
     return tl.inline_asm_elementwise(CLOCK, "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
 
+SYNC = Synchronization(
+    publish=plain_sync.publish,
+    release="release",
+    acquire_release="acq_rel",
+    poll=plain_sync.poll,
+    acquire=plain_sync.acquire,
+    clock_ns=clock_ns,
+)
 CPU = Machine(
     name="cpu",
     opaque_zero=no_zero,
-    sync=Synchronization(
-        publish=plain_sync.publish,
-        release="release",
-        acquire_release="acq_rel",
-        poll=plain_sync.poll,
-        acquire=plain_sync.acquire,
-        clock_ns=clock_ns,
-    ),
+    sync=SYNC,
+    rank_sync=SYNC,
     feed=Feed(
         open=rows.open_feed,
         open_phase=rows.open_phase,

@@ -5,16 +5,20 @@ from common.gfx950 import asm, feed
 from common.machine import Dense, Feed, Machine, Synchronization
 from common.prompt_rows import ROWS
 
+SYNC = Synchronization(
+    publish=asm.publish,
+    release="relaxed",  # `publish` has written back
+    acquire_release="acquire",
+    poll=plain_sync.poll,
+    acquire=plain_sync.acquire,
+    clock_ns=asm.clock_ns,
+)
 GFX950 = Machine(
     name="gfx950",
     opaque_zero=asm.opaque_zero,
-    sync=Synchronization(
-        publish=asm.publish,
-        release="relaxed",  # `publish` has written back
-        acquire_release="acquire",
-        poll=plain_sync.poll,
-        acquire=plain_sync.acquire,
-        clock_ns=asm.clock_ns,
+    sync=SYNC,
+    rank_sync=SYNC._replace(
+        publish=asm.publish_to_ranks, poll=plain_sync.poll_ranks, acquire=plain_sync.acquire_from_ranks
     ),
     feed=Feed(
         open=feed.open_feed,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 DRAIN = tl.constexpr("s_waitcnt vmcnt(0) lgkmcnt(0)\n\tv_mov_b32 $0, 0")
 WRITE_BACK = tl.constexpr("buffer_wbl2 sc1\n\ts_waitcnt vmcnt(0)\n\tv_mov_b32 $0, 0")
+WRITE_BACK_TO_RANKS = tl.constexpr("buffer_wbl2 sc0 sc1\n\ts_waitcnt vmcnt(0)\n\tv_mov_b32 $0, 0")
 ZERO = tl.constexpr("s_mov_b32 $0, 0")
 CLOCK = tl.constexpr("s_memrealtime $0\n\ts_waitcnt lgkmcnt(0)")
 E4M3_TO_FLOAT32 = tl.constexpr("""v_cvt_f32_fp8_sdwa $0, $4 src0_sel:BYTE_0
@@ -23,6 +24,14 @@ def publish():
     tl.inline_asm_elementwise(DRAIN, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     tl.inline_asm_elementwise(WRITE_BACK, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def publish_to_ranks():
+    """Wait until this program's stores have left its waves, and write them back to where other GPUs see them."""
+    tl.inline_asm_elementwise(DRAIN, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    tl.inline_asm_elementwise(WRITE_BACK_TO_RANKS, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -5,17 +5,19 @@ from common.plain_sync import publish
 from common.sm90 import dense, experts, feed, prefetch, ptx
 from common.sm90.prompt_tiles import TILES
 
+SYNC = Synchronization(
+    publish=publish,
+    release="release",
+    acquire_release="acq_rel",
+    poll=ptx.poll,
+    acquire=ptx.acquired,
+    clock_ns=ptx.clock_ns,
+)
 SM_90 = Machine(
     name="sm_90",
     opaque_zero=ptx.zero,
-    sync=Synchronization(
-        publish=publish,
-        release="release",
-        acquire_release="acq_rel",
-        poll=ptx.poll,
-        acquire=ptx.acquired,
-        clock_ns=ptx.clock_ns,
-    ),
+    sync=SYNC,
+    rank_sync=SYNC._replace(poll=ptx.poll_ranks),
     feed=Feed(
         open=feed.open_feed,
         open_phase=feed.open_phase,

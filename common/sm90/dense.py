@@ -36,10 +36,9 @@ def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
     The residual is x plus what the experts left.
     """
     H: tl.constexpr = BUILD.config.hidden_size
-    TOP_K: tl.constexpr = BUILD.config.experts_per_token
     x = load_once(ctx.s.x, MATRIX, BUILD)
-    for rank in tl.static_range(TOP_K):
-        x = add_blocks(x, load_once(ctx.s.expert_out + rank * H, MATRIX, BUILD))
+    for n in tl.static_range(BUILD.n_expert_outs):
+        x = add_blocks(x, load_once(ctx.s.expert_out + n * H, MATRIX, BUILD))
     rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
     x, factor = normed_blocks(x, load_once(norm_ptr, MATRIX, BUILD), rstd, vector_prescale(MATRIX.format))
     THREADS: tl.constexpr = row_threads(MATRIX.k, MATRIX.format, BUILD.tuning.dense)

@@ -203,6 +203,17 @@ def poll(counter_ptr, target):
     )
 
 
+POLL_RANKS = tl.constexpr(POLL.value.replace("acquire.gpu", "acquire.sys"))
+
+
+@triton.jit
+def poll_ranks(counter_ptr, target):
+    """Return the int32 at counter_ptr, which another GPU may change; see poll."""
+    return tl.inline_asm_elementwise(
+        POLL_RANKS, "=&r,l,r,~{memory}", [counter_ptr.to(tl.int64), target], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit
 def acquired(counter_ptr, seen):
     """Return what the last poll saw, as `poll` has acquired."""

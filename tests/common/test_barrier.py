@@ -252,7 +252,7 @@ def counted_kernel(
         if part != MISSING * N_PARTS:
             barrier.count_arrival(counters_ptr + part // N_PARTS, MACHINE)
     for i in range(program, N_SUMS, n_programs):
-        barrier.wait_for(counters_ptr + i, N_PARTS, sync_ptr, 7 + i, SPINS, MACHINE)
+        barrier.wait_for(counters_ptr + i, N_PARTS, sync_ptr, 7 + i, SPINS, MACHINE.sync)
         total = 0
         for part in range(N_PARTS):
             total += tl.load(parts_ptr + i * N_PARTS + part)
@@ -340,7 +340,7 @@ def stuck_kernel(
 ):
     """Let program 0 wait for a count that nothing makes, and the others at barrier 1, then at barrier 2."""
     if tl.program_id(0) == 0:
-        barrier.wait_for(counter_ptr, 1, sync_ptr, 7, FEW_SPINS, MACHINE)
+        barrier.wait_for(counter_ptr, 1, sync_ptr, 7, FEW_SPINS, MACHINE.sync)
     barrier.grid_barrier(sync_ptr, 1, n_programs, SPINS, MACHINE)
     barrier.grid_barrier(sync_ptr, 2, n_programs, SPINS, MACHINE)
     barrier.leave_grid(sync_ptr, n_programs, MACHINE)

@@ -1,0 +1,185 @@
+"""What the GPUs of one model, called ranks, hand each other inside a launch; multi_gpu/protocol.py has the drawing.
+
+Every rank multiplies its part of the O projection's and the experts' columns, so that each has a partial sum of every
+row. It stores it in the memory of all ranks, which add the sums in the order of ranks: the residual is the same, bit
+for bit, everywhere. A single GPU is the case of one rank: a store is a store, and an exchange is a grid barrier.
+
+    o_out of a rank         | from rank 0: [hidden] | from rank 1: [hidden] | ...
+    expert_out of a rank    | from rank 0: [top k, hidden] | from rank 1: [top k, hidden] | ...
+    head_value, head_index  | from rank 0: [programs] | from rank 1: [programs] | ...
+    flags of a rank         | from rank 0: epoch, rest of a cache line | from rank 1: epoch, ... | ...
+
+An epoch is the number of an exchange, counted through all launches, so that no flag is ever reset. The last program of
+a rank to arrive raises the rank's flag everywhere. A buffer is written again only after a later exchange, at which all
+ranks have arrived behind their reads.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from common.barrier import ARRIVALS, arrive, wait, wait_for
+from common.gemv_dense import load_row_vector
+from common.rmsnorm import add_blocks
+
+LINE_WORDS = tl.constexpr(32)  # int32 words of a 128-byte cache line: polling one flag must not slow another
+RANK_SHIFT = tl.constexpr(16)  # in a record of a barrier that gave up: the missing rank, from 1, above the barrier
+
+
+class Peers(NamedTuple):
+    """Memory of all ranks, and the launch's place among epochs. A tuple has a pointer for each rank."""
+
+    x: Any  # tuple, float32 [hidden] of each rank: State.x
+    x_before_o: Any  # float32 [hidden] of this rank: the residual without what the O projection adds
+    o_out: Any  # tuple, float32 [ranks, hidden]: partial sums of the O projection
+    expert_out: Any  # tuple, float32 [ranks, top k, hidden]: State.expert_out
+    head_value: Any  # tuple, float32 [ranks, programs]: State.head_value
+    head_index: Any  # tuple, int32 [ranks, programs]: State.head_index
+    logits: Any  # tuple, float32 [vocab]: logits of all ranks' rows
+    flags: Any  # tuple, int32 [ranks, LINE_WORDS]: in the first word of a line the epoch that a rank has reached
+    own_flags: Any  # those of this rank
+    epoch: Any  # int32: what barrier numbers count from
+
+
+# ---------------------------------------------------------------- barriers of all ranks
+
+
+@triton.jit
+def arrive_among_ranks(ctx, barrier, BUILD: tl.constexpr):
+    """Arrive at a barrier of all ranks' programs, see common.barrier.arrive."""
+    MACHINE: tl.constexpr = BUILD.machine
+    if BUILD.n_ranks == 1:
+        arrive(ctx.s.sync, MACHINE)
+    else:
+        raise_flags(ctx, barrier, barrier, BUILD.everyone, BUILD)
+
+
+@triton.jit
+def raise_flags(ctx, local, number, TO: tl.constexpr, BUILD: tl.constexpr):
+    """Arrive; the last program of this rank to do so raises the rank's flag at the ranks TO.
+
+    local: which of this rank's barriers it is, from 1, counting all at which its programs arrive. number: that of the
+    phase in the whole launch, the same on all ranks.
+    """
+    SYNC: tl.constexpr = BUILD.machine.rank_sync
+    SYNC.publish()
+    before = tl.atomic_add(ctx.s.sync + ARRIVALS, 1, sem=SYNC.acquire_release, scope="gpu")
+    if before == local * ctx.n_programs - 1:
+        for i in tl.static_range(len(TO)):
+            flag_ptr = ctx.peers.flags[TO[i]] + BUILD.rank * LINE_WORDS
+            tl.atomic_xchg(flag_ptr, ctx.peers.epoch + number, sem=SYNC.release, scope="sys")
+
+
+@triton.jit
+def wait_for_ranks(ctx, barrier, BUILD: tl.constexpr):
+    """Wait until all programs of all ranks have arrived at a barrier, and what they stored before is visible."""
+    if BUILD.n_ranks == 1:
+        MACHINE: tl.constexpr = BUILD.machine
+        wait(ctx.s.sync, barrier, ctx.n_programs, BUILD.tuning.spin_limit, MACHINE)
+    else:
+        wait_for_flags(ctx, barrier, BUILD.everyone, BUILD)
+
+
+@triton.jit
+def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr):
+    """Wait for the flags of the ranks FROM to reach the phase of this number."""
+    SYNC: tl.constexpr = BUILD.machine.rank_sync
+    SPINS: tl.constexpr = BUILD.tuning.spin_limit
+    for i in tl.static_range(len(FROM)):
+        flag_ptr = ctx.peers.own_flags + FROM[i] * LINE_WORDS
+        record = number + (FROM[i] + 1 << RANK_SHIFT)
+        wait_for(flag_ptr, ctx.peers.epoch + number, ctx.s.sync, record, SPINS, SYNC)
+
+
+# ---------------------------------------------------------------- values
+
+
+@triton.jit
+def store(pointers, offset, value, mask, BUILD: tl.constexpr):
+    """Store a value at an offset from each rank's pointer."""
+    for rank in tl.static_range(BUILD.n_ranks):
+        tl.store(pointers[rank] + offset, value, mask=mask)
+
+
+@triton.jit
+def store_embedding(ctx, token, h, mask, BUILD: tl.constexpr):
+    """x = the token's embedding, on all ranks, from the one that has the row."""
+    H: tl.constexpr = BUILD.config.hidden_size
+    row = token - BUILD.first_row
+    if BUILD.n_ranks == 1:
+        values = tl.load(ctx.w.embed + token.to(tl.int64) * H + h, mask=mask, other=0.0)
+        tl.store(ctx.s.x + h, values.to(tl.float32), mask=mask)
+    elif (row >= 0) & (row < BUILD.config.vocab_size):
+        values = tl.load(ctx.w.embed + row.to(tl.int64) * H + h, mask=mask, other=0.0)
+        store(ctx.peers.x, h, values.to(tl.float32), mask, BUILD)
+
+
+@triton.jit
+def store_o(ctx, row, x, y, mask, BUILD: tl.constexpr):
+    """Store rows of the residual: x without the O projection, and y, this rank's part of the projection."""
+    if BUILD.n_ranks == 1:
+        tl.store(ctx.s.x + row, x + y, mask=mask)
+    else:
+        tl.store(ctx.peers.x_before_o + row, x, mask=mask)
+        store(ctx.peers.o_out, BUILD.rank * BUILD.config.hidden_size + row, y, mask, BUILD)
+
+
+@triton.jit
+def load_residual(ctx, MATRIX: tl.constexpr, zero, BUILD: tl.constexpr):
+    """Return the residual behind the O projection as blocks, see load_row_vector."""
+    if BUILD.n_ranks == 1:
+        return load_row_vector(ctx.s.x, MATRIX, zero)
+    else:
+        x = load_row_vector(ctx.peers.x_before_o, MATRIX, zero)
+        for rank in tl.static_range(BUILD.n_ranks):
+            part_ptr = ctx.peers.o_out[BUILD.rank] + rank * BUILD.config.hidden_size
+            x = add_blocks(x, load_row_vector(part_ptr, MATRIX, zero))
+        return x
+
+
+@triton.jit
+def settle_residual(ctx, h, mask, BUILD: tl.constexpr):
+    """Return elements h of the residual behind the O projection, which x holds from then on."""
+    if BUILD.n_ranks == 1:
+        return tl.load(ctx.s.x + h, mask=mask, other=0.0)
+    else:
+        x = tl.load(ctx.peers.x_before_o + h, mask=mask, other=0.0)
+        for rank in tl.static_range(BUILD.n_ranks):
+            part_ptr = ctx.peers.o_out[BUILD.rank] + rank * BUILD.config.hidden_size
+            x += tl.load(part_ptr + h, mask=mask, other=0.0)
+        tl.store(ctx.s.x + h, x, mask=mask)
+        return x
+
+
+@triton.jit
+def store_expert_out(ctx, rank, row, value, mask, BUILD: tl.constexpr):
+    """Store rows of the output of the expert of this rank among the chosen."""
+    H: tl.constexpr = BUILD.config.hidden_size
+    if BUILD.n_ranks == 1:
+        tl.store(ctx.s.expert_out + rank * H + row, value, mask=mask)
+    else:
+        first = BUILD.rank * BUILD.config.experts_per_token
+        store(ctx.peers.expert_out, (first + rank) * H + row, value, mask, BUILD)
+
+
+@triton.jit
+def store_logits(ctx, row, logits, mask, BUILD: tl.constexpr):
+    """Store logits of rows of this rank's LM head."""
+    if BUILD.n_ranks == 1:
+        tl.store(ctx.s.logits + row, logits, mask=mask)
+    else:
+        store(ctx.peers.logits, BUILD.first_row + row, logits, mask, BUILD)
+
+
+@triton.jit
+def store_largest(ctx, value, index, BUILD: tl.constexpr):
+    """Store a program's largest logit and its token id, or NOT_FINITE."""
+    if BUILD.n_ranks == 1:
+        tl.store(ctx.s.head_value + ctx.program, value)
+        tl.store(ctx.s.head_index + ctx.program, index)
+    else:
+        index = tl.where(index < 0, index, index + BUILD.first_row)
+        at = BUILD.rank * ctx.n_programs + ctx.program
+        store(ctx.peers.head_value, at, value, None, BUILD)
+        store(ctx.peers.head_index, at, index, None, BUILD)
