@@ -67,9 +67,9 @@ def megakernel(
     barrier = tl.cast(1, tl.int32)
     mark(ctx, 0, BUILD)
     embedding_phase(ctx, BUILD)
-    arrive(ctx, barrier, BUILD, AMONG_RANKS)
+    arrive_at(ctx, barrier, BUILD, AMONG_RANKS)
     feed = FEED.open(ctx, BUILD)
-    barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
+    barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)
 
     for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
@@ -80,40 +80,40 @@ def megakernel(
         FEED.ask_small(ctx, layer, window, BUILD)
 
         feed = qkv_phase(ctx, layer, feed, BUILD)
-        arrive(ctx, barrier, BUILD)
-        barrier = wait(ctx, barrier, BUILD)
+        arrive_at(ctx, barrier, BUILD)
+        barrier = wait_at(ctx, barrier, BUILD)
 
         attention_phase(ctx, layer, window, barrier, BUILD)
-        arrive(ctx, barrier, BUILD)
+        arrive_at(ctx, barrier, BUILD)
         feed = FEED.ask_o(ctx, layer, feed, BUILD)
-        barrier = wait(ctx, barrier, BUILD)
+        barrier = wait_at(ctx, barrier, BUILD)
 
         feed = o_phase(ctx, layer, feed, BUILD)
-        arrive(ctx, barrier, BUILD, AMONG_RANKS)
+        arrive_at(ctx, barrier, BUILD, AMONG_RANKS)
         FEED.ask_part_of_qkv(ctx, following, 0, BUILD)
-        barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
+        barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)
 
         FEED.ask_part_of_qkv(ctx, following, 1, BUILD)
         router_phase(ctx, layer, BUILD)
-        arrive(ctx, barrier, BUILD)
+        arrive_at(ctx, barrier, BUILD)
         FEED.ask_part_of_qkv(ctx, following, 2, BUILD)
-        barrier = wait(ctx, barrier, BUILD)
+        barrier = wait_at(ctx, barrier, BUILD)
 
         feed = FEED.extend(ctx, n + 1, feed)
         choice, feed = gate_up_phase(ctx, layer, feed, BUILD)
-        arrive(ctx, barrier, BUILD)
-        barrier = wait(ctx, barrier, BUILD)
+        arrive_at(ctx, barrier, BUILD)
+        barrier = wait_at(ctx, barrier, BUILD)
 
         feed = down_phase(ctx, layer, choice, feed, BUILD)
-        arrive(ctx, barrier, BUILD, AMONG_RANKS)
+        arrive_at(ctx, barrier, BUILD, AMONG_RANKS)
         feed = FEED.ask_qkv(ctx, following, feed, BUILD)
-        barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
+        barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)
 
     if ctx.want_head:
         barrier = 2 + n_layers * 6
         head_phase(ctx, want_logits, FEED.extend(ctx, n_layers, feed), BUILD)
-        arrive(ctx, barrier, BUILD, AMONG_RANKS)
-        barrier = wait(ctx, barrier, BUILD, AMONG_RANKS)
+        arrive_at(ctx, barrier, BUILD, AMONG_RANKS)
+        barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)
         if want_token:
             argmax_phase(ctx, BUILD, BLOCK_P)
         mark(ctx, 2 * barrier - 1, BUILD)
@@ -130,8 +130,8 @@ def open_context(w, s, position, max_context, n_layers, want_head, n_programs, B
 
 
 @triton.jit
-def arrive(ctx, barrier, BUILD: tl.constexpr, AMONG_RANKS: tl.constexpr = False):
-    """Arrive at a barrier at the end of a phase. Until `wait` only memory that no program writes may be read."""
+def arrive_at(ctx, barrier, BUILD: tl.constexpr, AMONG_RANKS: tl.constexpr = False):
+    """Arrive at a barrier at the end of a phase. Until `wait_at` only memory that no program writes may be read."""
     MACHINE: tl.constexpr = BUILD.machine
     mark(ctx, 2 * barrier - 1, BUILD)
     if AMONG_RANKS:
@@ -141,7 +141,7 @@ def arrive(ctx, barrier, BUILD: tl.constexpr, AMONG_RANKS: tl.constexpr = False)
 
 
 @triton.jit
-def wait(ctx, barrier, BUILD: tl.constexpr, AMONG_RANKS: tl.constexpr = False):
+def wait_at(ctx, barrier, BUILD: tl.constexpr, AMONG_RANKS: tl.constexpr = False):
     """Wait until all that programs stored before they arrived at a barrier is visible. Return the next one's number."""
     MACHINE: tl.constexpr = BUILD.machine
     SPINS: tl.constexpr = BUILD.tuning.spin_limit

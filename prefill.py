@@ -168,7 +168,7 @@ def append_kernel(
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
-def attention_kernel(
+def prompt_attention_kernel(
     qkv_ptr,
     k_cache_ptr,
     v_cache_ptr,
@@ -216,7 +216,7 @@ def attention_kernel(
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
-def router_kernel(
+def prompt_router_kernel(
     w_ptr,
     scales_ptr,
     bias_ptr,
@@ -335,7 +335,7 @@ def _act_prescale(BUILD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
-def gate_up_kernel(
+def prompt_gate_up_kernel(
     words_ptr,
     scales_ptr,
     bases_ptr,
@@ -417,7 +417,7 @@ def store_act_rows(act, y, place, i0, end, BUILD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
-def down_kernel(
+def prompt_down_kernel(
     words_ptr,
     scales_ptr,
     bases_ptr,
@@ -554,7 +554,7 @@ class Prefill:
         c, w, s, b, t = self.config, self.weights, self.state, self.buffers, self.blocks
         group = c.n_heads // c.n_kv_heads
         m = max(t.attention_m, triton.next_power_of_2(group))
-        attention_kernel[(triton.cdiv(n, m // group) * c.n_kv_heads,)](
+        prompt_attention_kernel[(triton.cdiv(n, m // group) * c.n_kv_heads,)](
             b.qkv,
             s.k_cache,
             s.v_cache,
@@ -590,7 +590,7 @@ class Prefill:
         )
         router_rows = max(16, triton.next_power_of_2(c.n_experts))  # at least as many as a matrix product takes
         router_tile = Tile(router_rows, t.router_n, t.router_k, t.router_warps, t.router_stages)
-        router_kernel[(triton.cdiv(n, t.router_n),)](
+        prompt_router_kernel[(triton.cdiv(n, t.router_n),)](
             w.router,
             w.router_scales,
             w.router_bias,
@@ -620,7 +620,7 @@ class Prefill:
             E=c.n_experts,
             BLOCK=t.grouping,
         )
-        gate_up_kernel[(triton.cdiv(2 * c.intermediate_size, gate_up.m) * gate_up_blocks,)](
+        prompt_gate_up_kernel[(triton.cdiv(2 * c.intermediate_size, gate_up.m) * gate_up_blocks,)](
             w.gate_up,
             w.gate_up_scales,
             self.gate_up_bases,
@@ -635,7 +635,7 @@ class Prefill:
             BUILD=self.build,
             **gate_up.options(),
         )
-        down_kernel[(triton.cdiv(c.hidden_size, down.m) * down_blocks,)](
+        prompt_down_kernel[(triton.cdiv(c.hidden_size, down.m) * down_blocks,)](
             w.down,
             w.down_scales,
             self.down_bases,

@@ -947,7 +947,7 @@ def test_a_junk_tokenizer_is_neither_converted_nor_called_the_same(run, tmp_path
     assert_rejected(run("--model", folder, "--out", out), "tokenizer.json: not a tokenizer file")
     assert list(out.parent.iterdir()) == []
     with monkeypatch.context() as patch:  # as an archive was made before conversions looked
-        patch.setattr(convert_to_iris.Tokenizer, "of", lambda checkpoint: None)
+        patch.setattr(convert_to_iris.Tokenizer, "from_checkpoint", lambda checkpoint: None)
         assert run("--model", folder, "--out", out)[0] == 0
     for words in (("--verify", out), ("--verify", out, "--model", folder)):
         assert_rejected(run(*words), str(out), "tokenizer.json: not a tokenizer file")

@@ -447,7 +447,7 @@ def test_the_megakernel_has_no_race(model, seed):
 
 def leave_out(barriers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove both halves of these barriers from the megakernel, and renumber the rest."""
-    arrive, wait = gpt_oss_megakernel.arrive, gpt_oss_megakernel.wait
+    arrive, wait = gpt_oss_megakernel.arrive_at, gpt_oss_megakernel.wait_at
 
     def arrive_unless_left_out(ctx, barrier, *rest):
         if int(barrier) not in barriers:
@@ -458,8 +458,8 @@ def leave_out(barriers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
             wait(ctx, int(barrier) - sum(gone < int(barrier) for gone in barriers), *rest)
         return barrier + 1
 
-    monkeypatch.setattr(gpt_oss_megakernel, "arrive", arrive_unless_left_out)
-    monkeypatch.setattr(gpt_oss_megakernel, "wait", wait_unless_left_out)
+    monkeypatch.setattr(gpt_oss_megakernel, "arrive_at", arrive_unless_left_out)
+    monkeypatch.setattr(gpt_oss_megakernel, "wait_at", wait_unless_left_out)
 
 
 @pytest.mark.parametrize("phase", ["embedding", *PHASES, "LM head"])
@@ -505,7 +505,7 @@ def test_a_program_that_stops_arriving_is_reported(index, place, model, monkeypa
         return run
 
     expected = model.step(5, POSITION)
-    for name in ("arrive", "wait"):
+    for name in ("arrive_at", "wait_at"):
         monkeypatch.setattr(gpt_oss_megakernel, name, until_it_deserts(getattr(gpt_oss_megakernel, name)))
     with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted, match=place):
         model.step(5, POSITION)

@@ -22,8 +22,8 @@ FP8_PATHS = {"default, qkv o router fp8-32": FP8_GROUPS, "quant, qkv o router fp
 CASES = [(target, path) for target in BLOCKS for path in [*PATHS, *FP8_PATHS]]
 AMD_CASES, NVIDIA_CASES = ([case for case in CASES if case[0] == target] for target in BLOCKS)
 SHARED_BYTES = {"gfx950": 160 << 10, "sm_90": 227 << 10}  # that a program can have
-DENSE, EXPERTS = ["dense_kernel", "router_kernel"], ["gate_up_kernel", "down_kernel"]
-PRODUCTS = [*DENSE, "attention_kernel", *EXPERTS]
+DENSE, EXPERTS = ["dense_kernel", "prompt_router_kernel"], ["prompt_gate_up_kernel", "prompt_down_kernel"]
+PRODUCTS = [*DENSE, "prompt_attention_kernel", *EXPERTS]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def copies(figures: dict) -> dict[str, float]:
     """
     kernel, options = figures["kernel"], figures["options"]
     threads = 32 * options["num_warps"]
-    if kernel == "attention_kernel":
+    if kernel == "prompt_attention_kernel":
         return {"128": 2 * options["BLOCK_KEYS"] * GPT_OSS_120B.head_dim * 2 / 16 / threads}
     tile = Tile(**options["TILE"])
     rows, tokens, k = tile.m, tile.width, tile.k
@@ -77,7 +77,11 @@ def copies(figures: dict) -> dict[str, float]:
 def test_every_tile_is_compiled(case, reports):
     """No tile for many or few tokens is left out by the tests below."""
     blocks: BlockTuning = BLOCKS[case[0]]
-    tiles_of = {"dense_kernel": blocks.dense, "gate_up_kernel": blocks.gate_up, "down_kernel": blocks.down}
+    tiles_of = {
+        "dense_kernel": blocks.dense,
+        "prompt_gate_up_kernel": blocks.gate_up,
+        "prompt_down_kernel": blocks.down,
+    }
     for kernel, tiles in tiles_of.items():
         compiled = {Tile(**figures["options"]["TILE"]) for figures in of(reports, case, [kernel])}
         assert compiled == {*tiles} or case[1] not in PATHS
