@@ -55,7 +55,7 @@ def megakernel(
     n_programs,
     BUILD: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    peers=None,
+    peers=(),
 ):
     """Decode the token at `position`: w is Weights, s is State, BUILD a common.build.Build.
 
@@ -122,7 +122,7 @@ def megakernel(
 
 
 @triton.jit
-def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr, peers=None):
+def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr, peers=()):
     """Return this program's Context."""
     program = tl.program_id(0)
     work = share_work(program, n_programs, BUILD)
@@ -167,7 +167,9 @@ def embedding_phase(ctx, BUILD: tl.constexpr):
     )  # else -1 after an abort or where none was fed, or NOT_FINITE
     if ctx.program == 0:
         h = tl.arange(0, BLOCK_H)
-        exchange.store_embedding(ctx, token, h, h < H, BUILD)
+        row = exchange.local_row(token, BUILD)
+        values = tl.load(ctx.w.embed + row.to(tl.int64) * H + h, mask=h < H, other=0.0)
+        exchange.store_embedding(ctx, token, h, values, BUILD)
         for n in range(BUILD.n_expert_outs):
             tl.store(s.expert_out + n * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
 
@@ -220,6 +222,7 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
     H: tl.constexpr = MATRIX.rows
     STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
     N_KV_HEADS: tl.constexpr = BUILD.config.n_kv_heads
+    N_OUTS: tl.constexpr = BUILD.n_expert_outs
     w, s = ctx.w, ctx.s
     attention = DENSE.load_vector(s.attention, MATRIX, BUILD)
     matrix = o_matrix(ctx, layer, BUILD)
@@ -230,7 +233,7 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
     for row0 in range(first, end, STEP):
         row = row0 + tl.arange(0, STEP)
         x = tl.load(s.x + row, mask=row < end, other=0.0)
-        for n in tl.static_range(BUILD.n_expert_outs):
+        for n in tl.static_range(N_OUTS):
             x += tl.load(s.expert_out + n * H + row, mask=row < end, other=0.0)
         x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
         y, feed = DENSE.multiply(ctx, feed, attention, matrix, row0, end, MATRIX, BUILD)
@@ -347,9 +350,10 @@ def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
             odd_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row + 1, MATRIX, BUILD)
             tiles = ExpertTiles(rank, first, tl.minimum(tl.cdiv(MATRIX.n_tiles - first, down.members), TILES))
             even, odd, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
-            even, odd = weight * (even + even_bias), weight * (odd + odd_bias)
-            exchange.store_expert_out(ctx, rank, row, even, row < MATRIX.rows, BUILD)
-            exchange.store_expert_out(ctx, rank, row + 1, odd, row + 1 < MATRIX.rows, BUILD)
+            out = exchange.expert_out(ctx, rank, row, BUILD)
+            exchange.store(out, weight * (even + even_bias), row < MATRIX.rows, BUILD)
+            out = exchange.advance(out, 1, BUILD)
+            exchange.store(out, weight * (odd + odd_bias), row + 1 < MATRIX.rows, BUILD)
     return feed
 
 

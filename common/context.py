@@ -15,4 +15,4 @@ class Context(NamedTuple):
     program: Any
     n_programs: Any
     work: Any  # common.work.Work
-    peers: Any  # common.exchange.Peers; None on a single GPU
+    peers: Any  # common.exchange.Peers; () on a single GPU

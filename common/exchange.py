@@ -63,10 +63,11 @@ def raise_flags(ctx, local, number, TO: tl.constexpr, BUILD: tl.constexpr):
     phase in the whole launch, the same on all ranks.
     """
     SYNC: tl.constexpr = BUILD.machine.rank_sync
+    N_RECEIVERS: tl.constexpr = len(TO)
     SYNC.publish()
     before = tl.atomic_add(ctx.s.sync + ARRIVALS, 1, sem=SYNC.acquire_release, scope="gpu")
     if before == local * ctx.n_programs - 1:
-        for i in tl.static_range(len(TO)):
+        for i in tl.static_range(N_RECEIVERS):
             flag_ptr = ctx.peers.flags[TO[i]] + BUILD.rank * LINE_WORDS
             tl.atomic_xchg(flag_ptr, ctx.peers.epoch + number, sem=SYNC.release, scope="sys")
 
@@ -86,7 +87,8 @@ def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr):
     """Wait for the flags of the ranks FROM to reach the phase of this number."""
     SYNC: tl.constexpr = BUILD.machine.rank_sync
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
-    for i in tl.static_range(len(FROM)):
+    N_SENDERS: tl.constexpr = len(FROM)
+    for i in tl.static_range(N_SENDERS):
         flag_ptr = ctx.peers.own_flags + FROM[i] * LINE_WORDS
         record = number + (FROM[i] + 1 << RANK_SHIFT)
         wait_for(flag_ptr, ctx.peers.epoch + number, ctx.s.sync, record, SPINS, SYNC)
@@ -96,23 +98,41 @@ def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr):
 
 
 @triton.jit
-def store(pointers, offset, value, mask, BUILD: tl.constexpr):
-    """Store a value at an offset from each rank's pointer."""
-    for rank in tl.static_range(BUILD.n_ranks):
-        tl.store(pointers[rank] + offset, value, mask=mask)
+def store(pointers, value, mask, BUILD: tl.constexpr):
+    """Store a value at each rank's pointer."""
+    N_RANKS: tl.constexpr = BUILD.n_ranks
+    for rank in tl.static_range(N_RANKS):
+        tl.store(pointers[rank], value, mask=mask)
 
 
 @triton.jit
-def store_embedding(ctx, token, h, mask, BUILD: tl.constexpr):
-    """x = the token's embedding, on all ranks, from the one that has the row."""
-    H: tl.constexpr = BUILD.config.hidden_size
-    row = token - BUILD.first_row
+def advance(pointers, offset, BUILD: tl.constexpr):
+    """Return each rank's pointer plus an offset."""
+    N_RANKS: tl.constexpr = BUILD.n_ranks
+    advanced = ()
+    for rank in tl.static_range(N_RANKS):
+        advanced = advanced + (pointers[rank] + offset,)
+    return advanced
+
+
+@triton.jit
+def local_row(token, BUILD: tl.constexpr):
+    """Return the row of a token in this rank's embedding; any row that it has if the token is another rank's."""
     if BUILD.n_ranks == 1:
-        values = tl.load(ctx.w.embed + token.to(tl.int64) * H + h, mask=mask, other=0.0)
-        tl.store(ctx.s.x + h, values.to(tl.float32), mask=mask)
-    elif (row >= 0) & (row < BUILD.config.vocab_size):
-        values = tl.load(ctx.w.embed + row.to(tl.int64) * H + h, mask=mask, other=0.0)
-        store(ctx.peers.x, h, values.to(tl.float32), mask, BUILD)
+        return token
+    else:
+        return tl.minimum(tl.maximum(token - BUILD.first_row, 0), BUILD.config.vocab_size - 1)
+
+
+@triton.jit
+def store_embedding(ctx, token, h, values, BUILD: tl.constexpr):
+    """x = the token's embedding, on all ranks, from the one that has it."""
+    H: tl.constexpr = BUILD.config.hidden_size
+    if BUILD.n_ranks == 1:
+        tl.store(ctx.s.x + h, values.to(tl.float32), mask=h < H)
+    else:
+        if local_row(token, BUILD) + BUILD.first_row == token:
+            store(advance(ctx.peers.x, h, BUILD), values.to(tl.float32), h < H, BUILD)
 
 
 @triton.jit
@@ -122,17 +142,18 @@ def store_o(ctx, row, x, y, mask, BUILD: tl.constexpr):
         tl.store(ctx.s.x + row, x + y, mask=mask)
     else:
         tl.store(ctx.peers.x_before_o + row, x, mask=mask)
-        store(ctx.peers.o_out, BUILD.rank * BUILD.config.hidden_size + row, y, mask, BUILD)
+        store(advance(ctx.peers.o_out, BUILD.rank * BUILD.config.hidden_size + row, BUILD), y, mask, BUILD)
 
 
 @triton.jit
 def load_residual(ctx, MATRIX: tl.constexpr, zero, BUILD: tl.constexpr):
     """Return the residual behind the O projection as blocks, see load_row_vector."""
+    N_RANKS: tl.constexpr = BUILD.n_ranks
     if BUILD.n_ranks == 1:
         return load_row_vector(ctx.s.x, MATRIX, zero)
     else:
         x = load_row_vector(ctx.peers.x_before_o, MATRIX, zero)
-        for rank in tl.static_range(BUILD.n_ranks):
+        for rank in tl.static_range(N_RANKS):
             part_ptr = ctx.peers.o_out[BUILD.rank] + rank * BUILD.config.hidden_size
             x = add_blocks(x, load_row_vector(part_ptr, MATRIX, zero))
         return x
@@ -141,11 +162,12 @@ def load_residual(ctx, MATRIX: tl.constexpr, zero, BUILD: tl.constexpr):
 @triton.jit
 def settle_residual(ctx, h, mask, BUILD: tl.constexpr):
     """Return elements h of the residual behind the O projection, which x holds from then on."""
+    N_RANKS: tl.constexpr = BUILD.n_ranks
     if BUILD.n_ranks == 1:
         return tl.load(ctx.s.x + h, mask=mask, other=0.0)
     else:
         x = tl.load(ctx.peers.x_before_o + h, mask=mask, other=0.0)
-        for rank in tl.static_range(BUILD.n_ranks):
+        for rank in tl.static_range(N_RANKS):
             part_ptr = ctx.peers.o_out[BUILD.rank] + rank * BUILD.config.hidden_size
             x += tl.load(part_ptr + h, mask=mask, other=0.0)
         tl.store(ctx.s.x + h, x, mask=mask)
@@ -153,14 +175,14 @@ def settle_residual(ctx, h, mask, BUILD: tl.constexpr):
 
 
 @triton.jit
-def store_expert_out(ctx, rank, row, value, mask, BUILD: tl.constexpr):
-    """Store rows of the output of the expert of this rank among the chosen."""
+def expert_out(ctx, rank, row, BUILD: tl.constexpr):
+    """Return where rows of the output of the expert of this rank among the chosen go, a pointer for each GPU."""
     H: tl.constexpr = BUILD.config.hidden_size
     if BUILD.n_ranks == 1:
-        tl.store(ctx.s.expert_out + rank * H + row, value, mask=mask)
+        return (ctx.s.expert_out + rank * H + row,)
     else:
-        first = BUILD.rank * BUILD.config.experts_per_token
-        store(ctx.peers.expert_out, (first + rank) * H + row, value, mask, BUILD)
+        first = (BUILD.rank * BUILD.config.experts_per_token + rank) * H
+        return advance(ctx.peers.expert_out, first + row, BUILD)
 
 
 @triton.jit
@@ -169,7 +191,7 @@ def store_logits(ctx, row, logits, mask, BUILD: tl.constexpr):
     if BUILD.n_ranks == 1:
         tl.store(ctx.s.logits + row, logits, mask=mask)
     else:
-        store(ctx.peers.logits, BUILD.first_row + row, logits, mask, BUILD)
+        store(advance(ctx.peers.logits, BUILD.first_row + row, BUILD), logits, mask, BUILD)
 
 
 @triton.jit
@@ -181,5 +203,5 @@ def store_largest(ctx, value, index, BUILD: tl.constexpr):
     else:
         index = tl.where(index < 0, index, index + BUILD.first_row)
         at = BUILD.rank * ctx.n_programs + ctx.program
-        store(ctx.peers.head_value, at, value, None, BUILD)
-        store(ctx.peers.head_index, at, index, None, BUILD)
+        store(advance(ctx.peers.head_value, at, BUILD), value, None, BUILD)
+        store(advance(ctx.peers.head_index, at, BUILD), index, None, BUILD)

@@ -29,10 +29,11 @@ def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
 
     The residual is x plus what the experts left.
     """
+    N_OUTS: tl.constexpr = BUILD.n_expert_outs
     H: tl.constexpr = BUILD.config.hidden_size
     zero = BUILD.machine.opaque_zero()
     x = load_row_vector(ctx.s.x, MATRIX, zero)
-    for n in tl.static_range(BUILD.n_expert_outs):
+    for n in tl.static_range(N_OUTS):
         x = add_blocks(x, load_row_vector(ctx.s.expert_out + n * H, MATRIX, zero))
     rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
     return normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_prescale(MATRIX.format))

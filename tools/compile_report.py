@@ -86,6 +86,7 @@ def compile_megakernel(
         "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),
         "s": State(*(TRITON_TYPES[t.dtype] for t in state)),
         **{name: "constexpr" if name in constants else "i32" for name in names[2:]},
+        "peers": (),
     }
     attrs = {
         (arg, field): pointer_attributes(target, tensor)

@@ -35,9 +35,10 @@ def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
 
     The residual is x plus what the experts left.
     """
+    N_OUTS: tl.constexpr = BUILD.n_expert_outs
     H: tl.constexpr = BUILD.config.hidden_size
     x = load_once(ctx.s.x, MATRIX, BUILD)
-    for n in tl.static_range(BUILD.n_expert_outs):
+    for n in tl.static_range(N_OUTS):
         x = add_blocks(x, load_once(ctx.s.expert_out + n * H, MATRIX, BUILD))
     rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
     x, factor = normed_blocks(x, load_once(norm_ptr, MATRIX, BUILD), rstd, vector_prescale(MATRIX.format))
