@@ -251,7 +251,9 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
     NORM: tl.constexpr = BUILD.tuning.experts.norm_block
     N_BLOCKS: tl.constexpr = (H + NORM - 1) // NORM
     zero = BUILD.machine.opaque_zero()
-    s, program, n_programs = ctx.s, ctx.program, ctx.n_programs
+    N_TARGETS: tl.constexpr = BUILD.n_expert_ranks
+    targets = exchange.router_targets(ctx, BUILD)
+    program, n_programs = ctx.program, ctx.n_programs
     norm_ptr = ctx.w.mlp_norm + layer * H
     # Tiles from the first program on, blocks from the last one on, so that few programs have both.
     if (program < MATRIX.n_tiles) | (n_programs - 1 - program < N_BLOCKS):
@@ -264,12 +266,14 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
                 rows, bias = load_router_tile(ctx, layer, tile, BUILD)
             row = tile * M + tl.arange(0, M)
             logits = gemv_rows(rows, x, MATRIX, MACHINE) * factor + bias
-            tl.store(s.router_logits + row, logits, mask=row < MATRIX.rows)
+            for n in tl.static_range(N_TARGETS):
+                tl.store(targets[n].router_logits + row, logits, mask=row < MATRIX.rows)
         for block in range(n_programs - 1 - program, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
             residual = exchange.settle_residual(ctx, h, h < H, BUILD)
             normed = residual * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
-            MACHINE.experts.store_input(ctx, block, normed, x, factor, BUILD)
+            for n in tl.static_range(N_TARGETS):
+                MACHINE.experts.store_input(targets[n], block, normed, x, factor, BUILD)
 
 
 @triton.jit
@@ -287,14 +291,14 @@ def load_router_tile(ctx, layer, tile, BUILD: tl.constexpr):
 @triton.jit
 def choose_experts(ctx, BUILD: tl.constexpr):
     """Return the router's Choice, which every program computes for itself."""
-    TOP_K: tl.constexpr = BUILD.config.experts_per_token
+    TOP_K: tl.constexpr = BUILD.n_chosen
     N_EXPERTS: tl.constexpr = BUILD.config.n_experts
     # A copy of the logits for each warp, see top_k_softmax.
     expert = tl.arange(0, triton.next_power_of_2(N_EXPERTS))[None, :] + BUILD.machine.opaque_zero()
     expert += 0 * tl.arange(0, BUILD.tuning.num_warps)[:, None]
     logits = tl.load(ctx.s.router_logits + expert, mask=expert < N_EXPERTS, other=0.0)
     experts, weights = top_k_softmax(logits, N_EXPERTS, TOP_K)
-    return Choice(elements(experts, TOP_K), weights)
+    return exchange.own_choice(Choice(elements(experts, TOP_K), weights), BUILD)
 
 
 @triton.jit

@@ -43,6 +43,9 @@ class Build:
     n_ranks: int = 1  # GPUs that share each matrix, see common/exchange.py
     rank: int = 0  # of this one
     first_row: int = 0  # token id of this rank's first row of embedding and LM head
+    n_expert_ranks: int = 1  # GPUs that the chosen experts are distributed over
+    top_k: int | None = None  # chosen experts, if this GPU has config.experts_per_token of them
+    first_expert: int = 0  # rank of the first chosen expert that it has
 
     @property
     def machine(self) -> Machine:
@@ -52,6 +55,21 @@ class Build:
     def everyone(self) -> tuple[int, ...]:
         """All ranks."""
         return tuple(range(self.n_ranks))
+
+    @property
+    def attention_ranks(self) -> tuple[int, ...]:
+        """The GPUs with attention and router, where GPUs have whole matrices."""
+        return (0,)
+
+    @property
+    def expert_ranks(self) -> tuple[int, ...]:
+        """The GPUs with experts, where GPUs have whole matrices."""
+        return tuple(range(1, 1 + self.n_expert_ranks))
+
+    @property
+    def n_chosen(self) -> int:
+        """Experts that the router chooses for a token."""
+        return self.top_k or self.config.experts_per_token
 
     @property
     def n_expert_outs(self) -> int:

@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 
 from common.barrier import ARRIVALS, arrive, wait, wait_for
+from common.experts import Choice, pick
 from common.gemv_dense import load_row_vector
 from common.rmsnorm import add_blocks
 
 LINE_WORDS = tl.constexpr(32)  # int32 words of a 128-byte cache line: polling one flag must not slow another
-RANK_SHIFT = tl.constexpr(16)  # in a record of a barrier that gave up: the missing rank, from 1, above the barrier
+RANK_UNIT = tl.constexpr(1 << 16)  # a record of a barrier that gave up: its number + RANK_UNIT * (1 + missing rank)
 
 
 class Peers(NamedTuple):
@@ -40,6 +41,16 @@ class Peers(NamedTuple):
     flags: Any  # tuple, int32 [ranks, LINE_WORDS]: in the first word of a line the epoch that a rank has reached
     own_flags: Any  # those of this rank
     epoch: Any  # int32: what barrier numbers count from
+
+
+class RolePeers(NamedTuple):
+    """What a launch knows of the others where GPUs have whole matrices; see Peers and multi_gpu/rank_kernel.py."""
+
+    inputs: Any  # tuple, a State for each GPU with experts, whose router_logits and expert_in lie in its memory
+    tokens: Any  # tuple, int32 [context + 1] of each rank
+    flags: Any
+    own_flags: Any
+    epoch: Any
 
 
 # ---------------------------------------------------------------- barriers of all ranks
@@ -90,7 +101,7 @@ def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr):
     N_SENDERS: tl.constexpr = len(FROM)
     for i in tl.static_range(N_SENDERS):
         flag_ptr = ctx.peers.own_flags + FROM[i] * LINE_WORDS
-        record = number + (FROM[i] + 1 << RANK_SHIFT)
+        record = number + (FROM[i] + 1) * RANK_UNIT
         wait_for(flag_ptr, ctx.peers.epoch + number, ctx.s.sync, record, SPINS, SYNC)
 
 
@@ -183,6 +194,30 @@ def expert_out(ctx, rank, row, BUILD: tl.constexpr):
     else:
         first = (BUILD.rank * BUILD.config.experts_per_token + rank) * H
         return advance(ctx.peers.expert_out, first + row, BUILD)
+
+
+@triton.jit
+def router_targets(ctx, BUILD: tl.constexpr):
+    """Return a State for each GPU that needs what the router leaves, which leads into its memory."""
+    if BUILD.n_expert_ranks == 1:
+        return (ctx.s,)
+    else:
+        return ctx.peers.inputs
+
+
+@triton.jit
+def own_choice(choice, BUILD: tl.constexpr):
+    """Return the part of a Choice that this GPU has: all, or some ranks of the experts."""
+    N: tl.constexpr = BUILD.config.experts_per_token
+    if BUILD.n_chosen == N:
+        return choice
+    else:
+        experts, weights = (), tl.zeros(choice.weights.shape, tl.float32)
+        for n in tl.static_range(N):
+            experts = experts + (choice.experts[BUILD.first_expert + n],)
+            weight = pick(choice.weights, BUILD.first_expert + n)
+            weights = tl.where(tl.arange(0, weights.shape[0]) == n, weight, weights)
+        return Choice(experts, weights)
 
 
 @triton.jit

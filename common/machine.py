@@ -51,7 +51,7 @@ class Experts(NamedTuple):
     """Products of experts' MXFP4 matrices and one vector each."""
 
     is_packed: bool  # matrices are tiles of tensor core operands, see common/sm90/tiles.py; else rows as published
-    store_input: Callable  # (ctx, block, normed, x, factor, BUILD): store a block of rmsnorm(x), for load_input
+    store_input: Callable  # (s, block, normed, x, factor, BUILD): store a block of rmsnorm(x), for load_input
     load_input: (
         Callable  # (ctx, BUILD) -> the experts' input as `multiply` takes it, the factor that products with it lack
     )

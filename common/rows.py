@@ -70,15 +70,18 @@ def store_activations(x_ptr, scale_ptr, x, first, SIZE: tl.constexpr, QUANTIZE: 
 
 
 @triton.jit
-def store_input(ctx, block, normed, x, factor, BUILD: tl.constexpr):
-    """Store a block of the experts' input, normed; x * factor is all of it, whose largest element sets the prescale."""
+def store_input(s, block, normed, x, factor, BUILD: tl.constexpr):
+    """Store a block of the experts' input, normed, in State s.
+
+    x * factor is all of the input, whose largest element sets the prescale.
+    """
     if not BUILD.quant:
         prescale, scale = fp4_vector_prescale(largest_magnitude(x) * factor)
         normed *= prescale
         if block == 0:  # the same for all
-            tl.store(ctx.s.expert_in_scale, scale)
+            tl.store(s.expert_in_scale, scale)
     first = block * BUILD.tuning.experts.norm_block
-    store_activations(ctx.s.expert_in, ctx.s.expert_in_scale, normed, first, BUILD.config.hidden_size, BUILD.quant)
+    store_activations(s.expert_in, s.expert_in_scale, normed, first, BUILD.config.hidden_size, BUILD.quant)
 
 
 @triton.jit

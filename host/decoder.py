@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,18 +105,23 @@ class Decoder:
         check_program_count(self.num_programs, self.device, self.tuning)
         self.grid = (self.num_programs,)
         self.blocks = blocks or blocks_for(self.device)
-        load_bytes = bytes_to_load(checkpoint, self.config, self.device, self.tuning) if weights is None else 0
-        check_memory(self.config, self.max_context, kv_dtype, self.device, load_bytes)
+        self.kv_dtype = kv_dtype
+        self._mapped_checkpoint = None
         start = time.perf_counter()
-        # Weights that are read in place change with the mapped file, so generate checks the file again and again.
-        in_place = weights_in_place(checkpoint, self.config, self.device, self.tuning)
-        self._mapped_checkpoint = checkpoint if in_place else None
-        self.weights = weights or load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
+        self.weights = weights or self._load(checkpoint, show_progress)
         self.load_seconds = time.perf_counter() - start
         self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
-        self.kv_dtype = kv_dtype
         self.turns = Turns()
         self._start()
+
+    def _load(self, checkpoint, show_progress: bool) -> Weights:
+        """Load the weights. Raise InputError if there is too little memory for them and for the state."""
+        load_bytes = bytes_to_load(checkpoint, self.config, self.device, self.tuning)
+        check_memory(self.config, self.max_context, self.kv_dtype, self.device, load_bytes)
+        # Weights that are read in place change with the mapped file, so generate checks the file again and again.
+        if weights_in_place(checkpoint, self.config, self.device, self.tuning):
+            self._mapped_checkpoint = checkpoint
+        return load_weights(checkpoint, self.config, self.device, self.tuning, show_progress)
 
     def _start(self) -> None:
         """Start a new sequence in newly allocated memory."""
@@ -175,10 +180,11 @@ class Decoder:
         Raise ModelInUse in a signal handler whose thread is using a model.
         """
         self._begin_use()
-        s, self.n_fed = self.state, 0
+        self.n_fed = 0
         self._in_flight = range(self.max_context)  # until all is zeroed, an interrupt leaves no position usable
-        for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
-            tensor.zero_()
+        for s in self._states():
+            for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
+                tensor.zero_()
         self._in_flight, self._lost_end = None, 0
 
     @exclusive
@@ -202,8 +208,9 @@ class Decoder:
         if self._in_flight is not None:
             self.n_fed = min(self.n_fed, self._in_flight.start)
             self._lost_end = max(self._lost_end, self._in_flight.stop)
-            self.state.sync[: ABORT.value] = 0  # arrivals of programs that were stopped
-            self.state.split_arrivals.zero_()
+            for s in self._states():
+                s.sync[: ABORT.value] = 0  # arrivals of programs that were stopped
+                s.split_arrivals.zero_()
             self._in_flight = None
         return turn
 
@@ -223,6 +230,10 @@ class Decoder:
                 if last is not None and last != stream:
                     stream.wait_stream(last)
                 Decoder._last_stream = stream
+
+    def _states(self) -> Sequence[State]:
+        """Return all states of this process; those of several GPUs may be among them."""
+        return (self.state,)
 
     def _new_state(self) -> State:
         barriers = 2 + len(PHASES) * self.config.n_layers
@@ -450,9 +461,10 @@ class Decoder:
         """Write tokens that are to be fed from `position` on; those of later positions become -1, "not decoded"."""
         self._check_fit(token_ids, position)
         self.n_fed = min(self.n_fed, position)
-        self.state.tokens[position:] = -1
-        ids = torch.tensor(token_ids, dtype=torch.int32)
-        self.state.tokens[position : position + len(token_ids)] = ids.to(self.device)
+        ids = torch.tensor(token_ids, dtype=torch.int32).to(self.device)
+        for s in self._states():
+            s.tokens[position:] = -1
+            s.tokens[position : position + len(token_ids)] = ids
 
     def _check_token_at(self, token_id: int, position: int) -> tuple[int, int]:
         """Return both as int. Raise TypeError if one is no integer, InputError if it is out of range."""

@@ -1,5 +1,6 @@
 """Load weights in the layout that the kernels read: on the device, one tensor per kind with all layers stacked."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,8 +47,13 @@ class Weights(NamedTuple):
     lm_head_scales: torch.Tensor  # without the dimension L
 
 
-def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
-    """Return (shape, dtype) of each field. Experts packed for the tuning's machine are int32 [L, E, tiles, words]."""
+def weight_shapes(
+    config: ModelConfig, tuning: Tuning | None = None, fields: Sequence[str] = Weights._fields
+) -> Weights:
+    """Return (shape, dtype) of each field. Experts packed for the tuning's machine are int32 [L, E, tiles, words].
+
+    fields: those that a device holds; the others are empty.
+    """
     n, e, h, i = config.n_layers, config.n_experts, config.hidden_size, config.intermediate_size
     bf16, f32, u8, i32 = torch.bfloat16, torch.float32, torch.uint8, torch.int32
     experts = {}
@@ -63,7 +69,7 @@ def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
     for name, (shape, dense_format) in dense_matrices(config).items():
         dense[name] = ((*shape[:-1], shape[-1] * item_bytes(dense_format) // 4), i32)
         dense[f"{name}_scales"] = _dense_scales(shape, dense_format)
-    return Weights(
+    shapes = Weights(
         embed=((config.vocab_size, h), bf16),
         attn_norm=((n, h), f32),
         qkv_bias=((n, config.qkv_size), bf16),
@@ -77,6 +83,14 @@ def weight_shapes(config: ModelConfig, tuning: Tuning | None = None) -> Weights:
         **dense,
         **experts,
     )
+    return shapes._replace(
+        **{name: ((0,), dtype) for name, (_, dtype) in shapes._asdict().items() if name not in fields}
+    )
+
+
+def held_fields(checkpoint) -> Sequence[str]:
+    """Return the fields of Weights that a checkpoint fills: all, but for one of several GPUs with other matrices."""
+    return getattr(checkpoint, "fields", Weights._fields)
 
 
 def dense_matrices(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -97,9 +111,9 @@ def _dense_scales(shape: tuple[int, ...], dense_format: str) -> tuple[tuple[int,
     return shape[:-1] if dense_format == FP8_ROWS else (0,), torch.float32
 
 
-def weight_bytes(config: ModelConfig, tuning: Tuning | None = None) -> int:
+def weight_bytes(config: ModelConfig, tuning: Tuning | None = None, fields: Sequence[str] = Weights._fields) -> int:
     """Return the bytes of all weights, with experts packed for the tuning's machine if it packs them."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in weight_shapes(config, tuning))
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in weight_shapes(config, tuning, fields))
 
 
 def weights_in_place(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> dict[str, torch.Tensor]:
@@ -119,7 +133,7 @@ def weights_in_place(checkpoint, config: ModelConfig, device: torch.device, tuni
 def bytes_to_load(checkpoint, config: ModelConfig, device: torch.device, tuning: Tuning) -> int:
     """Return the bytes that load_weights will allocate on the device."""
     in_place = weights_in_place(checkpoint, config, device, tuning)
-    return weight_bytes(config, tuning) - sum(field.nbytes for field in in_place.values())
+    return weight_bytes(config, tuning, held_fields(checkpoint)) - sum(field.nbytes for field in in_place.values())
 
 
 def load_weights(
@@ -135,7 +149,7 @@ def load_weights(
     """
     fields = weights_in_place(checkpoint, config, device, tuning)
     targets = {}
-    for field, (shape, dtype) in weight_shapes(config, tuning)._asdict().items():
+    for field, (shape, dtype) in weight_shapes(config, tuning, held_fields(checkpoint))._asdict().items():
         if field not in fields:
             fields[field] = torch.zeros(shape, dtype=dtype, device=device)
             targets |= _targets(config, field, fields[field])

@@ -8,6 +8,7 @@ from torch import Tensor
 from checkpoints.checkpoint import Checkpoint, check_unchanged
 from checkpoints.config import MXFP4_GROUP, SCALE_ENDING, DenseFormats
 from checkpoints.fp8 import QuantizedCheckpoint
+from host.weights import Weights
 from multi_gpu.protocol import Share
 
 EXPERTS = ".mlp.experts."
@@ -38,9 +39,17 @@ class ShareCheckpoint:
             if self.holds(name):
                 yield name, cut(name, tensor, self._share, self.config.head_dim)
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields of host.weights.Weights that the rank holds."""
+        return [name for name in Weights._fields if self._holds(name.startswith(("gate_up", "down")))]
+
+    def _holds(self, is_of_experts: bool) -> bool:
+        return self._share.has_experts if is_of_experts else self._share.has_attention
+
     def holds(self, name: str) -> bool:
         """Return whether the rank has any of the tensor of this published name."""
-        return self._share.has_experts if EXPERTS in name else self._share.has_attention
+        return self._holds(EXPERTS in name)
 
     def document(self, name: str) -> bytes | None:
         """Return the checkpoint's document of this name, or None if it has none."""

@@ -23,16 +23,19 @@ from common.sm90.tiles import block_bytes
 
 
 @triton.jit
-def store_input(ctx, block, normed, x, factor, BUILD: tl.constexpr):
-    """Store a block of the experts' input, normed; x * factor is all of it, whose largest element sets the prescale."""
+def store_input(s, block, normed, x, factor, BUILD: tl.constexpr):
+    """Store a block of the experts' input, normed, in State s.
+
+    x * factor is all of the input, whose largest element sets the prescale.
+    """
     NORM: tl.constexpr = BUILD.tuning.experts.norm_block
     h = block * NORM + tl.arange(0, NORM)
     prescale, scale = tile_vector_prescale(largest_magnitude(x) * factor)
     if BUILD.quant:
         normed = round_to_mxfp8(normed)
-    store_vector(ctx.s.expert_in, h, h < BUILD.config.hidden_size, normed, prescale)
+    store_vector(s.expert_in, h, h < BUILD.config.hidden_size, normed, prescale)
     if block == 0:  # the same for all
-        tl.store(ctx.s.expert_in_scale, scale)
+        tl.store(s.expert_in_scale, scale)
 
 
 @triton.jit

@@ -1,0 +1,118 @@
+"""The kernels of layout "roles": one rank has attention, router and tail, the others the experts.
+
+They call the megakernel's phases. Layout "tp" needs no kernel of its own: the megakernel itself exchanges partial sums
+where its Build names several ranks, see common/exchange.py.
+"""
+
+import host.start
+
+import triton
+import triton.language as tl
+
+import gpt_oss_megakernel as mega
+from common.barrier import leave_grid
+from common.exchange import raise_flags, wait_for_flags
+from common.experts import no_choice
+
+# Numbers of exchanges, as of the megakernel's barriers: 2 + 6 * layer + these. The token's comes after all layers.
+ROUTER = tl.constexpr(3)
+DOWN = tl.constexpr(5)
+
+
+@triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])
+def attention_rank_kernel(
+    w,
+    s,
+    position,
+    want_token,
+    want_logits,
+    n_layers,
+    max_context,
+    n_programs,
+    peers,
+    BUILD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Decode the token at `position` with the experts of other ranks; arguments as the megakernel's.
+
+    The pointers of s to what the router leaves lead to the first rank with experts, those of peers.inputs to all.
+    """
+    FEED: tl.constexpr = BUILD.machine.feed
+    QKV: tl.constexpr = BUILD.qkv
+    O: tl.constexpr = BUILD.o  # noqa: E741
+    LM_HEAD: tl.constexpr = BUILD.lm_head
+    ctx = mega.open_context(w, s, position, max_context, n_layers, want_token | want_logits, n_programs, BUILD, peers)
+    mega.embedding_phase(ctx, BUILD)
+    mega.arrive_at(ctx, 1, BUILD)
+    barrier = mega.wait_at(ctx, tl.cast(1, tl.int32), BUILD)
+
+    for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
+        layer = tl.cast(n, tl.int64)
+        barrier = 2 + n * 4  # of this rank, which has no barriers of gate-up and down
+        first = 2 + n * 6
+        mega.qkv_phase(ctx, layer, FEED.open_phase(ctx, layer, QKV, no_choice(), BUILD), BUILD)
+        mega.arrive_at(ctx, barrier, BUILD)
+        barrier = mega.wait_at(ctx, barrier, BUILD)
+
+        mega.attention_phase(ctx, layer, tl.load(s.windows + layer), barrier, BUILD)
+        mega.arrive_at(ctx, barrier, BUILD)
+        barrier = mega.wait_at(ctx, barrier, BUILD)
+
+        mega.o_phase(ctx, layer, FEED.open_phase(ctx, layer, O, no_choice(), BUILD), BUILD)
+        mega.arrive_at(ctx, barrier, BUILD)
+        barrier = mega.wait_at(ctx, barrier, BUILD)
+
+        mega.router_phase(ctx, layer, BUILD)
+        raise_flags(ctx, barrier, first + ROUTER, BUILD.expert_ranks, BUILD)
+        wait_for_flags(ctx, first + DOWN, BUILD.expert_ranks, BUILD)
+
+    if ctx.want_head:
+        barrier = 2 + n_layers * 4
+        mega.head_phase(ctx, want_logits, FEED.open_phase(ctx, 0, LM_HEAD, no_choice(), BUILD), BUILD)
+        mega.arrive_at(ctx, barrier, BUILD)
+        barrier = mega.wait_at(ctx, barrier, BUILD)
+        if want_token:
+            mega.argmax_phase(ctx, BUILD, BLOCK_P)
+            share_token(ctx, BUILD)
+            raise_flags(ctx, barrier, 2 + n_layers * 6, BUILD.expert_ranks, BUILD)
+    MACHINE: tl.constexpr = BUILD.machine
+    leave_grid(s.sync, n_programs, MACHINE)
+
+
+@triton.jit
+def share_token(ctx, BUILD: tl.constexpr):
+    """Store the next token, which this program's argmax has stored here, at the ranks with experts."""
+    N: tl.constexpr = BUILD.n_expert_ranks
+    if ctx.program == 0:
+        tl.debug_barrier()
+        token = tl.load(ctx.s.tokens + ctx.position + 1)
+        for i in tl.static_range(N):
+            tl.store(ctx.peers.tokens[1 + i] + ctx.position + 1, token)
+
+
+@triton.jit(do_not_specialize=["want_token", "n_layers", "n_programs"])
+def expert_rank_kernel(w, s, want_token, n_layers, n_programs, peers, BUILD: tl.constexpr):
+    """Compute the chosen experts of this rank in every layer of a token, for the rank with attention.
+
+    The pointer of s to what the experts leave leads to that rank.
+    """
+    FEED: tl.constexpr = BUILD.machine.feed
+    GATE_UP: tl.constexpr = BUILD.gate_up
+    DOWN_MATRIX: tl.constexpr = BUILD.down
+    ctx = mega.open_context(w, s, 0, 0, n_layers, 0, n_programs, BUILD, peers)
+    for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
+        layer = tl.cast(n, tl.int64)
+        barrier = 1 + n * 2
+        first = 2 + n * 6
+        wait_for_flags(ctx, first + ROUTER, BUILD.attention_ranks, BUILD)
+        feed = FEED.open_phase(ctx, layer, GATE_UP, no_choice(), BUILD)
+        choice, feed = mega.gate_up_phase(ctx, layer, feed, BUILD)
+        mega.arrive_at(ctx, barrier, BUILD)
+        barrier = mega.wait_at(ctx, barrier, BUILD)
+
+        mega.down_phase(ctx, layer, choice, FEED.open_phase(ctx, layer, DOWN_MATRIX, choice, BUILD), BUILD)
+        raise_flags(ctx, barrier, first + DOWN, BUILD.attention_ranks, BUILD)
+    if want_token:
+        wait_for_flags(ctx, 2 + n_layers * 6, BUILD.attention_ranks, BUILD)
+    MACHINE: tl.constexpr = BUILD.machine
+    leave_grid(s.sync, n_programs, MACHINE)

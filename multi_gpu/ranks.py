@@ -1,0 +1,228 @@
+"""A model on several GPUs: what each rank holds and launches. multi_gpu/protocol.py describes the layouts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+import interpreter
+from checkpoints.config import FP8_GROUPS, MXFP4_GROUP, ModelConfig
+from common.barrier import ABORT
+from common.build import Build
+from common.exchange import RANK_UNIT, Peers, RolePeers
+from gpt_oss_megakernel import MegaModel, megakernel
+from host.launch import tuning_for
+from host.limits import check_memory
+from host.phases import PHASES, barrier_name
+from host.state import State, new_state
+from host.tuning import Tuning
+from host.weights import Weights, bytes_to_load, load_weights
+from multi_gpu.checkpoint import ShareCheckpoint
+from multi_gpu.heap import Buffer, Heap
+from multi_gpu.protocol import LINE_WORDS, Share, shares_of
+from multi_gpu.rank_kernel import attention_rank_kernel, expert_rank_kernel
+from system.errors import InputError, MegakernelAborted
+
+# Fields of State that other ranks write, by layout: they lie in the heap.
+TP_FIELDS = ("x", "expert_out", "head_value", "head_index", "logits")
+ROLE_FIELDS = ("expert_in", "expert_in_scale", "router_logits", "expert_out", "tokens")
+FEW_TOKENS = 1 << 30  # a prompt of fewer is fed token by token
+
+
+@dataclasses.dataclass
+class Rank:
+    """One rank of a model, in this process."""
+
+    share: Share
+    config: ModelConfig
+    tuning: Tuning
+    weights: Weights
+    build: Build | None = None
+    state: State | None = None  # as the rank's kernels take it: buffers of other ranks are pointers
+    own_state: State | None = None
+    peers: Any = None
+
+
+class RankModel(MegaModel):
+    """A model whose ranks run on several GPUs, of which this process has one; on a CPU it has all of them.
+
+    Its interface is Decoder's. All processes call the same methods with the same arguments, and get the same tokens.
+    """
+
+    def __init__(self, checkpoint, layout: str, heap: Heap, ranks: Sequence[int], quant: bool = False, **options):
+        """Load the shares of `ranks`. Options are those of Decoder, without `weights`, `tuning` and `trace_position`.
+
+        Raise InputError if the layout does not exist for the heap's number of ranks or this model, and what Decoder
+        raises.
+        """
+        self.layout, self.heap = layout, heap
+        self.shares = shares_of(checkpoint.config, layout, heap.n_ranks)
+        self._rank_numbers = tuple(ranks)
+        self._buffers: dict[str, tuple[Buffer, ...]] = {}
+        self.epoch = 0
+        super().__init__(checkpoint, quant, **options)
+
+    # ------------------------------------------------------------ loading
+
+    def _load(self, checkpoint, show_progress: bool) -> Weights:
+        self._check_groups()
+        self.ranks = []
+        for number in self._rank_numbers:
+            part = ShareCheckpoint(checkpoint, self.shares[number], self.config.dense)
+            tuning = tuning_for(self.device, part.config)
+            needed = bytes_to_load(part, part.config, self.device, tuning)
+            check_memory(part.config, self._context_of(part.config), self.kv_dtype, self.device, needed)
+            weights = load_weights(part, part.config, self.device, tuning, show_progress)
+            self.ranks.append(Rank(self.shares[number], part.config, tuning, weights))
+        return self.ranks[0].weights
+
+    def _check_groups(self) -> None:
+        """Raise InputError if a rank's query heads end within a scale group of the O projection."""
+        for share in self.shares:
+            if self.config.dense.o == FP8_GROUPS and len(share.heads) * self.config.head_dim % MXFP4_GROUP:
+                raise InputError(f"--layout {self.layout}: {len(share.heads)} heads are no whole scale groups of o")
+
+    def _context_of(self, config: ModelConfig) -> int:
+        return self.max_context
+
+    # ------------------------------------------------------------ memory
+
+    def _new_state(self) -> State:
+        self._allocate()
+        for rank in self.ranks:
+            self._connect(rank)
+        return self.ranks[0].own_state
+
+    def _states(self) -> Sequence[State]:
+        return [rank.own_state for rank in self.ranks]
+
+    def _state_of(self, share: Share, config: ModelConfig, tuning: Tuning, device) -> State:
+        """Return a rank's state with fields of its own sizes."""
+        context = self.max_context if share.has_attention else 1
+        return new_state(config, tuning, self.quant, context, self.num_programs, device, self.kv_dtype)
+
+    def _allocate(self) -> None:
+        """Allocate the buffers that other ranks write, once: the heap takes nothing back."""
+        if self._buffers:
+            return
+        n, config, programs = self.heap.n_ranks, self.config, self.num_programs
+        hidden, top_k = config.hidden_size, config.experts_per_token
+        if self.layout == "tp":
+            f32, i32 = torch.float32, torch.int32
+            shapes = {
+                "x": ((hidden,), f32),
+                "o_out": ((n, hidden), f32),
+                "expert_out": ((n * top_k, hidden), f32),
+                "head_value": ((n * programs,), f32),
+                "head_index": ((n * programs,), i32),
+                "logits": ((config.vocab_size,), f32),
+            }
+        else:
+            whole = new_state(config, self.tuning, self.quant, self.max_context, programs, "meta")
+            shapes = {name: (getattr(whole, name).shape, getattr(whole, name).dtype) for name in ROLE_FIELDS}
+        shapes["flags"] = ((n, LINE_WORDS), torch.int32)
+        self._buffers = {name: self.heap.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+    def _connect(self, rank: Rank) -> None:
+        """Make a rank's state, and what its launches know of the others."""
+        share, number = rank.share, rank.share.rank
+        state = self._state_of(share, rank.config, rank.tuning, self.device)
+        fields = TP_FIELDS if self.layout == "tp" else ROLE_FIELDS
+        rank.own_state = state._replace(**{name: self._buffers[name][number] for name in fields})
+        flags = self._buffers["flags"]
+        if self.layout == "tp":
+            rank.state = rank.own_state
+            rank.peers = Peers(
+                **{name: self._buffers[name] for name in TP_FIELDS},
+                o_out=self._buffers["o_out"],
+                x_before_o=torch.zeros(self.config.hidden_size, device=self.device),
+                flags=flags,
+                own_flags=flags[number],
+                epoch=0,
+            )
+        else:
+            self._connect_role(rank)
+
+    def _connect_role(self, rank: Rank) -> None:
+        number, buffers = rank.share.rank, self._buffers
+        targets = range(1, self.heap.n_ranks) if number == 0 else (number,)
+        inputs = tuple(
+            rank.own_state._replace(
+                **{name: buffers[name][target] for name in ("expert_in", "expert_in_scale", "router_logits")}
+            )
+            for target in targets
+        )
+        first = self._first_expert(number) * self.config.hidden_size
+        out = rank.own_state.expert_out if number == 0 else offset(buffers["expert_out"][0], first)
+        rank.state = inputs[0]._replace(expert_out=out)
+        rank.peers = RolePeers(inputs, buffers["tokens"], buffers["flags"], buffers["flags"][number], 0)
+
+    # ------------------------------------------------------------ launches
+
+    def _build(self) -> None:
+        for rank in self.ranks:
+            share, config = rank.share, rank.config
+            if self.layout == "tp":
+                roles = {"n_ranks": share.n_ranks, "rank": share.rank, "first_row": share.vocabulary.start}
+            elif share.has_attention:
+                roles = {"n_expert_ranks": share.n_ranks - 1}
+            else:
+                ends = self._first_expert(share.rank), self._first_expert(share.rank + 1)
+                config = dataclasses.replace(config, experts_per_token=ends[1] - ends[0])
+                roles = {"rank": share.rank, "top_k": self.config.experts_per_token, "first_expert": ends[0]}
+            rank.build = Build(config.compiled(), rank.tuning, self.quant, **roles)
+        self.build = self.traced_build = self.ranks[0].build
+
+    def _first_expert(self, number: int) -> int:
+        """Return the rank of the first chosen expert that a GPU with experts has; layout roles."""
+        return (number - 1) * self.config.experts_per_token // (self.heap.n_ranks - 1)
+
+    def _new_prefill(self) -> None:
+        self.blocks = dataclasses.replace(self.blocks, min_tokens=FEW_TOKENS)
+
+    def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
+        n_layers = self.config.n_layers if n_layers is None else n_layers
+        launches = [self._launch_of(rank, position, token, logits, n_layers) for rank in self.ranks]
+        self.epoch += 3 + len(PHASES) * n_layers
+        if self.device.type == "cpu":
+            interpreter.launch_together(launches)
+            return
+        for kernel, grid, arguments, options in launches:
+            kernel[grid](*arguments, **options)
+
+    def _launch_of(self, rank: Rank, position: int, token: bool, logits: bool, n_layers: int):
+        """Return (kernel, grid, arguments, options) of a rank's launch."""
+        w, s, build, peers = rank.weights, rank.state, rank.build, rank.peers._replace(epoch=self.epoch)
+        options = rank.tuning.options()
+        where = (position, int(token), int(logits), n_layers, self.max_context, self.num_programs)
+        if self.layout == "tp":
+            block_p = triton.next_power_of_2(self.heap.n_ranks * self.num_programs)
+            return megakernel, self.grid, (w, s, *where, build, block_p, peers), options
+        if rank.share.has_attention:
+            constants = {
+                "BUILD": build,
+                "BLOCK_P": triton.next_power_of_2(self.num_programs),
+            }
+            return attention_rank_kernel, self.grid, (w, s, *where, peers), constants | options
+        arguments = (w, s, int(token), n_layers, self.num_programs, peers)
+        return expert_rank_kernel, self.grid, arguments, {"BUILD": build} | options
+
+    def _check_barriers(self) -> None:
+        for rank in self.ranks:
+            record = int(rank.own_state.sync[ABORT.value])
+            if record:
+                missing, barrier = divmod(record, RANK_UNIT.value)
+                who = f"rank {missing - 1}" if missing else f"a program of rank {rank.share.rank}"
+                raise MegakernelAborted(
+                    f"{who} did not arrive behind {barrier_name(barrier, self.config.n_layers)} "
+                    f"(rank {rank.share.rank} waited for it)"
+                )
+
+
+def offset(buffer: Buffer, n_elements: int) -> Buffer:
+    """Return a buffer without its first elements."""
+    if isinstance(buffer, torch.Tensor):
+        return buffer.view(-1)[n_elements:]
+    return dataclasses.replace(buffer, address=buffer.address + n_elements * buffer.dtype.itemsize)
