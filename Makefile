@@ -27,7 +27,7 @@ run:
 
 test:
 	$(set_up) test
-	@.venv/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-gpu:
 	$(set_up) test

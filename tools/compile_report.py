@@ -57,7 +57,7 @@ SCALED_MFMA = "v_mfma_scale_f32_16x16x128_f8f6f4"
 PRODUCT = r"v_(?:pk_)?(?:fma|fmac)_f32"
 # The source lines that load weights and scales.
 DENSE = re.compile(r"tl\.load\(w_ptr ")
-WEIGHTS = re.compile(r"tl\.load\((?:w_ptr|blocks_ptr|bytes_ptr) ")
+WEIGHTS = re.compile(r"tl\.load\((?:w_ptr|blocks_ptr|bytes_ptr|matrix\.ptr) ")
 SCALES = re.compile(r"tl\.load\(scales?_ptr \+ rows")
 
 

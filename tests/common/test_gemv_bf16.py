@@ -9,7 +9,15 @@ from common.build import Matrix
 from common.gemv_bf16 import gemv_bf16, load_bf16_rows, load_split_vector
 from common.rmsnorm import multiply_blocks
 from common.sm90.gemv import load_thread_vector, multiply_rows
-from common.sm90.ring import DESCRIPTION_BYTES, behind_stages, describe_tile, fill_stage, open_ring, wait_for_stage
+from common.sm90.ring import (
+    DESCRIPTION_BYTES,
+    TilePieces,
+    behind_stages,
+    describe_tile,
+    fill_stage,
+    open_ring,
+    wait_for_stage,
+)
 
 SHAPES = [(1, 2), (5, 38), (8, 32), (13, 130), (7, 2880)]
 BLOCKS = [(1, 32), (4, 16), (8, 128), (16, 4096), (2, 2)]
@@ -201,7 +209,7 @@ def stage_kernel(out_ptr, w_ptr, x_ptr, MATRIX: tl.constexpr, THREADS: tl.conste
     ring = open_ring(1, STAGE, 16 * THREADS + DESCRIPTION_BYTES)
     description = behind_stages(ring, 1, STAGE) + 16 * THREADS
     at = w_ptr.to(tl.int64) + tile * TILE_BYTES
-    describe_tile(description, at, at * 0 + TILE_BYTES, at, at * 0, tile >= 0)
+    describe_tile(description, TilePieces(at, at * 0 + TILE_BYTES, at, at * 0), tile >= 0)
     fill_stage(ring, 0, description, 1, STAGE)
     sums = multiply_rows(wait_for_stage(ring, 0, 1, STAGE), x, ROWS, MATRIX)
     part = tl.arange(0, ROWS // COPIES)[:, None, None] * COPIES + tl.arange(0, COPIES)[None, :, None]
