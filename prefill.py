@@ -10,6 +10,7 @@ needed from a prompt's tokens before the last. The last token is decoded like an
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # E8M0, 2^13: float16 would lose an expert's other elements beside those with a larger scale, so prompts of such models
 # are not fed in blocks but token by token.
 MAX_SCALE = 140
+Launch = tuple[Callable, tuple[int, ...], tuple, dict]  # (kernel, grid, arguments, options)
 # Arguments that change from launch to launch must not compile a kernel of their own.
 DYNAMIC = ["layer", "position", "n_tokens", "n_pairs", "max_context"]
 
@@ -506,149 +508,153 @@ class Prefill:
             position += n
 
     def _feed_block(self, position: int, n: int) -> None:
-        c, w, s, b = self.config, self.weights, self.state, self.buffers
-        build, compiled = self.build, self.compiled_config
-        embed_kernel[(n,)](s.tokens, w.embed, b.x, position, H=c.hidden_size)
+        for kernel, grid, arguments, options in self.launches(position, n):
+            kernel[grid](*arguments, **options)
+
+    def launches(self, position: int, n: int) -> Iterator[Launch]:
+        """Yield the launches that feed a block of n tokens from `position` on, in order."""
+        c, s, b = self.config, self.state, self.buffers
+        yield from self._embed(position, n)
         for layer in range(c.n_layers):
-            attention_norm_kernel[(n,)](
-                b.x, b.expert_out, w.attn_norm, b.high, b.low, layer, CONFIG=compiled, num_warps=self.blocks.norm_warps
-            )
-            self._dense(build.qkv, w.qkv, w.qkv_scales, w.qkv_bias, b.qkv, layer, n)
+            yield self._attention_norm(layer, n)
+            yield self._dense(self.build.qkv, b.qkv, layer, n)
             max_context = s.k_cache.shape[2]
-            append_kernel[(n,)](
-                b.qkv, s.k_cache, s.v_cache, s.cos, s.sin, layer, position, max_context, CONFIG=compiled
-            )
+            cache = (b.qkv, s.k_cache, s.v_cache, s.cos, s.sin, layer, position, max_context)
+            yield append_kernel, (n,), cache, {"CONFIG": self.compiled_config}
             if layer == c.n_layers - 1:
                 return
-            self._attention(layer, position, n, max_context)
-            self._dense(build.o, w.o, w.o_scales, w.o_bias, b.x, layer, n, add=True)
-            self._experts(layer, n)
+            yield self._attention(layer, position, n, max_context)
+            yield from self._project(layer, n)
+            yield from self._experts(layer, n)
 
-    def _dense(
-        self,
-        matrix: Matrix,
-        weights: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor,
-        y: torch.Tensor,
-        layer: int,
-        n: int,
-        add: bool = False,
-    ) -> None:
-        tile = self.blocks.dense_tile(matrix.rows, n)
-        dense_kernel[(triton.cdiv(matrix.rows, tile.m) * triton.cdiv(n, tile.n),)](
-            weights,
-            scales,
-            bias,
-            self.buffers.high,
-            self.buffers.low,
-            y,
-            layer,
-            n,
-            MATRIX=matrix,
-            ADD=add,
-            **tile.options(),
+    def _embed(self, position: int, n: int) -> Iterator[Launch]:
+        arguments = (self.state.tokens, self.weights.embed, self.buffers.x, position)
+        yield embed_kernel, (n,), arguments, {"H": self.config.hidden_size}
+
+    def _attention_norm(self, layer: int, n: int) -> Launch:
+        w, b = self.weights, self.buffers
+        arguments = (b.x, b.expert_out, w.attn_norm, b.high, b.low, layer)
+        return (
+            attention_norm_kernel,
+            (n,),
+            arguments,
+            {"CONFIG": self.compiled_config, "num_warps": self.blocks.norm_warps},
         )
 
-    def _attention(self, layer: int, position: int, n: int, max_context: int) -> None:
+    def _project(self, layer: int, n: int) -> Iterator[Launch]:
+        """x += the O projection."""
+        yield self._dense(self.build.o, self.buffers.x, layer, n, add=True)
+
+    def _dense(self, matrix: Matrix, y: torch.Tensor, layer: int, n: int, add: bool = False) -> Launch:
+        """Multiply the vectors in high and low, and add the bias."""
+        w, b = self.weights, self.buffers
+        weights, scales, bias = (getattr(w, matrix.name + ending) for ending in ("", "_scales", "_bias"))
+        tile = self.blocks.dense_tile(matrix.rows, n)
+        return (
+            dense_kernel,
+            (triton.cdiv(matrix.rows, tile.m) * triton.cdiv(n, tile.n),),
+            (weights, scales, bias, b.high, b.low, y, layer, n),
+            {"MATRIX": matrix, "ADD": add, **tile.options()},
+        )
+
+    def _attention(self, layer: int, position: int, n: int, max_context: int) -> Launch:
         c, w, s, b, t = self.config, self.weights, self.state, self.buffers, self.blocks
         group = c.n_heads // c.n_kv_heads
         m = max(t.attention_m, triton.next_power_of_2(group))
-        prompt_attention_kernel[(triton.cdiv(n, m // group) * c.n_kv_heads,)](
-            b.qkv,
-            s.k_cache,
-            s.v_cache,
-            w.sinks,
-            s.cos,
-            s.sin,
-            s.windows,
-            b.high,
-            b.low,
-            layer,
-            position,
-            n,
-            max_context,
-            CONFIG=self.compiled_config,
-            BLOCK_M=m,
-            BLOCK_KEYS=t.attention_t,
-            STAGES=t.attention_stages,
-            num_warps=t.attention_warps,
+        return (
+            prompt_attention_kernel,
+            (triton.cdiv(n, m // group) * c.n_kv_heads,),
+            (
+                b.qkv,
+                s.k_cache,
+                s.v_cache,
+                w.sinks,
+                s.cos,
+                s.sin,
+                s.windows,
+                b.high,
+                b.low,
+                layer,
+                position,
+                n,
+                max_context,
+            ),
+            {
+                "CONFIG": self.compiled_config,
+                "BLOCK_M": m,
+                "BLOCK_KEYS": t.attention_t,
+                "STAGES": t.attention_stages,
+                "num_warps": t.attention_warps,
+            },
         )
 
-    def _experts(self, layer: int, n: int) -> None:
+    def _experts(self, layer: int, n: int) -> Iterator[Launch]:
         c, w, b, t = self.config, self.weights, self.buffers, self.blocks
-        expert_norm_kernel[(n,)](
-            b.x,
-            w.mlp_norm,
-            b.high,
-            b.low,
-            b.expert_in,
-            b.expert_in_scale,
-            layer,
-            BUILD=self.build,
-            num_warps=t.norm_warps,
+        yield (
+            expert_norm_kernel,
+            (n,),
+            (b.x, w.mlp_norm, b.high, b.low, b.expert_in, b.expert_in_scale, layer),
+            {"BUILD": self.build, "num_warps": t.norm_warps},
         )
         router_rows = max(16, triton.next_power_of_2(c.n_experts))  # at least as many as a matrix product takes
         router_tile = Tile(router_rows, t.router_n, t.router_k, t.router_warps, t.router_stages)
-        prompt_router_kernel[(triton.cdiv(n, t.router_n),)](
-            w.router,
-            w.router_scales,
-            w.router_bias,
-            b.high,
-            b.low,
-            b.chosen,
-            b.weights,
-            layer,
-            n,
-            CONFIG=self.compiled_config,
-            MATRIX=self.build.router,
-            **router_tile.options(),
+        yield (
+            prompt_router_kernel,
+            (triton.cdiv(n, t.router_n),),
+            (w.router, w.router_scales, w.router_bias, b.high, b.low, b.chosen, b.weights, layer, n),
+            {"CONFIG": self.compiled_config, "MATRIX": self.build.router, **router_tile.options()},
         )
         n_pairs = n * c.experts_per_token
-        grouping_kernel[(c.n_experts,)](b.chosen, b.order, b.starts, n_pairs, BLOCK=t.grouping)
+        yield (
+            grouping_kernel,
+            (c.n_experts,),
+            (b.chosen, b.order, b.starts, n_pairs),
+            {"BLOCK": t.grouping},
+        )
         mean = n_pairs / c.n_experts
         gate_up, down = t.expert_tile(t.gate_up, mean), t.expert_tile(t.down, mean)
         gate_up_blocks, down_blocks = self._max_blocks(gate_up, n_pairs), self._max_blocks(down, n_pairs)
-        blocks_kernel[(2,)](
-            b.starts,
-            b.blocks,
-            gate_up.width,
-            gate_up_blocks,
-            down.width,
-            down_blocks,
-            b.blocks.shape[1],
-            E=c.n_experts,
-            BLOCK=t.grouping,
+        yield (
+            blocks_kernel,
+            (2,),
+            (b.starts, b.blocks, gate_up.width, gate_up_blocks, down.width, down_blocks, b.blocks.shape[1]),
+            {"E": c.n_experts, "BLOCK": t.grouping},
         )
-        prompt_gate_up_kernel[(triton.cdiv(2 * c.intermediate_size, gate_up.m) * gate_up_blocks,)](
-            w.gate_up,
-            w.gate_up_scales,
-            self.gate_up_bases,
-            w.gate_up_bias,
-            b.expert_in,
-            b.expert_in_scale,
-            b.order,
-            b.blocks[0],
-            b.act,
-            b.act_scale,
-            layer,
-            BUILD=self.build,
-            **gate_up.options(),
+        yield (
+            prompt_gate_up_kernel,
+            (triton.cdiv(2 * c.intermediate_size, gate_up.m) * gate_up_blocks,),
+            (
+                w.gate_up,
+                w.gate_up_scales,
+                self.gate_up_bases,
+                w.gate_up_bias,
+                b.expert_in,
+                b.expert_in_scale,
+                b.order,
+                b.blocks[0],
+                b.act,
+                b.act_scale,
+                layer,
+            ),
+            {"BUILD": self.build, **gate_up.options()},
         )
-        prompt_down_kernel[(triton.cdiv(c.hidden_size, down.m) * down_blocks,)](
-            w.down,
-            w.down_scales,
-            self.down_bases,
-            w.down_bias,
-            b.act,
-            b.act_scale,
-            b.order,
-            b.blocks[1],
-            b.weights,
-            b.expert_out,
-            layer,
-            BUILD=self.build,
-            **down.options(),
+        yield (
+            prompt_down_kernel,
+            (triton.cdiv(c.hidden_size, down.m) * down_blocks,),
+            (
+                w.down,
+                w.down_scales,
+                self.down_bases,
+                w.down_bias,
+                b.act,
+                b.act_scale,
+                b.order,
+                b.blocks[1],
+                b.weights,
+                b.expert_out,
+                layer,
+            ),
+            {"BUILD": self.build, **down.options()},
         )
 
     def _max_blocks(self, tile: Tile, n_pairs: int) -> int:

@@ -34,6 +34,9 @@ class Heap(Protocol):
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Buffer, ...]:
         """Return each rank's buffer of a collective allocation; a tensor if it is in this process."""
 
+    def all_true(self, value: bool) -> bool:
+        """Return whether the value is True in all processes, which all call this."""
+
 
 class LocalHeap:
     """All ranks in one process: each buffer is a tensor of its own, on one device."""
@@ -44,6 +47,9 @@ class LocalHeap:
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros(shape, dtype=dtype, device=self._device) for _ in range(self.n_ranks))
+
+    def all_true(self, value: bool) -> bool:
+        return value
 
 
 class IrisHeap:
@@ -81,6 +87,11 @@ class IrisHeap:
             own if rank == self.rank else PeerPointer(address + start, dtype)
             for rank, address in enumerate(self._starts)
         )
+
+    def all_true(self, value: bool) -> bool:
+        values = [False] * self.n_ranks
+        torch.distributed.all_gather_object(values, value)
+        return all(values)
 
 
 def aligned(n_bytes: int) -> int:

@@ -1,7 +1,8 @@
 """A model on several GPUs: what each rank holds and launches. multi_gpu/protocol.py describes the layouts."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from host.state import State, new_state
 from host.tuning import Tuning
 from host.weights import Weights, bytes_to_load, load_weights
 from multi_gpu.checkpoint import ShareCheckpoint
-from multi_gpu.heap import Buffer, Heap
+from multi_gpu.heap import Buffer, Heap, aligned
+from multi_gpu.prompts import SETS, RankPrompts
 from multi_gpu.protocol import LINE_WORDS, Share, shares_of
 from multi_gpu.rank_kernel import attention_rank_kernel, expert_rank_kernel
+from prefill import Launch
 from system.errors import InputError, MegakernelAborted
 
 # Fields of State that other ranks write, by layout: they lie in the heap.
@@ -51,17 +54,28 @@ class RankModel(MegaModel):
     Its interface is Decoder's. All processes call the same methods with the same arguments, and get the same tokens.
     """
 
-    def __init__(self, checkpoint, layout: str, heap: Heap, ranks: Sequence[int], quant: bool = False, **options):
-        """Load the shares of `ranks`. Options are those of Decoder, without `weights`, `tuning` and `trace_position`.
+    def __init__(
+        self,
+        checkpoint,
+        layout: str,
+        n_ranks: int,
+        ranks: Sequence[int],
+        open_heap: Callable[[int], Heap],
+        quant: bool = False,
+        **options,
+    ):
+        """Load the shares of `ranks`, those of this process.
 
-        Raise InputError if the layout does not exist for the heap's number of ranks or this model, and what Decoder
-        raises.
+        open_heap: opens a heap with room for so many bytes of buffers on each rank. Options are those of Decoder,
+        without `weights`, `tuning` and `trace_position`. Raise InputError if the layout does not exist for so many
+        ranks or cannot split this model, and what Decoder raises.
         """
-        self.layout, self.heap = layout, heap
-        self.shares = shares_of(checkpoint.config, layout, heap.n_ranks)
-        self._rank_numbers = tuple(ranks)
-        self._buffers: dict[str, tuple[Buffer, ...]] = {}
-        self.epoch = 0
+        self.layout = layout
+        self.shares = shares_of(checkpoint.config, layout, n_ranks)
+        self._rank_numbers, self._open_heap = tuple(ranks), open_heap
+        self.heap: Heap | None = None
+        self.buffers: dict[str, tuple[Buffer, ...]] = {}
+        self.epoch = 0  # what the next launch's exchanges count from
         super().__init__(checkpoint, quant, **options)
 
     # ------------------------------------------------------------ loading
@@ -105,9 +119,15 @@ class RankModel(MegaModel):
 
     def _allocate(self) -> None:
         """Allocate the buffers that other ranks write, once: the heap takes nothing back."""
-        if self._buffers:
+        if self.buffers:
             return
-        n, config, programs = self.heap.n_ranks, self.config, self.num_programs
+        shapes = self._buffer_shapes()
+        self.heap = self._open_heap(sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes.values()))
+        self.buffers = {name: self.heap.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+    def _buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return (shape, dtype) of each buffer of the heap."""
+        n, config, programs = len(self.shares), self.config, self.num_programs
         hidden, top_k = config.hidden_size, config.experts_per_token
         if self.layout == "tp":
             f32, i32 = torch.float32, torch.int32
@@ -119,24 +139,26 @@ class RankModel(MegaModel):
                 "head_index": ((n * programs,), i32),
                 "logits": ((config.vocab_size,), f32),
             }
+            tokens = min(self.blocks.tokens, self.max_context)
+            shapes |= {f"rows {turn}": ((n, tokens, hidden), f32) for turn in range(SETS)}
         else:
             whole = new_state(config, self.tuning, self.quant, self.max_context, programs, "meta")
             shapes = {name: (getattr(whole, name).shape, getattr(whole, name).dtype) for name in ROLE_FIELDS}
         shapes["flags"] = ((n, LINE_WORDS), torch.int32)
-        self._buffers = {name: self.heap.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        return shapes
 
     def _connect(self, rank: Rank) -> None:
         """Make a rank's state, and what its launches know of the others."""
         share, number = rank.share, rank.share.rank
         state = self._state_of(share, rank.config, rank.tuning, self.device)
         fields = TP_FIELDS if self.layout == "tp" else ROLE_FIELDS
-        rank.own_state = state._replace(**{name: self._buffers[name][number] for name in fields})
-        flags = self._buffers["flags"]
+        rank.own_state = state._replace(**{name: self.buffers[name][number] for name in fields})
+        flags = self.buffers["flags"]
         if self.layout == "tp":
             rank.state = rank.own_state
             rank.peers = Peers(
-                **{name: self._buffers[name] for name in TP_FIELDS},
-                o_out=self._buffers["o_out"],
+                **{name: self.buffers[name] for name in TP_FIELDS},
+                o_out=self.buffers["o_out"],
                 x_before_o=torch.zeros(self.config.hidden_size, device=self.device),
                 flags=flags,
                 own_flags=flags[number],
@@ -146,8 +168,8 @@ class RankModel(MegaModel):
             self._connect_role(rank)
 
     def _connect_role(self, rank: Rank) -> None:
-        number, buffers = rank.share.rank, self._buffers
-        targets = range(1, self.heap.n_ranks) if number == 0 else (number,)
+        number, buffers = rank.share.rank, self.buffers
+        targets = range(1, len(self.shares)) if number == 0 else (number,)
         inputs = tuple(
             rank.own_state._replace(
                 **{name: buffers[name][target] for name in ("expert_in", "expert_in_scale", "router_logits")}
@@ -177,28 +199,34 @@ class RankModel(MegaModel):
 
     def _first_expert(self, number: int) -> int:
         """Return the rank of the first chosen expert that a GPU with experts has; layout roles."""
-        return (number - 1) * self.config.experts_per_token // (self.heap.n_ranks - 1)
+        return (number - 1) * self.config.experts_per_token // (len(self.shares) - 1)
 
-    def _new_prefill(self) -> None:
+    def _new_prefill(self) -> RankPrompts | None:
+        if self.layout == "tp":
+            return RankPrompts(self)
         self.blocks = dataclasses.replace(self.blocks, min_tokens=FEW_TOKENS)
+        return None
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         n_layers = self.config.n_layers if n_layers is None else n_layers
-        launches = [self._launch_of(rank, position, token, logits, n_layers) for rank in self.ranks]
+        self.run_together([self._launch_of(rank, position, token, logits, n_layers) for rank in self.ranks])
         self.epoch += 3 + len(PHASES) * n_layers
+
+    def run_together(self, launches: Sequence[Launch]) -> None:
+        """Launch a kernel of each rank of this process; they may wait for each other."""
         if self.device.type == "cpu":
             interpreter.launch_together(launches)
             return
         for kernel, grid, arguments, options in launches:
             kernel[grid](*arguments, **options)
 
-    def _launch_of(self, rank: Rank, position: int, token: bool, logits: bool, n_layers: int):
-        """Return (kernel, grid, arguments, options) of a rank's launch."""
+    def _launch_of(self, rank: Rank, position: int, token: bool, logits: bool, n_layers: int) -> Launch:
+        """Return a rank's launch for a position."""
         w, s, build, peers = rank.weights, rank.state, rank.build, rank.peers._replace(epoch=self.epoch)
         options = rank.tuning.options()
         where = (position, int(token), int(logits), n_layers, self.max_context, self.num_programs)
         if self.layout == "tp":
-            block_p = triton.next_power_of_2(self.heap.n_ranks * self.num_programs)
+            block_p = triton.next_power_of_2(len(self.shares) * self.num_programs)
             return megakernel, self.grid, (w, s, *where, build, block_p, peers), options
         if rank.share.has_attention:
             constants = {
