@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from measure.random_cache import fill_cache
 from measure.report import check_report_files, display_name, markdown_table, progress, write_file
 from measure.timing import DeviceMarks, Spread, WallMarks, checksum, spread
 from measure.traffic import bytes_per_token
+from multi_gpu.group import Group, restart_by_torchrun
+from multi_gpu.protocol import LAYOUTS, check_ranks
+from multi_gpu.ranks import RankModel
 from system.errors import InputError, RunsDiffer
 
 GPU_CONTEXTS = (128, 2048, 8192, 32768, 131072)
@@ -122,6 +126,10 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-programs", metavar="N", type=cli.positive_int, help="default: all that are resident at once"
     )
+    parser.add_argument(
+        "--gpus", metavar="N", type=cli.positive_int, help="split the model over N GPUs of this machine"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="tp", help="how several GPUs share the model; default: tp")
     cli.add_report_arguments(parser, "time over context")
 
 
@@ -155,7 +163,9 @@ def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | N
     """Time runs around one context, after one that warms up. Raises RunsDiffer if their tokens differ."""
     start = plan.first_position(context)
     model.reset()
-    fill_cache(model.state.k_cache, model.state.v_cache, start, SEED)
+    for state in model.states():
+        if state.k_cache.shape[2] > start:  # a GPU that has experts alone keeps no keys
+            fill_cache(state.k_cache, state.v_cache, start, SEED)
     expected, _, _ = timed_run(model, start, plan.steps)
     device_ms, wall_ms = [], []
     for _ in range(plan.repeats):
@@ -166,7 +176,8 @@ def measure(model: MegaModel, plan: Plan, context: int, bandwidth: Bandwidth | N
         wall_ms += wall_intervals
     n_bytes = bytes_per_token(model.config, context)
     device = spread(device_ms) if device_ms else None
-    floor_ms = n_bytes / bandwidth.bytes_per_second * 1e3 if bandwidth else None
+    readers = model.n_readers if isinstance(model, RankModel) else 1
+    floor_ms = n_bytes / readers / bandwidth.bytes_per_second * 1e3 if bandwidth else None
     return Measurement(
         path=cli.path_name(model.quant, model.config.dense),
         context=context,
@@ -258,6 +269,14 @@ def main() -> None:
         add_benchmark_arguments,
     )
     check_report_files(args)
+    group = None
+    if args.gpus:
+        check_ranks(args.layout, args.gpus)
+        restart_by_torchrun(args.gpus)
+        group = Group()
+        if group.rank > 0:  # rank 0 reports
+            args.json = args.plot = None
+            sys.stdout = sys.stderr = open(os.devnull, "w")
     device = usable_device(None)
     checkpoint, _ = open_model(args)
     inputs = files_of(checkpoint)
@@ -270,14 +289,13 @@ def main() -> None:
     progress("no bandwidth measured on a CPU" if device.type == "cpu" else "measuring the read bandwidth")
     bandwidth = measure_read_bandwidth(device)
     progress(f"loading {name}")
-    model = MegaModel(
-        checkpoint,
-        cli.paths_to_measure(args)[0],
-        plan.max_context,
-        num_programs=args.num_programs,
-        show_progress=sys.stderr.isatty(),
-        dense=dense,
-    )
+    quant = cli.paths_to_measure(args)[0]
+    options = {"num_programs": args.num_programs, "show_progress": sys.stderr.isatty(), "dense": dense}
+    if group:
+        name += f", {group.n_ranks} GPUs, layout {args.layout}"
+        model = RankModel.of_group(group, checkpoint, args.layout, quant, max_context=plan.max_context, **options)
+    else:
+        model = MegaModel(checkpoint, quant, plan.max_context, **options)
 
     def measure_context(model: MegaModel, context: int) -> Measurement:
         progress(f"measuring {cli.path_name(model.quant, dense)} at context {context}")

@@ -182,7 +182,7 @@ class Decoder:
         self._begin_use()
         self.n_fed = 0
         self._in_flight = range(self.max_context)  # until all is zeroed, an interrupt leaves no position usable
-        for s in self._states():
+        for s in self.states():
             for tensor in (s.k_cache, s.v_cache, s.split_arrivals, s.sync):
                 tensor.zero_()
         self._in_flight, self._lost_end = None, 0
@@ -208,7 +208,7 @@ class Decoder:
         if self._in_flight is not None:
             self.n_fed = min(self.n_fed, self._in_flight.start)
             self._lost_end = max(self._lost_end, self._in_flight.stop)
-            for s in self._states():
+            for s in self.states():
                 s.sync[: ABORT.value] = 0  # arrivals of programs that were stopped
                 s.split_arrivals.zero_()
             self._in_flight = None
@@ -231,7 +231,7 @@ class Decoder:
                     stream.wait_stream(last)
                 Decoder._last_stream = stream
 
-    def _states(self) -> Sequence[State]:
+    def states(self) -> Sequence[State]:
         """Return all states of this process; those of several GPUs may be among them."""
         return (self.state,)
 
@@ -462,7 +462,7 @@ class Decoder:
         self._check_fit(token_ids, position)
         self.n_fed = min(self.n_fed, position)
         ids = torch.tensor(token_ids, dtype=torch.int32).to(self.device)
-        for s in self._states():
+        for s in self.states():
             s.tokens[position:] = -1
             s.tokens[position : position + len(token_ids)] = ids
 

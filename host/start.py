@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _runs_project_script() -> bool:
-    """Return whether this process runs a file of the project's root or of tools/."""
+    """Return whether this process runs a file of the project's root, of tools/ or of multi_gpu/."""
     path = getattr(sys.modules["__main__"], "__file__", None)
-    return path is not None and Path(path).resolve().parent in (ROOT, ROOT / "tools")
+    return path is not None and Path(path).resolve().parent in (ROOT, ROOT / "tools", ROOT / "multi_gpu")
 
 
 def _report(error_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

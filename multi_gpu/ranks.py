@@ -21,6 +21,7 @@ from host.state import State, new_state
 from host.tuning import Tuning
 from host.weights import Weights, bytes_to_load, load_weights
 from multi_gpu.checkpoint import ShareCheckpoint
+from multi_gpu.group import Group
 from multi_gpu.heap import Buffer, Heap, aligned
 from multi_gpu.prompts import SETS, RankPrompts
 from multi_gpu.protocol import LINE_WORDS, Share, shares_of
@@ -62,15 +63,17 @@ class RankModel(MegaModel):
         ranks: Sequence[int],
         open_heap: Callable[[int], Heap],
         quant: bool = False,
+        gather: Callable[[Callable], Any] = lambda call: call(),
         **options,
     ):
         """Load the shares of `ranks`, those of this process.
 
-        open_heap: opens a heap with room for so many bytes of buffers on each rank. Options are those of Decoder,
+        open_heap: opens a heap with room for so many bytes of buffers on each rank.
+        gather: calls a function and raises on all ranks what it raises on one. Options are those of Decoder,
         without `weights`, `tuning` and `trace_position`. Raise InputError if the layout does not exist for so many
         ranks or cannot split this model, and what Decoder raises.
         """
-        self.layout = layout
+        self.layout, self._gather = layout, gather
         self.shares = shares_of(checkpoint.config, layout, n_ranks)
         self._rank_numbers, self._open_heap = tuple(ranks), open_heap
         self.heap: Heap | None = None
@@ -78,9 +81,27 @@ class RankModel(MegaModel):
         self.epoch = 0  # what the next launch's exchanges count from
         super().__init__(checkpoint, quant, **options)
 
+    @classmethod
+    def of_group(cls, group: Group, checkpoint, layout: str, quant: bool, **options) -> "RankModel":
+        """Load this process's ranks of a group. Raise InputError on all ranks if one cannot."""
+        return cls(
+            checkpoint,
+            layout,
+            group.n_ranks,
+            group.ranks,
+            group.open_heap,
+            quant,
+            gather=group.together,
+            device=group.device,
+            **options,
+        )
+
     # ------------------------------------------------------------ loading
 
     def _load(self, checkpoint, show_progress: bool) -> Weights:
+        return self._gather(lambda: self._load_ranks(checkpoint, show_progress))
+
+    def _load_ranks(self, checkpoint, show_progress: bool) -> Weights:
         self._check_groups()
         self.ranks = []
         for number in self._rank_numbers:
@@ -109,7 +130,7 @@ class RankModel(MegaModel):
             self._connect(rank)
         return self.ranks[0].own_state
 
-    def _states(self) -> Sequence[State]:
+    def states(self) -> Sequence[State]:
         return [rank.own_state for rank in self.ranks]
 
     def _state_of(self, share: Share, config: ModelConfig, tuning: Tuning, device) -> State:
@@ -197,6 +218,11 @@ class RankModel(MegaModel):
             rank.build = Build(config.compiled(), rank.tuning, self.quant, **roles)
         self.build = self.traced_build = self.ranks[0].build
 
+    @property
+    def n_readers(self) -> int:
+        """GPUs that read a token's weights at the same time."""
+        return len(self.shares) if self.layout == "tp" else 1
+
     def _first_expert(self, number: int) -> int:
         """Return the rank of the first chosen expert that a GPU with experts has; layout roles."""
         return (number - 1) * self.config.experts_per_token // (len(self.shares) - 1)
@@ -236,6 +262,21 @@ class RankModel(MegaModel):
             return attention_rank_kernel, self.grid, (w, s, *where, peers), constants | options
         arguments = (w, s, int(token), n_layers, self.num_programs, peers)
         return expert_rank_kernel, self.grid, arguments, {"BUILD": build} | options
+
+    def _missing_shared_memory(self) -> int:
+        if self.device.type == "cuda":
+            self._gather(self._prepare)
+        return super()._missing_shared_memory()
+
+    def _prepare(self) -> None:
+        """Compile and load this rank's kernel, as no rank may wait while another one compiles."""
+        for rank in self.ranks:
+            kernel, grid, arguments, options = self._launch_of(rank, 0, False, False, 0)
+            kernel.warmup(*arguments, grid=grid, **options)._init_handles()
+
+    def check_peers(self) -> None:
+        """Raise MegakernelAborted if a launch gave up waiting for a rank. Wait until the launches have ended."""
+        self._check_barriers()
 
     def _check_barriers(self) -> None:
         for rank in self.ranks:

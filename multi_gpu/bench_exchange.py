@@ -1,0 +1,164 @@
+"""Time one exchange of all ranks by itself: bytes that each rank stores at every other one, against microseconds.
+
+torchrun --nproc-per-node 2 multi_gpu/bench_exchange.py
+python multi_gpu/bench_exchange.py --ranks 2      # in the CPU interpreter: right or wrong, no timing
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import host.start
+
+import argparse
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+import interpreter
+from checkpoints.config import GPT_OSS_120B
+from common.barrier import ABORT, SYNC_WORDS, leave_grid
+from common.build import Build
+from common.context import Context
+from common.exchange import advance, raise_flags, store, wait_for_flags
+from host import cli
+from host.backend import usable_device
+from host.launch import program_count, tuning_for
+from measure.report import markdown_table
+from multi_gpu.group import Group
+from multi_gpu.heap import aligned
+from multi_gpu.prompts import RowPeers
+from multi_gpu.protocol import LINE_WORDS
+from system.errors import InputError, MegakernelAborted
+
+SIZES = (4, 1 << 10, 5760, 11520, 46080, 1 << 17, 1 << 20)  # bytes; 11,520: a float32 vector of 2,880
+BLOCK = 256  # elements that a program stores at a time
+GPU_ROUNDS, CPU_ROUNDS = 1000, 4
+REPEATS = 5
+
+
+class Sync(NamedTuple):
+    """The part of a State that an exchange uses."""
+
+    sync: Any
+
+
+@triton.jit(do_not_specialize=["n_elements", "capacity", "rounds", "n_programs"])
+def exchange_rounds_kernel(
+    sync_ptr, wrong_ptr, n_elements, capacity, rounds, n_programs, peers, N: tl.constexpr, BUILD: tl.constexpr
+):
+    """Exchange n_elements float32 of every rank, `rounds` times; count values that are not the sender's.
+
+    capacity: elements from one rank's values to the next rank's; two sets of them are taken in turns.
+    """
+    N_RANKS: tl.constexpr = BUILD.n_ranks
+    program = tl.program_id(0)
+    ctx = Context((), Sync(sync_ptr), 0, 0, 0, 0, program, n_programs, (), peers)
+    wrong = 0
+    for n in range(1, rounds + 1):
+        first = n % 2 * N_RANKS * capacity
+        for block in range(program, tl.cdiv(n_elements, N), n_programs):
+            i = block * N + tl.arange(0, N)
+            value = (i + n + 7 * BUILD.rank).to(tl.float32)
+            store(advance(peers.rows, first + BUILD.rank * capacity + i, BUILD), value, i < n_elements, BUILD)
+        raise_flags(ctx, n, n, BUILD.everyone, BUILD)
+        wait_for_flags(ctx, n, BUILD.everyone, BUILD)
+        for block in range(program, tl.cdiv(n_elements, N), n_programs):
+            i = block * N + tl.arange(0, N)
+            for rank in tl.static_range(N_RANKS):
+                value = tl.load(peers.own_rows + first + rank * capacity + i, mask=i < n_elements, other=0.0)
+                expected = (i + n + 7 * rank).to(tl.float32)
+                wrong += tl.sum(((value != expected) & (i < n_elements)).to(tl.int32))
+    tl.atomic_add(wrong_ptr, wrong)
+    MACHINE: tl.constexpr = BUILD.machine
+    leave_grid(sync_ptr, n_programs, MACHINE)
+
+
+class Exchange:
+    """Buffers and launches of one rank or, in the interpreter, of all."""
+
+    def __init__(self, group: Group, max_bytes: int):
+        self.group, self.capacity, self.epoch = group, max_bytes // 4, 0
+        n = group.n_ranks
+        tuning = tuning_for(group.device, GPT_OSS_120B)
+        self.n_programs = program_count(group.device, tuning) if group.on_gpu else 2
+        shapes = {"rows": ((2 * n, self.capacity), torch.float32), "flags": ((n, LINE_WORDS), torch.int32)}
+        heap = group.open_heap(sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes.values()))
+        self.rows, self.flags = (heap.zeros(*shape, dtype=dtype) for shape, dtype in shapes.values())
+        self.tuning = tuning
+        self.builds = [Build(GPT_OSS_120B.compiled(), tuning, n_ranks=n, rank=rank) for rank in group.ranks]
+        self.sync = [torch.zeros(SYNC_WORDS, dtype=torch.int32, device=group.device) for _ in group.ranks]
+        self.wrong = torch.zeros(1, dtype=torch.int32, device=group.device)
+
+    def launches(self, n_bytes: int, rounds: int) -> list[tuple]:
+        """Return (kernel, grid, arguments, options) of each rank of this process."""
+        found = []
+        for rank, build, sync in zip(self.group.ranks, self.builds, self.sync):
+            peers = RowPeers(self.rows, self.rows[rank], self.flags, self.flags[rank], self.epoch)
+            arguments = (sync, self.wrong, n_bytes // 4, self.capacity, rounds, self.n_programs, peers)
+            options = {"N": BLOCK, "BUILD": build, **self.tuning.options()}
+            found.append((exchange_rounds_kernel, (self.n_programs,), arguments, options))
+        self.epoch += rounds + 1
+        return found
+
+    def run(self, n_bytes: int, rounds: int) -> float:
+        """Exchange so many times, and return the seconds. Raise MegakernelAborted if a rank stays away."""
+        self.group.gather(None)
+        start = time.perf_counter()
+        launches = self.launches(n_bytes, rounds)
+        if self.group.on_gpu:
+            for kernel, grid, arguments, options in launches:
+                kernel[grid](*arguments, **options)
+            torch.cuda.synchronize()
+        else:
+            interpreter.launch_together(launches)
+        seconds = time.perf_counter() - start
+        if any(int(sync[ABORT.value]) for sync in self.sync):
+            raise MegakernelAborted(f"rank {self.group.rank}: another rank did not arrive at an exchange")
+        if int(self.wrong):
+            raise MegakernelAborted(f"rank {self.group.rank}: {int(self.wrong)} values were not those that were sent")
+        return seconds
+
+
+def microseconds(exchange: Exchange, n_bytes: int) -> float:
+    """Return the least time of an exchange, launches left out: that of many less that of one, by their number."""
+    rounds = GPU_ROUNDS if exchange.group.on_gpu else CPU_ROUNDS
+    exchange.run(n_bytes, 1)
+    one = min(exchange.run(n_bytes, 1) for _ in range(REPEATS))
+    many = min(exchange.run(n_bytes, rounds) for _ in range(REPEATS))
+    return (many - one) / (rounds - 1) * 1e6
+
+
+def add_exchange_arguments(parser: argparse.ArgumentParser) -> None:
+    """--ranks and --bytes."""
+    parser.add_argument("--ranks", metavar="N", type=cli.positive_int, help="run N ranks in the CPU interpreter")
+    parser.add_argument("--bytes", metavar="N", type=cli.positive_int, nargs="+", default=SIZES, help="multiples of 4")
+
+
+def main() -> None:
+    """Run the benchmark, and print a table on rank 0."""
+    args = cli.parse_arguments("Time an exchange between GPUs.", add_exchange_arguments)
+    if any(n_bytes % 4 for n_bytes in args.bytes):
+        raise InputError("--bytes: multiples of 4, as values are float32")
+    group = Group(args.ranks)
+    try:
+        usable_device(group.device)
+        exchange = Exchange(group, max(args.bytes))
+        timed = group.on_gpu and not group.shares_gpu
+        times = functools.partial(microseconds, exchange)
+        rows = [(f"{n_bytes}", f"{t:.2f}" if timed else "-") for n_bytes, t in ((n, times(n)) for n in args.bytes)]
+        if group.rank == 0:
+            state = "" if timed else "; shared GPU, no timing" if group.on_gpu else "; CPU interpreter, no timing"
+            print(f"An exchange of {group.n_ranks} ranks, {exchange.n_programs} programs each{state}")
+            print("\n".join(markdown_table(("bytes to each rank", "microseconds"), rows)))
+    finally:
+        group.close()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_main(main))

@@ -1,0 +1,101 @@
+"""Generate text with a model on several GPUs.
+
+torchrun --nproc-per-node 2 multi_gpu/run_multi_gpu.py --layout tp --quant
+python multi_gpu/run_multi_gpu.py --layout tp --ranks 2      # in the CPU interpreter
+
+docs/multi_gpu.md describes the layouts.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import host.start
+
+import argparse
+import contextlib
+import os
+
+from checkpoints.config import held_formats
+from host import cli, generation
+from host.limits import context_length
+from load_model import files_of, open_model
+from multi_gpu.group import Group
+from multi_gpu.protocol import LAYOUTS, check_ranks
+from multi_gpu.ranks import RankModel
+
+
+def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    """--layout and --ranks."""
+    parser.add_argument("--layout", choices=LAYOUTS, default="tp", help="how ranks share the model; default: tp")
+    parser.add_argument(
+        "--ranks", metavar="N", type=cli.positive_int, help="run N ranks in the CPU interpreter, without torchrun"
+    )
+
+
+def facts_of(args: argparse.Namespace, checkpoint) -> dict:
+    """Return what all ranks must agree on, by the name that an error gives it."""
+    options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()}
+    return {"the model": checkpoint.config} | {k: v for k, v in options.items() if k not in ("--json", "--logits-out")}
+
+
+def main() -> None:
+    args = cli.parse_arguments(
+        "GPT-OSS decoded by one persistent kernel launch per token and GPU.",
+        cli.add_model_arguments,
+        cli.add_prompt_arguments,
+        cli.add_kernel_arguments,
+        add_rank_arguments,
+    )
+    group = Group(args.ranks)
+    with contextlib.ExitStack() as stack:
+        stack.callback(group.close)
+        if group.rank > 0:  # rank 0 speaks for all
+            args.logits_out = None if args.logits_out is None else Path(os.devnull)
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        checkpoint, tokenizer, prompt_ids = group.together(lambda: open_inputs(args, group))
+        group.check_same(facts_of(args, checkpoint))
+        run(args, group, checkpoint, tokenizer, prompt_ids)
+
+
+def open_inputs(args: argparse.Namespace, group: Group):
+    """Return the checkpoint, its tokenizer and the prompt, all checked."""
+    check_ranks(args.layout, group.n_ranks)
+    if group.rank == 0:
+        generation.check_outputs(args)
+    checkpoint, tokenizer = open_model(args)
+    held_formats(checkpoint, cli.dense_formats(args, checkpoint))
+    return checkpoint, tokenizer, generation.prompt_ids_from(args, tokenizer, checkpoint.config)
+
+
+def run(args: argparse.Namespace, group: Group, checkpoint, tokenizer, prompt_ids: list[int]) -> None:
+    """Generate and print the answer, which all ranks compute."""
+    max_context = context_length(checkpoint.config, args.max_context)
+    wanted = args.logits_out is not None
+    path = args.logits_out if group.rank == 0 else None
+    with generation.logits_writer(path, checkpoint.config.vocab_size, files_of(checkpoint)) as on_logits:
+        if wanted and on_logits is None:
+            on_logits = lambda logits: None  # noqa: E731 - the launches must be rank 0's
+        model = RankModel.of_group(
+            group,
+            checkpoint,
+            args.layout,
+            args.quant,
+            max_context=max_context,
+            num_programs=args.num_programs,
+            dense=cli.dense_formats(args, checkpoint),
+            show_progress=group.rank == 0 and sys.stderr.isatty(),
+        )
+        if args.load_rate and group.rank == 0:
+            print(model.load_rate(), file=sys.stderr)
+        name = f"{args.layout} {group.n_ranks}, {cli.path_name(args.quant, model.config.dense)}"
+        name += ", shared GPU, no timing" if group.shares_gpu else ""
+        try:
+            generation.print_answer(args, model, name, prompt_ids, tokenizer, on_logits)
+        except KeyboardInterrupt:
+            model.check_peers()  # torchrun ends the others when one is gone: say which one a launch has missed
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_main(main))
