@@ -63,7 +63,8 @@ def arrive_among_ranks(ctx, barrier, BUILD: tl.constexpr):
     if BUILD.n_ranks == 1:
         arrive(ctx.s.sync, MACHINE)
     else:
-        raise_flags(ctx, barrier, barrier, BUILD.everyone, BUILD)
+        EVERYONE: tl.constexpr = BUILD.everyone
+        raise_flags(ctx, barrier, barrier, EVERYONE, BUILD)
 
 
 @triton.jit
@@ -90,7 +91,8 @@ def wait_for_ranks(ctx, barrier, BUILD: tl.constexpr):
         MACHINE: tl.constexpr = BUILD.machine
         wait(ctx.s.sync, barrier, ctx.n_programs, BUILD.tuning.spin_limit, MACHINE)
     else:
-        wait_for_flags(ctx, barrier, BUILD.everyone, BUILD)
+        EVERYONE: tl.constexpr = BUILD.everyone
+        wait_for_flags(ctx, barrier, EVERYONE, BUILD)
 
 
 @triton.jit

@@ -57,6 +57,7 @@ def exchange_rounds_kernel(
     capacity: elements from one rank's values to the next rank's; two sets of them are taken in turns.
     """
     N_RANKS: tl.constexpr = BUILD.n_ranks
+    EVERYONE: tl.constexpr = BUILD.everyone
     program = tl.program_id(0)
     ctx = Context((), Sync(sync_ptr), 0, 0, 0, 0, program, n_programs, (), peers)
     wrong = 0
@@ -66,8 +67,8 @@ def exchange_rounds_kernel(
             i = block * N + tl.arange(0, N)
             value = (i + n + 7 * BUILD.rank).to(tl.float32)
             store(advance(peers.rows, first + BUILD.rank * capacity + i, BUILD), value, i < n_elements, BUILD)
-        raise_flags(ctx, n, n, BUILD.everyone, BUILD)
-        wait_for_flags(ctx, n, BUILD.everyone, BUILD)
+        raise_flags(ctx, n, n, EVERYONE, BUILD)
+        wait_for_flags(ctx, n, EVERYONE, BUILD)
         for block in range(program, tl.cdiv(n_elements, N), n_programs):
             i = block * N + tl.arange(0, N)
             for rank in tl.static_range(N_RANKS):

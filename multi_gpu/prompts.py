@@ -62,14 +62,15 @@ def exchange_rows_kernel(
     part, x: float32 [n_elements]. capacity: elements from one rank's rows to the next rank's.
     """
     N_RANKS: tl.constexpr = BUILD.n_ranks
+    EVERYONE: tl.constexpr = BUILD.everyone
     program = tl.program_id(0)
     ctx = Context((), s, 0, 0, 0, 0, program, n_programs, (), peers)
     for block in range(program, tl.cdiv(n_elements, N), n_programs):
         i = block * N + tl.arange(0, N)
         part = tl.load(part_ptr + i, mask=i < n_elements, other=0.0)
         store(advance(peers.rows, BUILD.rank * capacity + i, BUILD), part, i < n_elements, BUILD)
-    raise_flags(ctx, 1, 1, BUILD.everyone, BUILD)
-    wait_for_flags(ctx, 1, BUILD.everyone, BUILD)
+    raise_flags(ctx, 1, 1, EVERYONE, BUILD)
+    wait_for_flags(ctx, 1, EVERYONE, BUILD)
     for block in range(program, tl.cdiv(n_elements, N), n_programs):
         i = block * N + tl.arange(0, N)
         if ADD:

@@ -41,6 +41,7 @@ def attention_rank_kernel(
     QKV: tl.constexpr = BUILD.qkv
     O: tl.constexpr = BUILD.o  # noqa: E741
     LM_HEAD: tl.constexpr = BUILD.lm_head
+    EXPERT_RANKS: tl.constexpr = BUILD.expert_ranks
     ctx = mega.open_context(w, s, position, max_context, n_layers, want_token | want_logits, n_programs, BUILD, peers)
     mega.embedding_phase(ctx, BUILD)
     mega.arrive_at(ctx, 1, BUILD)
@@ -63,8 +64,8 @@ def attention_rank_kernel(
         barrier = mega.wait_at(ctx, barrier, BUILD)
 
         mega.router_phase(ctx, layer, BUILD)
-        raise_flags(ctx, barrier, first + ROUTER, BUILD.expert_ranks, BUILD)
-        wait_for_flags(ctx, first + DOWN, BUILD.expert_ranks, BUILD)
+        raise_flags(ctx, barrier, first + ROUTER, EXPERT_RANKS, BUILD)
+        wait_for_flags(ctx, first + DOWN, EXPERT_RANKS, BUILD)
 
     if ctx.want_head:
         barrier = 2 + n_layers * 4
@@ -74,7 +75,7 @@ def attention_rank_kernel(
         if want_token:
             mega.argmax_phase(ctx, BUILD, BLOCK_P)
             share_token(ctx, BUILD)
-            raise_flags(ctx, barrier, 2 + n_layers * 6, BUILD.expert_ranks, BUILD)
+            raise_flags(ctx, barrier, 2 + n_layers * 6, EXPERT_RANKS, BUILD)
     MACHINE: tl.constexpr = BUILD.machine
     leave_grid(s.sync, n_programs, MACHINE)
 
@@ -99,20 +100,21 @@ def expert_rank_kernel(w, s, want_token, n_layers, n_programs, peers, BUILD: tl.
     FEED: tl.constexpr = BUILD.machine.feed
     GATE_UP: tl.constexpr = BUILD.gate_up
     DOWN_MATRIX: tl.constexpr = BUILD.down
+    ATTENTION_RANKS: tl.constexpr = BUILD.attention_ranks
     ctx = mega.open_context(w, s, 0, 0, n_layers, 0, n_programs, BUILD, peers)
     for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
         barrier = 1 + n * 2
         first = 2 + n * 6
-        wait_for_flags(ctx, first + ROUTER, BUILD.attention_ranks, BUILD)
+        wait_for_flags(ctx, first + ROUTER, ATTENTION_RANKS, BUILD)
         feed = FEED.open_phase(ctx, layer, GATE_UP, no_choice(), BUILD)
         choice, feed = mega.gate_up_phase(ctx, layer, feed, BUILD)
         mega.arrive_at(ctx, barrier, BUILD)
         barrier = mega.wait_at(ctx, barrier, BUILD)
 
         mega.down_phase(ctx, layer, choice, FEED.open_phase(ctx, layer, DOWN_MATRIX, choice, BUILD), BUILD)
-        raise_flags(ctx, barrier, first + DOWN, BUILD.attention_ranks, BUILD)
+        raise_flags(ctx, barrier, first + DOWN, ATTENTION_RANKS, BUILD)
     if want_token:
-        wait_for_flags(ctx, 2 + n_layers * 6, BUILD.attention_ranks, BUILD)
+        wait_for_flags(ctx, 2 + n_layers * 6, ATTENTION_RANKS, BUILD)
     MACHINE: tl.constexpr = BUILD.machine
     leave_grid(s.sync, n_programs, MACHINE)

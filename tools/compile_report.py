@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from triton.compiler import ASTSource
 import gpt_oss_megakernel as mega
 from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from common.build import Build, Matrix, Operand
+from common.exchange import Peers
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from host.cli import ArgumentParser, path_name, run_main
 from host.launch import GFX950, SM_90, fit_ring, programs_on
@@ -68,8 +70,12 @@ def compile_megakernel(
     tuning: Tuning | None = None,
     kv_dtype: torch.dtype = torch.bfloat16,
     trace: bool = False,
+    n_ranks: int = 1,
 ):
-    """Return Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
+    """Return Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it.
+
+    n_ranks: GPUs that share the matrices of `config`, which are this GPU's parts; it is rank 1 of several.
+    """
     gpu, default_tuning = TARGETS[target]
     tuning = tuning or (fit_ring(default_tuning, config) if default_tuning.ring else default_tuning)
     n_programs = programs_on(UNITS[target], tuning)
@@ -79,14 +85,14 @@ def compile_megakernel(
     state = new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
     names = mega.megakernel.arg_names
     constants = {
-        "BUILD": Build(config.compiled(), tuning, quant, trace),
-        "BLOCK_P": triton.next_power_of_2(n_programs),
+        "BUILD": Build(config.compiled(), tuning, quant, trace, n_ranks, min(1, n_ranks - 1)),
+        "BLOCK_P": triton.next_power_of_2(n_ranks * n_programs),
     }
     signature = {
         "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),
         "s": State(*(TRITON_TYPES[t.dtype] for t in state)),
         **{name: "constexpr" if name in constants else "i32" for name in names[2:]},
-        "peers": (),
+        "peers": peers_of(("*fp32",) * n_ranks, ("*i32",) * n_ranks) if n_ranks > 1 else (),
     }
     attrs = {
         (arg, field): pointer_attributes(target, tensor)
@@ -94,6 +100,8 @@ def compile_megakernel(
         for field, tensor in enumerate(group)
     }
     attrs[(names.index("max_context"),)] = ALIGNED
+    for path in pointer_paths(signature["peers"], (names.index("peers"),)):
+        attrs[path] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=mega.megakernel,
         signature=signature,
@@ -101,6 +109,20 @@ def compile_megakernel(
         attrs=attrs,
     )
     return triton.compile(source, target=gpu, options=tuning.options())
+
+
+def peers_of(f32: tuple[str, ...], i32: tuple[str, ...]) -> Peers:
+    """Return the types of what a launch knows of other GPUs."""
+    return Peers(f32, f32[0], f32, f32, f32, i32, f32, i32, i32[0], "i32")
+
+
+def pointer_paths(types, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield the place of each pointer in a tuple of types, which may hold tuples."""
+    for n, kind in enumerate(types):
+        if isinstance(kind, tuple):
+            yield from pointer_paths(kind, (*path, n))
+        elif kind.startswith("*"):
+            yield (*path, n)
 
 
 def pointer_attributes(target: str, tensor: torch.Tensor) -> list:
