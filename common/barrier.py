@@ -48,16 +48,27 @@ def count_arrival(counter_ptr, MACHINE: tl.constexpr):
 @triton.jit
 def wait_for(counter_ptr, target, sync_ptr, index, SPIN_LIMIT: tl.constexpr, SYNC: tl.constexpr):
     """Wait until `target` arrivals are counted and what they stored before is visible; give up as barrier `index`."""
+    if poll_until(counter_ptr, target, SPIN_LIMIT, SYNC) < target:
+        give_up(sync_ptr, index)
+    tl.debug_barrier()
+
+
+@triton.jit
+def poll_until(counter_ptr, target, SPIN_LIMIT: tl.constexpr, SYNC: tl.constexpr):
+    """Return a counter that has reached `target`, or what it is after SPIN_LIMIT polls."""
     arrived = 0
     spins = 0
     while (arrived < target) & (spins < SPIN_LIMIT):
         arrived = SYNC.poll(counter_ptr, target)
         spins += 1
-    arrived = SYNC.acquire(counter_ptr, arrived)
-    if arrived < target:
-        tl.atomic_cas(sync_ptr + ABORT, 0, index, sem="relaxed", scope="gpu")
-        tl.atomic_max(sync_ptr + ARRIVALS, OPEN_ALL, sem="relaxed", scope="gpu")
-    tl.debug_barrier()
+    return SYNC.acquire(counter_ptr, arrived)
+
+
+@triton.jit
+def give_up(sync_ptr, index):
+    """Record the barrier that gave up first, and open all barriers."""
+    tl.atomic_cas(sync_ptr + ABORT, 0, index, sem="relaxed", scope="gpu")
+    tl.atomic_max(sync_ptr + ARRIVALS, OPEN_ALL, sem="relaxed", scope="gpu")
 
 
 @triton.jit

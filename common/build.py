@@ -43,6 +43,8 @@ class Build:
     n_ranks: int = 1  # GPUs that share each matrix, see common/exchange.py
     rank: int = 0  # of this one
     first_row: int = 0  # token id of this rank's first row of embedding and LM head
+    has_attention: bool = True  # and router, embedding and LM head
+    has_experts: bool = True
     n_expert_ranks: int = 1  # GPUs that the chosen experts are distributed over
     top_k: int | None = None  # chosen experts, if this GPU has config.experts_per_token of them
     first_expert: int = 0  # rank of the first chosen expert that it has

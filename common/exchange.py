@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from common.barrier import ARRIVALS, arrive, wait, wait_for
+from common.barrier import ARRIVALS, OPEN_ALL, arrive, give_up, poll_until, wait
 from common.experts import Choice, pick
 from common.gemv_dense import load_row_vector
 from common.rmsnorm import add_blocks
@@ -103,8 +103,12 @@ def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr):
     N_SENDERS: tl.constexpr = len(FROM)
     for i in tl.static_range(N_SENDERS):
         flag_ptr = ctx.peers.own_flags + FROM[i] * LINE_WORDS
-        record = number + (FROM[i] + 1) * RANK_UNIT
-        wait_for(flag_ptr, ctx.peers.epoch + number, ctx.s.sync, record, SPINS, SYNC)
+        target = ctx.peers.epoch + number
+        if poll_until(flag_ptr, target, SPINS, SYNC) < target:
+            give_up(ctx.s.sync, number + (FROM[i] + 1) * RANK_UNIT)
+            for n in tl.static_range(N_SENDERS):  # no later wait for a flag has to give up once more
+                tl.atomic_max(ctx.peers.own_flags + FROM[n] * LINE_WORDS, OPEN_ALL, sem="relaxed", scope="gpu")
+        tl.debug_barrier()
 
 
 # ---------------------------------------------------------------- values

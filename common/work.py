@@ -85,4 +85,10 @@ def share_work(program, n_programs, BUILD: tl.constexpr):
     members = (n_programs - program % ranks + ranks - 1) // ranks
     per_expert = tl.maximum(tl.cdiv(BUILD.down.n_tiles - member, members), 0)
     count = per_expert * tl.cdiv(TOP_K - program % ranks, ranks)
-    return Work(qkv, o, gate_up_count, DownTiles(ranks, member, members, per_expert, count), lm_head)
+    down = DownTiles(ranks, member, members, per_expert, count)
+    # A GPU without some matrices has none of their tiles.
+    if not BUILD.has_attention:
+        qkv, o, lm_head = Tiles(0, 0), Tiles(0, 0), Tiles(0, 0)
+    if not BUILD.has_experts:
+        gate_up_count, down = 0, DownTiles(ranks, member, members, 0, 0)
+    return Work(qkv, o, gate_up_count, down, lm_head)

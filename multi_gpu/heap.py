@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import triton
 
 from system.errors import InputError
 
 REQUIREMENTS = "requirements-multi-gpu.txt"
 ALIGNMENT = 1 << 10  # bytes
+MIN_HEAP_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class IrisHeap:
                 f"Iris cannot be imported ({str(error).splitlines()[0]}): pip install -r {REQUIREMENTS}"
             ) from None
         try:
-            self._context = iris.iris(heap_size=2 * n_bytes, allocator_type="vmem_chunked")
+            # A power of two, as the allocator's chunks must be.
+            heap_bytes = max(MIN_HEAP_BYTES, triton.next_power_of_2(2 * n_bytes))
+            self._context = iris.iris(heap_size=heap_bytes, allocator_type="vmem_chunked")
             self._memory = self._context.zeros(n_bytes, dtype=torch.uint8)
         except RuntimeError as error:
             raise InputError(f"Iris's heap of {n_bytes} bytes: {str(error).splitlines()[0]}") from None

@@ -38,38 +38,40 @@ def attention_rank_kernel(
     The pointers of s to what the router leaves lead to the first rank with experts, those of peers.inputs to all.
     """
     FEED: tl.constexpr = BUILD.machine.feed
-    QKV: tl.constexpr = BUILD.qkv
-    O: tl.constexpr = BUILD.o  # noqa: E741
-    LM_HEAD: tl.constexpr = BUILD.lm_head
     EXPERT_RANKS: tl.constexpr = BUILD.expert_ranks
     ctx = mega.open_context(w, s, position, max_context, n_layers, want_token | want_logits, n_programs, BUILD, peers)
     mega.embedding_phase(ctx, BUILD)
     mega.arrive_at(ctx, 1, BUILD)
+    feed = FEED.open(ctx, BUILD)
     barrier = mega.wait_at(ctx, tl.cast(1, tl.int32), BUILD)
 
     for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
         barrier = 2 + n * 4  # of this rank, which has no barriers of gate-up and down
         first = 2 + n * 6
-        mega.qkv_phase(ctx, layer, FEED.open_phase(ctx, layer, QKV, no_choice(), BUILD), BUILD)
+        feed = FEED.extend(ctx, n, feed)
+        feed = mega.qkv_phase(ctx, layer, feed, BUILD)
         mega.arrive_at(ctx, barrier, BUILD)
         barrier = mega.wait_at(ctx, barrier, BUILD)
 
         mega.attention_phase(ctx, layer, tl.load(s.windows + layer), barrier, BUILD)
         mega.arrive_at(ctx, barrier, BUILD)
+        feed = FEED.ask_o(ctx, layer, feed, BUILD)
         barrier = mega.wait_at(ctx, barrier, BUILD)
 
-        mega.o_phase(ctx, layer, FEED.open_phase(ctx, layer, O, no_choice(), BUILD), BUILD)
+        feed = mega.o_phase(ctx, layer, feed, BUILD)
         mega.arrive_at(ctx, barrier, BUILD)
         barrier = mega.wait_at(ctx, barrier, BUILD)
 
         mega.router_phase(ctx, layer, BUILD)
         raise_flags(ctx, barrier, first + ROUTER, EXPERT_RANKS, BUILD)
+        feed = FEED.extend(ctx, n + 1, feed)
+        feed = FEED.ask_qkv(ctx, tl.minimum(layer + 1, n_layers - 1), feed, BUILD)
         wait_for_flags(ctx, first + DOWN, EXPERT_RANKS, BUILD)
 
     if ctx.want_head:
         barrier = 2 + n_layers * 4
-        mega.head_phase(ctx, want_logits, FEED.open_phase(ctx, 0, LM_HEAD, no_choice(), BUILD), BUILD)
+        mega.head_phase(ctx, want_logits, FEED.extend(ctx, n_layers, feed), BUILD)
         mega.arrive_at(ctx, barrier, BUILD)
         barrier = mega.wait_at(ctx, barrier, BUILD)
         if want_token:
@@ -99,20 +101,20 @@ def expert_rank_kernel(w, s, want_token, n_layers, n_programs, peers, BUILD: tl.
     """
     FEED: tl.constexpr = BUILD.machine.feed
     GATE_UP: tl.constexpr = BUILD.gate_up
-    DOWN_MATRIX: tl.constexpr = BUILD.down
     ATTENTION_RANKS: tl.constexpr = BUILD.attention_ranks
     ctx = mega.open_context(w, s, 0, 0, n_layers, 0, n_programs, BUILD, peers)
+    feed = FEED.open_phase(ctx, tl.cast(0, tl.int64), GATE_UP, no_choice(), BUILD)
     for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
         barrier = 1 + n * 2
         first = 2 + n * 6
         wait_for_flags(ctx, first + ROUTER, ATTENTION_RANKS, BUILD)
-        feed = FEED.open_phase(ctx, layer, GATE_UP, no_choice(), BUILD)
+        feed = FEED.extend(ctx, n + 1, feed)
         choice, feed = mega.gate_up_phase(ctx, layer, feed, BUILD)
         mega.arrive_at(ctx, barrier, BUILD)
         barrier = mega.wait_at(ctx, barrier, BUILD)
 
-        mega.down_phase(ctx, layer, choice, FEED.open_phase(ctx, layer, DOWN_MATRIX, choice, BUILD), BUILD)
+        feed = mega.down_phase(ctx, layer, choice, feed, BUILD)
         raise_flags(ctx, barrier, first + DOWN, ATTENTION_RANKS, BUILD)
     if want_token:
         wait_for_flags(ctx, 2 + n_layers * 6, ATTENTION_RANKS, BUILD)

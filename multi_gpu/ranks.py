@@ -210,11 +210,12 @@ class RankModel(MegaModel):
             if self.layout == "tp":
                 roles = {"n_ranks": share.n_ranks, "rank": share.rank, "first_row": share.vocabulary.start}
             elif share.has_attention:
-                roles = {"n_expert_ranks": share.n_ranks - 1}
+                roles = {"n_expert_ranks": share.n_ranks - 1, "has_experts": False}
             else:
                 ends = self._first_expert(share.rank), self._first_expert(share.rank + 1)
                 config = dataclasses.replace(config, experts_per_token=ends[1] - ends[0])
-                roles = {"rank": share.rank, "top_k": self.config.experts_per_token, "first_expert": ends[0]}
+                chosen = self.config.experts_per_token
+                roles = {"rank": share.rank, "has_attention": False, "top_k": chosen, "first_expert": ends[0]}
             rank.build = Build(config.compiled(), rank.tuning, self.quant, **roles)
         self.build = self.traced_build = self.ranks[0].build
 
