@@ -33,7 +33,7 @@ from measure.report import markdown_table
 from multi_gpu.group import Group
 from multi_gpu.heap import aligned
 from multi_gpu.prompts import RowPeers
-from multi_gpu.protocol import LINE_WORDS
+from multi_gpu.protocol import FIRST_EPOCH, LINE_WORDS, epoch_after
 from system.errors import InputError, MegakernelAborted
 
 SIZES = (4, 1 << 10, 5760, 11520, 46080, 1 << 17, 1 << 20)  # bytes; 11,520: a float32 vector of 2,880
@@ -84,13 +84,14 @@ class Exchange:
     """Buffers and launches of one rank or, in the interpreter, of all."""
 
     def __init__(self, group: Group, max_bytes: int):
-        self.group, self.capacity, self.epoch = group, max_bytes // 4, 0
+        self.group, self.capacity, self.epoch = group, max_bytes // 4, FIRST_EPOCH
         n = group.n_ranks
         tuning = tuning_for(group.device, GPT_OSS_120B)
         self.n_programs = program_count(group.device, tuning) if group.on_gpu else 2
         shapes = {"rows": ((2 * n, self.capacity), torch.float32), "flags": ((n, LINE_WORDS), torch.int32)}
-        heap = group.open_heap(sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes.values()))
-        self.rows, self.flags = (heap.zeros(*shape, dtype=dtype) for shape, dtype in shapes.values())
+        n_bytes = sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes.values())
+        self.heap = group.open_heap(n_bytes)  # kept, as its memory goes with it
+        self.rows, self.flags = (self.heap.zeros(*shape, dtype=dtype) for shape, dtype in shapes.values())
         self.tuning = tuning
         self.builds = [Build(GPT_OSS_120B.compiled(), tuning, n_ranks=n, rank=rank) for rank in group.ranks]
         self.sync = [torch.zeros(SYNC_WORDS, dtype=torch.int32, device=group.device) for _ in group.ranks]
@@ -104,7 +105,7 @@ class Exchange:
             arguments = (sync, self.wrong, n_bytes // 4, self.capacity, rounds, self.n_programs, peers)
             options = {"N": BLOCK, "BUILD": build, **self.tuning.options()}
             found.append((exchange_rounds_kernel, (self.n_programs,), arguments, options))
-        self.epoch += rounds + 1
+        self.epoch = epoch_after(self.epoch, rounds)
         return found
 
     def run(self, n_bytes: int, rounds: int) -> float:

@@ -12,6 +12,7 @@ from common.barrier import leave_grid
 from common.context import Context
 from common.exchange import advance, raise_flags, store, wait_for_flags
 from host.compilers import compile_errors
+from multi_gpu.protocol import EPOCH_STEP, epoch_after
 from prefill import DYNAMIC, Launch, Prefill
 
 BLOCK = 1024  # elements that a program exchanges at a time
@@ -126,7 +127,8 @@ class SharePrefill(Prefill):
         rows = model.buffers[f"rows {self._turn % SETS}"]
         self._turn += 1
         flags = rank.peers.flags
-        peers = RowPeers(rows, rows[rank.share.rank], flags, flags[rank.share.rank], model.epoch + self.n_exchanges)
+        epoch = epoch_after(model.epoch, EPOCH_STEP * self.n_exchanges - 1)
+        peers = RowPeers(rows, rows[rank.share.rank], flags, flags[rank.share.rank], epoch)
         self.n_exchanges += 1
         arguments = (self._part, self.buffers.x, rank.own_state, n * h, self.tokens * h, model.num_programs, peers)
         options = {"ADD": add, "N": BLOCK, "BUILD": self.build, **rank.tuning.options()}
@@ -150,7 +152,7 @@ class RankPrompts:
             with compile_errors(model.device):
                 for step in zip(*(prefill.launches(position, n) for prefill in self._prefills), strict=True):
                     model.run_together(step)
-            model.epoch += self._prefills[0].n_exchanges + 1
+            model.advance_epoch(EPOCH_STEP * self._prefills[0].n_exchanges)
             for prefill in self._prefills:
                 prefill.n_exchanges = 0
             position += n

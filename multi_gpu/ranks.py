@@ -24,7 +24,7 @@ from multi_gpu.checkpoint import ShareCheckpoint
 from multi_gpu.group import Group
 from multi_gpu.heap import Buffer, Heap, aligned
 from multi_gpu.prompts import SETS, RankPrompts
-from multi_gpu.protocol import LINE_WORDS, Share, shares_of
+from multi_gpu.protocol import FIRST_EPOCH, LAST_EPOCH, LINE_WORDS, Share, epoch_after, shares_of
 from multi_gpu.rank_kernel import attention_rank_kernel, expert_rank_kernel
 from prefill import Launch
 from system.errors import InputError, MegakernelAborted
@@ -78,7 +78,7 @@ class RankModel(MegaModel):
         self._rank_numbers, self._open_heap = tuple(ranks), open_heap
         self.heap: Heap | None = None
         self.buffers: dict[str, tuple[Buffer, ...]] = {}
-        self.epoch = 0  # what the next launch's exchanges count from
+        self.epoch = FIRST_EPOCH  # what the next launch's exchanges count from
         super().__init__(checkpoint, quant, **options)
 
     @classmethod
@@ -237,7 +237,22 @@ class RankModel(MegaModel):
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         n_layers = self.config.n_layers if n_layers is None else n_layers
         self.run_together([self._launch_of(rank, position, token, logits, n_layers) for rank in self.ranks])
-        self.epoch += 3 + len(PHASES) * n_layers
+        self.advance_epoch(2 + len(PHASES) * n_layers)
+
+    def advance_epoch(self, n_numbers: int) -> None:
+        """Go on to the epoch behind a launch whose exchanges have numbers up to n_numbers; begin anew in time."""
+        self.epoch = epoch_after(self.epoch, n_numbers)
+        if self.epoch > LAST_EPOCH:
+            self._gather(self._lower_flags)
+            self._gather(lambda: None)  # no launch may raise a flag before all are lowered
+            self.epoch = FIRST_EPOCH
+
+    def _lower_flags(self) -> None:
+        """Wait for the launches of this rank, and set its flags to zero."""
+        for rank in self.ranks:
+            int(rank.own_state.sync[0])
+            self.buffers["flags"][rank.share.rank].zero_()
+            int(rank.own_state.sync[0])
 
     def run_together(self, launches: Sequence[Launch]) -> None:
         """Launch a kernel of each rank of this process; they may wait for each other."""
