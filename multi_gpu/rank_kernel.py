@@ -66,6 +66,7 @@ def attention_rank_kernel(
         mega.router_phase(ctx, layer, BUILD)
         raise_flags(ctx, barrier, first + ROUTER, EXPERT_RANKS, BUILD)
         feed = FEED.extend(ctx, n + 1, feed)
+        feed = FEED.ask_experts(ctx, no_choice(), feed, BUILD)  # which has none: the next layer's dense tiles
         feed = FEED.ask_qkv(ctx, tl.minimum(layer + 1, n_layers - 1), feed, BUILD)
         wait_for_flags(ctx, first + DOWN, EXPERT_RANKS, BUILD)
 
