@@ -20,7 +20,7 @@ import triton.language as tl
 from common import barrier as barriers
 from common import exchange
 from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
-from common.barrier import ABORT, leave_grid
+from common.barrier import ABORT, LAYER_BARRIERS, leave_grid
 from common.context import Context
 from common.decode_attention import attend_head, attend_split, first_seen, merge_head, split_cache
 from common.dense import lm_head_matrix, o_matrix, qkv_matrix, router_matrix
@@ -75,7 +75,7 @@ def megakernel(
         layer = tl.cast(n, tl.int64)
         following = tl.minimum(layer + 1, n_layers - 1)
         window = tl.load(s.windows + layer)
-        barrier = 2 + n * 6  # as a loop-carried value it cost sm_90 a spill
+        barrier = 2 + n * LAYER_BARRIERS  # as a loop-carried value it cost sm_90 a spill
         feed = FEED.extend(ctx, n, feed)
         FEED.ask_small(ctx, layer, window, BUILD)
 
@@ -110,7 +110,7 @@ def megakernel(
         barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)
 
     if ctx.want_head:
-        barrier = 2 + n_layers * 6
+        barrier = 2 + n_layers * LAYER_BARRIERS
         head_phase(ctx, want_logits, FEED.extend(ctx, n_layers, feed), BUILD)
         arrive_at(ctx, barrier, BUILD, AMONG_RANKS)
         barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)

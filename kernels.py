@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 import gpt_oss_megakernel as phases
+from common.barrier import LAYER_BARRIERS
 from common.experts import no_choice
 from gpt_oss_megakernel import MegaModel
 from host.compilers import compile_errors
@@ -41,7 +42,7 @@ def qkv_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
 @triton.jit(do_not_specialize=["layer", "position", "n_programs"])
 def attention_kernel(w, s, layer, position, max_context, n_programs, BUILD: tl.constexpr):
     ctx = context_of(w, s, position, max_context, layer + 1, n_programs, BUILD)
-    barrier = 3 + 6 * layer  # the megakernel's number, for an abort
+    barrier = 3 + LAYER_BARRIERS * layer  # the megakernel's number, for an abort
     phases.attention_phase(ctx, tl.cast(layer, tl.int64), tl.load(s.windows + layer), barrier, BUILD)
 
 

@@ -16,6 +16,7 @@ ABORT = tl.constexpr(64)
 SYNC_WORDS = 96
 
 OPEN_ALL = tl.constexpr(1 << 30)
+LAYER_BARRIERS = tl.constexpr(6)  # of a layer in the megakernel: one behind each of host/phases.py's PHASES
 
 
 @triton.jit

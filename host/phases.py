@@ -5,7 +5,10 @@ In a launch that gives a token, barrier i + 1 follows phase i (0, 1, ...). No ba
 
 from typing import NamedTuple
 
+from common.barrier import LAYER_BARRIERS
+
 PHASES = ("QKV", "attention", "O projection", "router", "gate-up", "down")  # of a layer; each ends with a barrier
+assert len(PHASES) == LAYER_BARRIERS.value
 PHASE_NAMES = ("embedding", *PHASES, "LM head", "argmax")
 
 

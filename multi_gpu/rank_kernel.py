@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 import gpt_oss_megakernel as mega
-from common.barrier import leave_grid
+from common.barrier import LAYER_BARRIERS, leave_grid
 from common.exchange import raise_flags, wait_for_flags
 from common.experts import no_choice
 
-# Numbers of exchanges, as of the megakernel's barriers: 2 + 6 * layer + these. The token's comes after all layers.
+# Numbers of exchanges in a layer, as of the megakernel's barriers. The token's comes after all layers.
 ROUTER = tl.constexpr(3)
 DOWN = tl.constexpr(5)
 
@@ -48,7 +48,7 @@ def attention_rank_kernel(
     for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
         barrier = 2 + n * 4  # of this rank, which has no barriers of gate-up and down
-        first = 2 + n * 6
+        first = 2 + n * LAYER_BARRIERS
         feed = FEED.extend(ctx, n, feed)
         feed = mega.qkv_phase(ctx, layer, feed, BUILD)
         mega.arrive_at(ctx, barrier, BUILD)
@@ -78,7 +78,7 @@ def attention_rank_kernel(
         if want_token:
             mega.argmax_phase(ctx, BUILD, BLOCK_P)
             share_token(ctx, BUILD)
-            raise_flags(ctx, barrier, 2 + n_layers * 6, EXPERT_RANKS, BUILD)
+            raise_flags(ctx, barrier, 2 + n_layers * LAYER_BARRIERS, EXPERT_RANKS, BUILD)
     MACHINE: tl.constexpr = BUILD.machine
     leave_grid(s.sync, n_programs, MACHINE)
 
@@ -108,7 +108,7 @@ def expert_rank_kernel(w, s, want_token, n_layers, n_programs, peers, BUILD: tl.
     for n in tl.range(n_layers, disable_licm=BUILD.tuning.layers_alone):
         layer = tl.cast(n, tl.int64)
         barrier = 1 + n * 2
-        first = 2 + n * 6
+        first = 2 + n * LAYER_BARRIERS
         wait_for_flags(ctx, first + ROUTER, ATTENTION_RANKS, BUILD)
         feed = FEED.extend(ctx, n + 1, feed)
         choice, feed = mega.gate_up_phase(ctx, layer, feed, BUILD)
@@ -118,6 +118,6 @@ def expert_rank_kernel(w, s, want_token, n_layers, n_programs, peers, BUILD: tl.
         feed = mega.down_phase(ctx, layer, choice, feed, BUILD)
         raise_flags(ctx, barrier, first + DOWN, ATTENTION_RANKS, BUILD)
     if want_token:
-        wait_for_flags(ctx, 2 + n_layers * 6, ATTENTION_RANKS, BUILD)
+        wait_for_flags(ctx, 2 + n_layers * LAYER_BARRIERS, ATTENTION_RANKS, BUILD)
     MACHINE: tl.constexpr = BUILD.machine
     leave_grid(s.sync, n_programs, MACHINE)
