@@ -15,7 +15,16 @@ MAY_IMPORT = {
     "host": {"checkpoints", "common", "interpreter", "system"},
     "measure": {"host", "checkpoints", "common", "interpreter", "system"},
     "tools": {"measure", "host", "checkpoints", "common", "interpreter", "system", "root"},
-    "root": {"measure", "host", "checkpoints", "common", "interpreter", "system"},
+    "multi_gpu": {"measure", "host", "checkpoints", "common", "interpreter", "system", "root"},
+    "root": {
+        "multi_gpu",
+        "measure",
+        "host",
+        "checkpoints",
+        "common",
+        "interpreter",
+        "system",
+    },  # a benchmark runs ranks
 }
 
 
