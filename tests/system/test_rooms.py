@@ -24,7 +24,7 @@ MAY_IMPORT = {
         "common",
         "interpreter",
         "system",
-    },  # a benchmark runs ranks
+    },
 }
 
 
