@@ -139,15 +139,16 @@ class RankModel(MegaModel):
         return new_state(config, tuning, self.quant, context, self.num_programs, device, self.kv_dtype)
 
     def _allocate(self) -> None:
-        """Allocate the buffers that other ranks write, once: the heap takes nothing back."""
-        if self.buffers:
-            return
-        shapes = self._buffer_shapes()
-        self.heap = self._open_heap(sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes.values()))
-        self.buffers = {name: self.heap.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        """Allocate the buffers that other ranks write, once for both paths, as the heap takes nothing back."""
+        if self.heap is None:
+            specs = dict.fromkeys(spec for quant in (False, True) for spec in self._buffer_specs(quant))
+            n_bytes = sum(aligned(math.prod(shape) * dtype.itemsize) for _, shape, dtype in specs)
+            self.heap = self._open_heap(n_bytes)
+            self._allocated = {spec: self.heap.zeros(*spec[1], dtype=spec[2]) for spec in specs}
+        self.buffers = {spec[0]: self._allocated[spec] for spec in self._buffer_specs(self.quant)}
 
-    def _buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return (shape, dtype) of each buffer of the heap."""
+    def _buffer_specs(self, quant: bool) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Return (name, shape, dtype) of each buffer of the heap that a path uses."""
         n, config, programs = len(self.shares), self.config, self.num_programs
         hidden, top_k = config.hidden_size, config.experts_per_token
         if self.layout == "tp":
@@ -163,10 +164,10 @@ class RankModel(MegaModel):
             tokens = min(self.blocks.tokens, self.max_context)
             shapes |= {f"rows {turn}": ((n, tokens, hidden), f32) for turn in range(SETS)}
         else:
-            whole = new_state(config, self.tuning, self.quant, self.max_context, programs, "meta")
-            shapes = {name: (getattr(whole, name).shape, getattr(whole, name).dtype) for name in ROLE_FIELDS}
+            whole = new_state(config, self.tuning, quant, self.max_context, programs, "meta")
+            shapes = {name: (tuple(getattr(whole, name).shape), getattr(whole, name).dtype) for name in ROLE_FIELDS}
         shapes["flags"] = ((n, LINE_WORDS), torch.int32)
-        return shapes
+        return [(name, *spec) for name, spec in shapes.items()]
 
     def _connect(self, rank: Rank) -> None:
         """Make a rank's state, and what its launches know of the others."""
@@ -283,6 +284,17 @@ class RankModel(MegaModel):
         if self.device.type == "cuda":
             self._gather(self._prepare)
         return super()._missing_shared_memory()
+
+    def reset(self) -> None:
+        """Forget all positions, and the record of a launch that gave up. See Decoder.reset."""
+        super().reset()
+        for rank in self.ranks:  # a launch that gave up has raised those that it waits for
+            self.buffers["flags"][rank.share.rank].zero_()
+
+    def _token(self, token: torch.Tensor, position: int) -> int:
+        if len(self.ranks) > 1:  # the token is the first rank's, which may have had no part in the launch
+            self._check_barriers()
+        return super()._token(token, position)
 
     def _prepare(self) -> None:
         """Compile and load this rank's kernel, as no rank may wait while another one compiles."""

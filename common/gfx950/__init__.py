@@ -18,7 +18,10 @@ GFX950 = Machine(
     opaque_zero=asm.opaque_zero,
     sync=SYNC,
     rank_sync=SYNC._replace(
-        publish=asm.publish_to_ranks, poll=plain_sync.poll_ranks, acquire=plain_sync.acquire_from_ranks
+        publish=asm.publish_to_ranks,
+        release="release",  # the flag follows the arrivals of other programs, which have each written back
+        poll=plain_sync.poll_ranks,
+        acquire=plain_sync.acquire_from_ranks,
     ),
     feed=Feed(
         open=feed.open_feed,
