@@ -99,7 +99,7 @@ def work_kernel(out_ptr, n_programs, BUILD: tl.constexpr):
 @triton.jit
 def open_context(w, n_layers, want_head, program, n_programs, BUILD: tl.constexpr):
     """Make a program's Context without what the feed does not read."""
-    return Context(w, (), 0, 0, n_layers, want_head, program, n_programs, share_work(program, n_programs, BUILD))
+    return Context(w, (), 0, 0, n_layers, want_head, program, n_programs, share_work(program, n_programs, BUILD), ())
 
 
 @triton.jit
