@@ -122,7 +122,7 @@ def test_each_part_of_a_machine_s_order_is_needed(machine):
 
 
 def test_an_acquire_that_is_relaxed_is_caught(tmp_path):
-    relaxed = mutated(plain_sync, tmp_path, 'sem="acquire"', 'sem="relaxed"')
+    relaxed = mutated(plain_sync, tmp_path, 'sem="acquire", scope="gpu"', 'sem="relaxed", scope="gpu"')
     assert races_of_exchange(with_sync(CPU, acquire=relaxed.acquire))
 
 
@@ -140,7 +140,7 @@ BARRIER_MUTATIONS = {
         "MACHINE.sync.publish()\n    tl.atomic_add(counter_ptr, 1, sem=MACHINE.sync.release",
         'tl.atomic_add(counter_ptr, 1, sem="relaxed"',
     ),
-    "does not acquire": ("arrived = MACHINE.sync.acquire(counter_ptr, arrived)", "pass"),
+    "does not acquire": ("return SYNC.acquire(counter_ptr, arrived)", "return arrived"),
     "target one too low": ("index * n_programs, sync_ptr", "index * n_programs - 1, sync_ptr"),
     "does not wait": ("(arrived < target) & (spins < SPIN_LIMIT)", "arrived < 0"),
 }
@@ -292,8 +292,8 @@ COUNT_MUTATIONS |= {
         "(arrived < target - 1) & (spins < SPIN_LIMIT)",
     ),
     "another counter": (
-        "arrived = MACHINE.sync.poll(counter_ptr, target)",
-        "arrived = MACHINE.sync.poll(counter_ptr - 1, target)",
+        "arrived = SYNC.poll(counter_ptr, target)",
+        "arrived = SYNC.poll(counter_ptr - 1, target)",
     ),
 }
 
