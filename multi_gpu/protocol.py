@@ -47,7 +47,7 @@ class Exchange:
     """A point of a launch at which ranks hand each other values."""
 
     name: str  # the phase after which it comes
-    values: tuple[str, ...]  # fields of host.state.State, or of common.exchange.Partials
+    values: tuple[str, ...]  # fields of host.state.State, or of common.exchange.Peers
     senders: tuple[int, ...]
     receivers: tuple[int, ...]
 
