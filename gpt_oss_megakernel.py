@@ -122,7 +122,7 @@ def megakernel(
 
 
 @triton.jit
-def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr, peers=()):
+def open_context(w, s, position, max_context, n_layers, want_head, n_programs, BUILD: tl.constexpr, peers):
     """Return this program's Context."""
     program = tl.program_id(0)
     work = share_work(program, n_programs, BUILD)

@@ -22,7 +22,7 @@ from host.compilers import compile_errors
 @triton.jit
 def context_of(w, s, position, max_context, n_layers, n_programs, BUILD: tl.constexpr):
     """Return a Context of a model with n_layers layers whose LM head is wanted."""
-    return phases.open_context(w, s, position, max_context, n_layers, 1, n_programs, BUILD)
+    return phases.open_context(w, s, position, max_context, n_layers, 1, n_programs, BUILD, ())
 
 
 @triton.jit(do_not_specialize=["position", "n_programs"])
