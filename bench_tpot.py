@@ -276,7 +276,7 @@ def main() -> None:
         group = Group()
         if group.rank > 0:  # rank 0 reports
             args.json = args.plot = None
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")  # errors of every rank are printed
     device = usable_device(None)
     checkpoint, _ = open_model(args)
     inputs = files_of(checkpoint)
@@ -304,6 +304,8 @@ def main() -> None:
     results = measure_paths(args, model, plan.contexts, measure_context)
     report = Report(name, conditions(device), model.num_programs, plan, bandwidth, results)
     write_reports(args, report, markdown, json_text, write_plot, inputs)
+    if group:
+        group.close()
 
 
 if __name__ == "__main__":

@@ -196,6 +196,16 @@ def write_back() -> list[np.ndarray]:
     return no_op()
 
 
+def poll(address: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
+    """Return the value of a counter, read by an atomic with acquire semantics."""
+    pointer = Handle(address.astype(np.uint64), tl.pointer_type(tl.int32))
+    zero, mask = Handle(np.zeros_like(target), tl.int32), Handle(np.ones(target.shape, bool), tl.int1)
+    value = interpreter.interpreter_builder.create_atomic_rmw(
+        ir.ATOMIC_OP.ADD, pointer, zero, mask, ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SYNC_SCOPE.GPU
+    )
+    return [value.data]
+
+
 def clock_ns() -> list[np.ndarray]:
     return [np.array([time.perf_counter_ns()], np.int64)]
 
@@ -217,6 +227,8 @@ EMULATIONS = {
     ptx.COPY: copy_tile,
     ptx.WAIT: wait_for_copy,
     ptx.PREFETCH: no_op,
+    ptx.POLL: poll,
+    ptx.POLL_RANKS: poll,
     ptx.CLOCK: clock_ns,
     ptx.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),
     tile_product.FIRST_STEP: multiply_quad(0),
@@ -241,9 +253,7 @@ def inline_asm_elementwise(asm, _constraints, args, dtype, is_pure, pack, _seman
     is_block = any(isinstance(arg, tl.tensor) and arg.type.is_block() for arg in args)
     if len(arrays) > 1:
         arrays = np.broadcast_arrays(*arrays)
-    if text in (ptx.POLL.value, ptx.POLL_RANKS.value):
-        results = [poll(*arrays)]
-    elif request := REQUEST.search(text):
+    if request := REQUEST.search(text):
         results = [open_memory(int(request.group(1)))]
     elif text in BY_TEXT:
         results = BY_TEXT[text](*arrays)
@@ -258,16 +268,6 @@ def inline_asm_elementwise(asm, _constraints, args, dtype, is_pure, pack, _seman
         for array, scalar in zip(results, dtypes)
     ]
     return tl.tuple(tensors) if isinstance(dtype, (tuple, tl.tuple)) else tensors[0]
-
-
-def poll(address: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return the value of a counter, read by an atomic with acquire semantics."""
-    pointer = Handle(address.astype(np.uint64), tl.pointer_type(tl.int32))
-    zero, mask = Handle(np.zeros_like(target), tl.int32), Handle(np.ones(target.shape, bool), tl.int1)
-    value = interpreter.interpreter_builder.create_atomic_rmw(
-        ir.ATOMIC_OP.ADD, pointer, zero, mask, ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SYNC_SCOPE.GPU
-    )
-    return value.data
 
 
 def install() -> None:

@@ -25,7 +25,7 @@ from checkpoints.config import GPT_OSS_120B
 from common.barrier import ABORT, SYNC_WORDS, leave_grid
 from common.build import Build
 from common.context import Context
-from common.exchange import advance, raise_flags, store, wait_for_flags
+from common.exchange import LINE_WORDS, advance, raise_flags, store, wait_for_flags
 from host import cli
 from host.backend import usable_device
 from host.launch import program_count, tuning_for
@@ -33,7 +33,7 @@ from measure.report import markdown_table
 from multi_gpu.group import Group
 from multi_gpu.heap import aligned
 from multi_gpu.prompts import RowPeers
-from multi_gpu.protocol import FIRST_EPOCH, LINE_WORDS, epoch_after
+from multi_gpu.protocol import FIRST_EPOCH, epoch_after
 from system.errors import InputError, MegakernelAborted
 
 SIZES = (4, 1 << 10, 5760, 11520, 46080, 1 << 17, 1 << 20)  # bytes; 11,520: a float32 vector of 2,880
@@ -88,7 +88,7 @@ class Exchange:
         n = group.n_ranks
         tuning = tuning_for(group.device, GPT_OSS_120B)
         self.n_programs = program_count(group.device, tuning) if group.on_gpu else 2
-        shapes = {"rows": ((2 * n, self.capacity), torch.float32), "flags": ((n, LINE_WORDS), torch.int32)}
+        shapes = {"rows": ((2 * n, self.capacity), torch.float32), "flags": ((n, LINE_WORDS.value), torch.int32)}
         n_bytes = sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes.values())
         self.heap = group.open_heap(n_bytes)  # kept, as its memory goes with it
         self.rows, self.flags = (self.heap.zeros(*shape, dtype=dtype) for shape, dtype in shapes.values())

@@ -34,7 +34,6 @@ ROLES_RANKS = (2, 3, 5)  # one for attention, router and tail; 1, 2 or 4 for the
 # Triton compiles a kernel anew for integers that 16 divides, and for 1: epochs are neither, so that no rank waits while
 # another one compiles.
 FIRST_EPOCH, EPOCH_STEP, LAST_EPOCH = 8, 16, 1 << 29
-LINE_WORDS = 32  # int32 words of a 128-byte cache line: each flag has one of its own
 
 
 def epoch_after(epoch: int, n_numbers: int) -> int:

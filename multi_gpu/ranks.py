@@ -12,7 +12,7 @@ import interpreter
 from checkpoints.config import FP8_GROUPS, MXFP4_GROUP, ModelConfig
 from common.barrier import ABORT
 from common.build import Build
-from common.exchange import RANK_UNIT, Peers, RolePeers
+from common.exchange import LINE_WORDS, RANK_UNIT, Peers, RolePeers
 from gpt_oss_megakernel import MegaModel, megakernel
 from host.launch import tuning_for
 from host.limits import check_memory
@@ -24,7 +24,7 @@ from multi_gpu.checkpoint import ShareCheckpoint
 from multi_gpu.group import Group
 from multi_gpu.heap import Buffer, Heap, aligned
 from multi_gpu.prompts import SETS, RankPrompts
-from multi_gpu.protocol import FIRST_EPOCH, LAST_EPOCH, LINE_WORDS, Share, epoch_after, shares_of
+from multi_gpu.protocol import FIRST_EPOCH, LAST_EPOCH, Share, epoch_after, shares_of
 from multi_gpu.rank_kernel import attention_rank_kernel, expert_rank_kernel
 from prefill import Launch
 from system.errors import InputError, MegakernelAborted
@@ -108,7 +108,7 @@ class RankModel(MegaModel):
             part = ShareCheckpoint(checkpoint, self.shares[number], self.config.dense)
             tuning = tuning_for(self.device, part.config)
             needed = bytes_to_load(part, part.config, self.device, tuning)
-            check_memory(part.config, self._context_of(part.config), self.kv_dtype, self.device, needed)
+            check_memory(part.config, self.max_context, self.kv_dtype, self.device, needed)
             weights = load_weights(part, part.config, self.device, tuning, show_progress)
             self.ranks.append(Rank(self.shares[number], part.config, tuning, weights))
         return self.ranks[0].weights
@@ -118,9 +118,6 @@ class RankModel(MegaModel):
         for share in self.shares:
             if self.config.dense.o == FP8_GROUPS and len(share.heads) * self.config.head_dim % MXFP4_GROUP:
                 raise InputError(f"--layout {self.layout}: {len(share.heads)} heads are no whole scale groups of o")
-
-    def _context_of(self, config: ModelConfig) -> int:
-        return self.max_context
 
     # ------------------------------------------------------------ memory
 
@@ -166,7 +163,7 @@ class RankModel(MegaModel):
         else:
             whole = new_state(config, self.tuning, quant, self.max_context, programs, "meta")
             shapes = {name: (tuple(getattr(whole, name).shape), getattr(whole, name).dtype) for name in ROLE_FIELDS}
-        shapes["flags"] = ((n, LINE_WORDS), torch.int32)
+        shapes["flags"] = ((n, LINE_WORDS.value), torch.int32)
         return [(name, *spec) for name, spec in shapes.items()]
 
     def _connect(self, rank: Rank) -> None:
