@@ -96,7 +96,7 @@ SM_90 = Tuning(
         min_split_keys=128,
         max_splits=16,  # times 8 KV heads: about one per program of 132; 32 took 2.104 ms for 2.070 at 8,192
     ),
-    ring=RingTuning(stages=7, stage_bytes=25600, prefetch_distance=5, prefetch_qkv=2),
+    ring=RingTuning(stages=7, stage_bytes=25600, column_bytes=8, prefetch_distance=5, prefetch_qkv=2),
     is_cooperative=True,
 )
 
@@ -185,7 +185,7 @@ def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
 
     def tile_rows(k: int, dense_format: str) -> int:
         min_rows = 32 * tuning.num_warps // row_threads(k, dense_format, tuning.dense)  # leaves no thread idle
-        rows = 8 // item_bytes(dense_format)
+        rows = ring.column_bytes // item_bytes(dense_format)
         while rows > min_rows and rows * _row_bytes(k, dense_format) > ring.stage_bytes:
             rows //= 2
         return rows

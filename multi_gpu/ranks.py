@@ -1,8 +1,9 @@
 """A model on several GPUs: what each rank holds and launches. multi_gpu/protocol.py describes the layouts."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -299,9 +300,17 @@ class RankModel(MegaModel):
             kernel, grid, arguments, options = self._launch_of(rank, 0, False, False, 0)
             kernel.warmup(*arguments, grid=grid, **options)._init_handles()
 
-    def check_peers(self) -> None:
-        """Raise MegakernelAborted if a launch gave up waiting for a rank. Wait until the launches have ended."""
-        self._check_barriers()
+    @contextlib.contextmanager
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """Raise MegakernelAborted for a KeyboardInterrupt in the body if a launch has missed a rank.
+
+        When a process dies, torchrun interrupts the others, whose launches wait for it until they give up.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._check_barriers()
+            raise
 
     def _check_barriers(self) -> None:
         for rank in self.ranks:

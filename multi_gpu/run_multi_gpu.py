@@ -90,11 +90,8 @@ def run(args: argparse.Namespace, group: Group, checkpoint, tokenizer, prompt_id
             print(model.load_rate(), file=sys.stderr)
         name = f"{args.layout} {group.n_ranks}, {cli.path_name(args.quant, model.config.dense)}"
         name += ", shared GPU, no timing" if group.shares_gpu else ""
-        try:
+        with model.naming_lost_ranks():
             generation.print_answer(args, model, name, prompt_ids, tokenizer, on_logits)
-        except KeyboardInterrupt:
-            model.check_peers()  # torchrun ends the others when one is gone: say which one a launch has missed
-            raise
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Triton binds either the interpreter or the compiler when a module with kernels i
 have both.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def pytest_configure(config):
     import interpreter
 
     interpreter.install()
+    gc.freeze()  # with the threshold a twentieth of a test's time: the interpreter makes many objects, few of them cycles
+    gc.set_threshold(50_000)
 
 
 def pytest_ignore_collect(collection_path, config):

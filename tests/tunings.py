@@ -38,6 +38,6 @@ def ring_tiles(config: ModelConfig, **changes) -> Tuning:
         num_warps=2,
         dense=dict(qkv_rows=16, o_rows=4, head_rows=16, threads_per_row=32, step_tiles=4),
         experts=dict(gate_up_rows=16, down_rows=16, step_tiles=4, dot_scaled=False),
-        ring=RingTuning(stages=3, stage_bytes=1 << 15, prefetch_distance=2, prefetch_qkv=0),
+        ring=RingTuning(stages=3, stage_bytes=1 << 15, column_bytes=8, prefetch_distance=2, prefetch_qkv=0),
     )
     return changed(streamed, **changes)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,9 +25,7 @@ import prefill
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from common.build import Build
 from host.cli import ArgumentParser, path_name, positive_int, run_main
-from host.launch import BLOCKS_GFX950, BLOCKS_SM_90
-from host.state import new_state
-from host.weights import Weights, weight_shapes
+from host.launch import LAUNCH_TABLE
 from tools.compile_report import (
     PATHS,
     TARGETS,
@@ -36,48 +35,26 @@ from tools.compile_report import (
     Program,
     cuobjdump,
     load_widths,
+    meta_tensors,
     pointer_attributes,
 )
 
-BLOCKS = {"gfx950": BLOCKS_GFX950, "sm_90": BLOCKS_SM_90}
 SEEN: dict[str, dict] = {}  # reports by the kernel's hash
-KERNELS = [name for name in vars(prefill) if name.endswith("_kernel")]
 
 
-class Recorder:
-    """A stand-in for a kernel that records its launches."""
-
-    def __init__(self, kernel, launches: list):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append((self.kernel, args, options))
-
-
-def recorded_launches(
+def launches_of_block(
     target: str,
     quant: bool,
     n_tokens: int,
     config: ModelConfig = GPT_OSS_120B,
     kv_dtype: torch.dtype = torch.bfloat16,
-) -> list:
-    """Return (kernel, arguments, options) of each kernel in a layer before the last; tensors have no data."""
+) -> Iterator[prefill.Launch]:
+    """Yield the launches of a layer before the last and of the last; tensors have no data."""
     config = config.cut(2)
-    tuning = TARGETS[target][1]
-    weights = Weights(*(torch.empty(s, dtype=d, device="meta") for s, d in weight_shapes(config, tuning)))
-    state = new_state(config, tuning, quant, 4096, UNITS[target], "meta", kv_dtype)
-    launches: list = []
-    kernels = {name: getattr(prefill, name) for name in KERNELS}
-    try:
-        for name, kernel in kernels.items():
-            setattr(prefill, name, Recorder(kernel, launches))
-        prefill.Prefill(config, Build(config.compiled(), tuning, quant), BLOCKS[target], weights, state).feed(
-            0, n_tokens
-        )
-    finally:
-        for name, kernel in kernels.items():
-            setattr(prefill, name, kernel)
-    return launches
+    row = LAUNCH_TABLE[target]
+    build = Build(config.compiled(), row.tuning(config), quant)
+    weights, state = meta_tensors(config, build.tuning, quant, UNITS[target], kv_dtype)
+    return prefill.Prefill(config, build, row.blocks, weights, state).launches(0, n_tokens)
 
 
 def compile_launch(target: str, kernel, args: tuple, options: dict):
@@ -97,7 +74,7 @@ def compile_launch(target: str, kernel, args: tuple, options: dict):
             constants[(at,)] = value
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     rest = {name: value for name, value in options.items() if name not in names}
-    return triton.compile(source, target=TARGETS[target][0], options=rest)
+    return triton.compile(source, target=TARGETS[target], options=rest)
 
 
 def args_not_constant(kernel) -> set[str]:
@@ -154,7 +131,7 @@ def reports(target: str, quant: bool, token_counts: list[int], dense: DenseForma
     config = replace(GPT_OSS_120B, dense=dense)
     found = {}
     for n_tokens in token_counts:
-        for kernel, values, options in recorded_launches(target, quant, n_tokens, config):
+        for kernel, _, values, options in launches_of_block(target, quant, n_tokens, config):
             constants = {name: v for name, v in options.items() if isinstance(v, int | str)}
             if "TILE" in options:
                 constants["TILE"] = asdict(options["TILE"])

@@ -33,15 +33,15 @@ from common.build import Build, Matrix, Operand
 from common.exchange import Peers
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from host.cli import ArgumentParser, path_name, run_main
-from host.launch import GFX950, SM_90, fit_ring, programs_on
+from host.launch import GFX950, LAUNCH_TABLE, programs_on
 from host.state import State, new_state
 from host.tuning import Tuning
 from host.weights import Weights, weight_shapes
 from measure.report import check_output_file, write_file
 
-TARGETS = {"gfx950": (GPUTarget("hip", "gfx950", 64), GFX950), "sm_90": (GPUTarget("cuda", 90, 32), SM_90)}
+TARGETS = {"gfx950": GPUTarget("hip", "gfx950", 64), "sm_90": GPUTarget("cuda", 90, 32)}  # rows of LAUNCH_TABLE
 PATHS = {"default": False, "quant": True}
-UNITS = {"gfx950": 256, "sm_90": 132}
+UNITS = {"gfx950": 256, "sm_90": 132}  # CUs of an MI355X, SMs of an H200
 SIMDS, SIMD_REGISTERS, CU_SHARED_BYTES = 4, 512, 160 << 10  # of a CU; registers a lane
 TRITON_TYPES = {
     torch.float32: "*fp32",
@@ -76,13 +76,9 @@ def compile_megakernel(
 
     n_ranks: GPUs that share the matrices of `config`, which are this GPU's parts; it is rank 1 of several.
     """
-    gpu, default_tuning = TARGETS[target]
-    tuning = tuning or (fit_ring(default_tuning, config) if default_tuning.ring else default_tuning)
+    tuning = tuning or LAUNCH_TABLE[target].tuning(config)
     n_programs = programs_on(UNITS[target], tuning)
-    weights = Weights(
-        *(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in weight_shapes(config, tuning))
-    )
-    state = new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
+    weights, state = meta_tensors(config, tuning, quant, n_programs, kv_dtype)
     names = mega.megakernel.arg_names
     constants = {
         "BUILD": Build(config.compiled(), tuning, quant, trace, n_ranks, min(1, n_ranks - 1)),
@@ -108,7 +104,16 @@ def compile_megakernel(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attrs,
     )
-    return triton.compile(source, target=gpu, options=tuning.options())
+    return triton.compile(source, target=TARGETS[target], options=tuning.options())
+
+
+def meta_tensors(
+    config: ModelConfig, tuning: Tuning, quant: bool, n_programs: int, kv_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Weights, State]:
+    """Return the weights and the state of a context of 4,096 positions, without data."""
+    shapes = weight_shapes(config, tuning)
+    weights = Weights(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes))
+    return weights, new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
 
 
 def peers_of(f32: tuple[str, ...], i32: tuple[str, ...]) -> Peers:
@@ -156,7 +161,7 @@ def compile_expert_tile(quant: bool, m: int, block_k: int, k: int):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attrs,
     )
-    return triton.compile(source, target=TARGETS["gfx950"][0], options=GFX950.options())
+    return triton.compile(source, target=TARGETS["gfx950"], options=GFX950.options())
 
 
 def amd_tile_report(quant: bool) -> dict:

@@ -16,9 +16,9 @@ import torch
 from triton.compiler import CompiledKernel
 
 from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats
-from host.launch import fit_ring
+from host.launch import LAUNCH_TABLE
 from host.tuning import Tuning
-from tools.compile_prefill import compile_launch, recorded_launches
+from tools.compile_prefill import compile_launch, launches_of_block
 from tools.compile_report import PATHS, TARGETS, compile_megakernel
 
 Launch = tuple[str, Callable[[], CompiledKernel]]
@@ -66,10 +66,9 @@ def _decoding_launches(target: str, size: str) -> Iterator[Launch]:
 
 def _float32_cache_tuning(target: str, size: str) -> Tuning:
     """Return the tuning with the ring as short as MegaModel makes it beside a float32 cache."""
-    tuning = TARGETS[target][1]
+    tuning = LAUNCH_TABLE[target].tuning(PRESETS[size])
     if not tuning.ring:
         return tuning
-    tuning = fit_ring(tuning, PRESETS[size])
     return replace(tuning, ring=replace(tuning.ring, stages=tuning.ring.stages - FLOAT32_CACHE_STAGES))
 
 
@@ -80,9 +79,9 @@ def _prompt_launches(target: str, size: str) -> Iterator[Launch]:
         prefix = f"prompt/{target}/{size}/{path}/{dense}{'/float32-cache' if kv_dtype == torch.float32 else ''}"
         seen = set()
         for n_tokens in BLOCK_TOKENS:
-            recorded = recorded_launches(target, PATHS[path], n_tokens, config, kv_dtype)
+            launched = launches_of_block(target, PATHS[path], n_tokens, config, kv_dtype)
             steps = BLOCK_STEPS + LAST_LAYER_STEPS
-            for step, (kernel, arguments, options) in zip(steps, recorded, strict=True):
+            for step, (kernel, _, arguments, options) in zip(steps, launched, strict=True):
                 if (step, str(options)) not in seen:
                     seen.add((step, str(options)))
                     compiler = functools.partial(compile_launch, target, kernel, arguments, options)

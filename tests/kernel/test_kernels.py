@@ -13,7 +13,7 @@ from tunings import ring_tiles, small_tiles
 
 from gpt_oss_megakernel import MegaModel
 from host import limits
-from host.launch import tuning_for
+from host.launch import LAUNCH_TABLE, tuning_for
 from host.phases import PHASES, phases_of_token
 from host.state import State
 from interpreter import simulate
@@ -70,7 +70,7 @@ def test_odd_sizes(changes, quant, tiles):
     checkpoint, tuning = loud_checkpoint(config), SMALL_TILES[tiles](config, **SPLITS)
     mega = MegaModel(checkpoint, quant, 2, tuning=tuning)
     phased = PhasedModel(checkpoint, quant, 2, tuning=tuning, num_programs=3, weights=mega.weights)
-    assert_same_bits(mega, [phased], random_token_ids(2, config))
+    assert_same_bits(mega, [phased], random_token_ids(1, config), 1)
 
 
 @pytest.mark.parametrize("tiles", SMALL_TILES)
@@ -187,21 +187,18 @@ def test_shared_weights_are_loaded_once_and_need_no_room(checkpoint, monkeypatch
 COMPILE_ALL = """
 import torch, triton
 from triton.compiler import ASTSource
-from tools.compile_report import TARGETS, TRITON_TYPES
+from tools.compile_report import TARGETS, TRITON_TYPES, meta_tensors
 import kernels
 from common.build import Build
 from checkpoints.config import GPT_OSS_120B as config
-from host.state import new_state
-from host.weights import Weights, weight_shapes
+from host.launch import LAUNCH_TABLE
 
 
-for gpu, tuning in TARGETS.values():
-    shapes = weight_shapes(config, tuning)
-    weights = Weights(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes))
+for target, gpu in TARGETS.items():
+    tuning = LAUNCH_TABLE[target].tuning(config)
     for quant in (False, True):
-        state = new_state(config, tuning, quant, 4096, 240, "meta")
         constants = {"BUILD": Build(config.compiled(), tuning, quant), "BLOCK_P": 256}
-        pointers = [type(group)(*(TRITON_TYPES[t.dtype] for t in group)) for group in (weights, state)]
+        pointers = [type(group)(*(TRITON_TYPES[t.dtype] for t in group)) for group in meta_tensors(config, tuning, quant, 240)]
         aligned = [["tt.divisibility", 16]]
         for name, kernel in vars(kernels).items():
             if name.endswith("_kernel"):
@@ -223,4 +220,4 @@ def test_all_compile_at_120b_sizes():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE_ALL]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=600)
-    assert len(done.stdout.splitlines()) == 2 * 2 * (len(PHASES) + 3)
+    assert len(done.stdout.splitlines()) == (len(LAUNCH_TABLE) - 1) * 2 * (len(PHASES) + 3)  # all but the CPU, two paths

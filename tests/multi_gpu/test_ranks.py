@@ -406,9 +406,9 @@ def test_a_rank_that_does_not_launch_is_named(layout, n_ranks, dead, place, chec
         with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted, match=text):
             model.step(TOKENS[0], 0)
         with pytest.raises(MegakernelAborted, match=text):
-            model.check_peers()
+            model._check_barriers()
     model.reset()
-    model.check_peers()
+    model._check_barriers()
     with simulate(deadlock_limit=None):
         fed_logits(model, TOKENS[:2])  # see test_flags_are_down_after_reset
         assert torch.equal(fed_logits(model, TOKENS[:2]), expected)

@@ -10,11 +10,10 @@ import pytest
 from made_up_models import small_config
 
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B
-from host.launch import BLOCKS_GFX950, BLOCKS_SM_90
+from host.launch import LAUNCH_TABLE
 from host.tuning import BlockTuning, Tile
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = {"gfx950": BLOCKS_GFX950, "sm_90": BLOCKS_SM_90}
 TOKENS = [5, 300, 500, 700, 2048, 4000]  # for which there is each tile
 # The words that compile them, and the path that the report calls them.
 PATHS = {"default": [], "quant": []}
@@ -76,7 +75,7 @@ def copies(figures: dict) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES)
 def test_every_tile_is_compiled(case, reports):
     """No tile for many or few tokens is left out by the tests below."""
-    blocks: BlockTuning = BLOCKS[case[0]]
+    blocks: BlockTuning = LAUNCH_TABLE[case[0].blocks]
     tiles_of = {
         "dense_kernel": blocks.dense,
         "prompt_gate_up_kernel": blocks.gate_up,
@@ -135,11 +134,11 @@ def test_other_sizes_compile():
     config = small_config(hidden_size=416, intermediate_size=224, n_experts=5, experts_per_token=3, head_dim=128)
     script = (
         "from checkpoints.config import DenseFormats, ModelConfig, YarnConfig\n"
-        "from tools.compile_prefill import compile_launch, recorded_launches\n"
+        "from tools.compile_prefill import compile_launch, launches_of_block\n"
         f"config = {config!r}\n"
         "for target in ('gfx950', 'sm_90'):\n"
         "    for quant in (False, True):\n"
-        "        for kernel, values, options in recorded_launches(target, quant, 40, config):\n"
+        "        for kernel, _, values, options in launches_of_block(target, quant, 40, config):\n"
         "            if not quant or 'BUILD' in options:\n"
         "                assert compile_launch(target, kernel, values, options).asm\n"
     )
