@@ -475,15 +475,24 @@ def multiply_down(expert, m0, act, pairs, weights_ptr, out_ptr, TILE: tl.constex
 class Prefill:
     """Feeds blocks of a prompt's tokens through a model's layers."""
 
-    def __init__(self, config: ModelConfig, build: Build, blocks: BlockTuning, weights: Weights, state: State):
-        """Allocate the buffers. build, weights and state are those of the decoding kernel."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        build: Build,
+        blocks: BlockTuning,
+        weights: Weights,
+        state: State,
+        max_context: int | None = None,
+    ):
+        """Allocate the buffers. build, weights and state are those of the decoding kernel.
+
+        max_context: positions of the cache; default: of the state's.
+        """
         self.config, self.build, self.blocks = config, build, blocks
         self.compiled_config = build.config
         self.weights, self.state = weights, state
         device = state.x.device
-        max_context = state.k_cache.shape[2]
-        longest = min(blocks.tokens, max_block_tokens(config), max_context - 1)
-        self.tokens = longest if max_context > blocks.min_tokens else 0
+        self.tokens = block_tokens(config, blocks, max_context or state.k_cache.shape[2])
         shapes = buffer_shapes(config, self.tokens, build.is_scaled, build.machine.prompts.vector_stride)
         # The padding behind a vector's elements stays zero.
         self.buffers = Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes))
@@ -662,11 +671,19 @@ class Prefill:
         return n_pairs // tile.width + min(self.config.n_experts, n_pairs)
 
 
+def block_tokens(config: ModelConfig, blocks: BlockTuning, max_context: int) -> int:
+    """Return the most tokens of a block; 0 if a cache of so many positions is too small for any."""
+    longest = min(blocks.tokens, max_block_tokens(config), max_context - 1)
+    return longest if max_context > blocks.min_tokens else 0
+
+
 def largest_scales(scales: torch.Tensor) -> torch.Tensor:
     """Return the largest E8M0 scale other than NaN of each matrix, uint8 [layers * experts].
 
-    scales: [layers, experts, ...], of all matrices.
+    scales: [layers, experts, ...], of all matrices; or empty.
     """
+    if not scales.numel():
+        return torch.zeros(0, dtype=torch.uint8)
     layers, experts = scales.shape[:2]
     bases = torch.zeros(layers, experts, dtype=torch.uint8, device=scales.device)
     for layer, largest in zip(scales, bases):

@@ -96,8 +96,11 @@ def wait_for_ranks(ctx, barrier, BUILD: tl.constexpr):
 
 
 @triton.jit
-def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr):
-    """Wait for the flags of the ranks FROM to reach the phase of this number."""
+def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr, recorded_from=0):
+    """Wait for the flags of the ranks FROM to reach the phase of this number.
+
+    A wait that gives up records the number + recorded_from.
+    """
     SYNC: tl.constexpr = BUILD.machine.rank_sync
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
     N_SENDERS: tl.constexpr = len(FROM)
@@ -105,7 +108,7 @@ def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr):
         flag_ptr = ctx.peers.own_flags + FROM[i] * LINE_WORDS
         target = ctx.peers.epoch + number
         if poll_until(flag_ptr, target, SPINS, SYNC) < target:
-            give_up(ctx.s.sync, number + (FROM[i] + 1) * RANK_UNIT)
+            give_up(ctx.s.sync, number + recorded_from + (FROM[i] + 1) * RANK_UNIT)
             for n in tl.static_range(N_SENDERS):  # no later wait for a flag has to give up once more
                 tl.atomic_max(ctx.peers.own_flags + FROM[n] * LINE_WORDS, OPEN_ALL, sem="relaxed", scope="gpu")
         tl.debug_barrier()

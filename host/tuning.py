@@ -57,9 +57,7 @@ class RingTuning:
 
     stages: int  # tiles that it holds
     stage_bytes: int  # a multiple of 128
-    column_bytes: (
-        int  # of a column of a dense tile, all its rows; fit_ring makes it less where rows are long
-    )
+    column_bytes: int  # of a column of a dense tile, all its rows; fit_ring makes it less where rows are long
     prefetch_distance: int  # tiles requested ahead of the one that is read
     prefetch_qkv: int  # sixteenths of a program's QKV weights that are prefetched into L2 at each of three places
 

@@ -24,16 +24,15 @@ from host.weights import Weights, bytes_to_load, load_weights
 from multi_gpu.checkpoint import ShareCheckpoint
 from multi_gpu.group import Group
 from multi_gpu.heap import Buffer, Heap, aligned
-from multi_gpu.prompts import SETS, RankPrompts
-from multi_gpu.protocol import FIRST_EPOCH, LAST_EPOCH, Share, epoch_after, shares_of
+from multi_gpu.prompts import FIRST_RECORD, SETS, RankPrompts, prompt_buffers
+from multi_gpu.protocol import FIRST_EPOCH, LAST_EPOCH, Share, epoch_after, exchanges_of, shares_of
 from multi_gpu.rank_kernel import attention_rank_kernel, expert_rank_kernel
-from prefill import Launch
+from prefill import Launch, block_tokens
 from system.errors import InputError, MegakernelAborted
 
 # Fields of State that other ranks write, by layout: they lie in the heap.
 TP_FIELDS = ("x", "expert_out", "head_value", "head_index", "logits")
 ROLE_FIELDS = ("expert_in", "expert_in_scale", "router_logits", "expert_out", "tokens")
-FEW_TOKENS = 1 << 30  # a prompt of fewer is fed token by token
 
 
 @dataclasses.dataclass
@@ -159,11 +158,13 @@ class RankModel(MegaModel):
                 "head_index": ((n * programs,), i32),
                 "logits": ((config.vocab_size,), f32),
             }
-            tokens = min(self.blocks.tokens, self.max_context)
+            tokens = block_tokens(config, self.blocks, self.max_context)
             shapes |= {f"rows {turn}": ((n, tokens, hidden), f32) for turn in range(SETS)}
         else:
             whole = new_state(config, self.tuning, quant, self.max_context, programs, "meta")
             shapes = {name: (tuple(getattr(whole, name).shape), getattr(whole, name).dtype) for name in ROLE_FIELDS}
+            tokens = block_tokens(config, self.blocks, self.max_context)
+            shapes |= prompt_buffers(config, tokens, Build(config.compiled(), self.tuning, quant))
         shapes["flags"] = ((n, LINE_WORDS.value), torch.int32)
         return [(name, *spec) for name, spec in shapes.items()]
 
@@ -227,11 +228,8 @@ class RankModel(MegaModel):
         """Return the rank of the first chosen expert that a GPU with experts has; layout roles."""
         return (number - 1) * self.config.experts_per_token // (len(self.shares) - 1)
 
-    def _new_prefill(self) -> RankPrompts | None:
-        if self.layout == "tp":
-            return RankPrompts(self)
-        self.blocks = dataclasses.replace(self.blocks, min_tokens=FEW_TOKENS)
-        return None
+    def _new_prefill(self) -> RankPrompts:
+        return RankPrompts(self)
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
         n_layers = self.config.n_layers if n_layers is None else n_layers
@@ -319,9 +317,16 @@ class RankModel(MegaModel):
                 missing, barrier = divmod(record, RANK_UNIT.value)
                 who = f"rank {missing - 1}" if missing else f"a program of rank {rank.share.rank}"
                 raise MegakernelAborted(
-                    f"{who} did not arrive behind {barrier_name(barrier, self.config.n_layers)} "
-                    f"(rank {rank.share.rank} waited for it)"
+                    f"{who} did not arrive behind {self._place(barrier)} (rank {rank.share.rank} waited for it)"
                 )
+
+    def _place(self, number: int) -> str:
+        """Return the name of the phase that a wait's record means."""
+        if number < FIRST_RECORD:
+            return barrier_name(number, self.config.n_layers)
+        exchanges = exchanges_of(self.layout, len(self.shares), self.config.n_layers, want_head=False)
+        exchange, layer = exchanges[number - FIRST_RECORD]
+        return f"the {exchange.name}{'' if layer is None else f' of layer {layer}'} of a prompt's block"
 
 
 def offset(buffer: Buffer, n_elements: int) -> Buffer:

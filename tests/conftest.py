@@ -27,7 +27,8 @@ def pytest_configure(config):
     import interpreter
 
     interpreter.install()
-    gc.freeze()  # with the threshold a twentieth of a test's time: the interpreter makes many objects, few of them cycles
+    # A twentieth of a test's time: the interpreter makes many objects, few of them in cycles.
+    gc.freeze()
     gc.set_threshold(50_000)
 
 

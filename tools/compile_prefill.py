@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is r
 import host.start
 
 import torch
-import triton
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
 
 import prefill
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
@@ -29,14 +28,13 @@ from host.launch import LAUNCH_TABLE
 from tools.compile_report import (
     PATHS,
     TARGETS,
-    TRITON_TYPES,
     UNITS,
     WEIGHTS,
     Program,
+    compile_kernel,
     cuobjdump,
     load_widths,
     meta_tensors,
-    pointer_attributes,
 )
 
 SEEN: dict[str, dict] = {}  # reports by the kernel's hash
@@ -57,28 +55,9 @@ def launches_of_block(
     return prefill.Prefill(config, build, row.blocks, weights, state).launches(0, n_tokens)
 
 
-def compile_launch(target: str, kernel, args: tuple, options: dict):
-    """Return Triton's compiled kernel, with the attributes that a launch would give it."""
-    names = kernel.arg_names
-    given = dict(zip(names, args)) | {name: value for name, value in options.items() if name in names}
-    signature, constants, attrs = {}, {}, {}
-    for at, name in enumerate(names):
-        value = given[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = TRITON_TYPES[value.dtype]
-            attrs[(at,)] = pointer_attributes(target, value)
-        elif name in args_not_constant(kernel):
-            signature[name] = "i32"
-        else:
-            signature[name] = "constexpr"
-            constants[(at,)] = value
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    rest = {name: value for name, value in options.items() if name not in names}
-    return triton.compile(source, target=TARGETS[target], options=rest)
-
-
-def args_not_constant(kernel) -> set[str]:
-    return {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
+def compile_launch(target: str, kernel, arguments: tuple, options: dict) -> CompiledKernel:
+    """Return Triton's compiled kernel of a launch of prefill.py."""
+    return compile_kernel(target, kernel, dict(zip(kernel.arg_names, arguments)) | options, options)
 
 
 def amd_report(compiled) -> dict:

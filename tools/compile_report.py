@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,12 +26,11 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 import gpt_oss_megakernel as mega
 from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
 from common.build import Build, Matrix, Operand
-from common.exchange import Peers
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 from host.cli import ArgumentParser, path_name, run_main
 from host.launch import GFX950, LAUNCH_TABLE, programs_on
@@ -70,41 +70,55 @@ def compile_megakernel(
     tuning: Tuning | None = None,
     kv_dtype: torch.dtype = torch.bfloat16,
     trace: bool = False,
-    n_ranks: int = 1,
-):
-    """Return Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it.
-
-    n_ranks: GPUs that share the matrices of `config`, which are this GPU's parts; it is rank 1 of several.
-    """
+) -> CompiledKernel:
+    """Return Triton's compiled kernel for "gfx950" or "sm_90", with the attributes that a launch would give it."""
     tuning = tuning or LAUNCH_TABLE[target].tuning(config)
     n_programs = programs_on(UNITS[target], tuning)
     weights, state = meta_tensors(config, tuning, quant, n_programs, kv_dtype)
-    names = mega.megakernel.arg_names
-    constants = {
-        "BUILD": Build(config.compiled(), tuning, quant, trace, n_ranks, min(1, n_ranks - 1)),
-        "BLOCK_P": triton.next_power_of_2(n_ranks * n_programs),
-    }
-    signature = {
-        "w": Weights(*(TRITON_TYPES[t.dtype] for t in weights)),
-        "s": State(*(TRITON_TYPES[t.dtype] for t in state)),
-        **{name: "constexpr" if name in constants else "i32" for name in names[2:]},
-        "peers": peers_of(("*fp32",) * n_ranks, ("*i32",) * n_ranks) if n_ranks > 1 else (),
-    }
-    attrs = {
-        (arg, field): pointer_attributes(target, tensor)
-        for arg, group in enumerate((weights, state))
-        for field, tensor in enumerate(group)
-    }
-    attrs[(names.index("max_context"),)] = ALIGNED
-    for path in pointer_paths(signature["peers"], (names.index("peers"),)):
-        attrs[path] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=mega.megakernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attrs,
-    )
-    return triton.compile(source, target=TARGETS[target], options=tuning.options())
+    build = Build(config.compiled(), tuning, quant, trace)
+    numbers = dict(position=0, want_token=1, want_logits=0, n_layers=config.n_layers, n_programs=n_programs)
+    arguments = dict(w=weights, s=state, **numbers, max_context=4096, peers=())
+    constants = {"BUILD": build, "BLOCK_P": triton.next_power_of_2(n_programs)}
+    return compile_kernel(target, mega.megakernel, arguments, constants | tuning.options(), aligned=("max_context",))
+
+
+def compile_kernel(target: str, kernel, arguments: dict, options: dict, aligned: tuple[str, ...] = ()):
+    """Return Triton's compiled kernel, with the attributes that a launch would give it.
+
+    arguments: by name, tensors without data among them. options: constexprs by name, and those of the launch.
+    aligned: integers that 16 divides, of which Triton's launch tells the compiler.
+    """
+    names, signature, constants, attrs = kernel.arg_names, {}, {}, {}
+    for at, name in enumerate(names):
+        if kernel.params[at].is_constexpr:
+            signature[name] = "constexpr"
+            constants[(at,)] = options[name]
+            continue
+        signature[name] = type_of(arguments[name])
+        for path, pointer in pointers(arguments[name], (at,)):
+            attrs[path] = pointer_attributes(target, pointer)
+        if name in aligned:
+            attrs[(at,)] = ALIGNED
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    rest = {name: value for name, value in options.items() if name not in names}
+    return triton.compile(source, target=TARGETS[target], options=rest)
+
+
+def type_of(value) -> str | tuple:
+    """Return the type of an argument, or the types of a tuple's elements, as Triton names them."""
+    if isinstance(value, tuple):
+        types = [type_of(element) for element in value]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    return "i32" if isinstance(value, int) else TRITON_TYPES[value.dtype]
+
+
+def pointers(value, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yield the place of each tensor in an argument, which may be a tuple of tuples, and the tensor."""
+    if isinstance(value, tuple):
+        for n, element in enumerate(value):
+            yield from pointers(element, (*path, n))
+    elif hasattr(value, "data_ptr"):
+        yield path, value
 
 
 def meta_tensors(
@@ -116,23 +130,12 @@ def meta_tensors(
     return weights, new_state(config, tuning, quant, 4096, n_programs, "meta", kv_dtype)
 
 
-def peers_of(f32: tuple[str, ...], i32: tuple[str, ...]) -> Peers:
-    """Return the types of what a launch knows of other GPUs."""
-    return Peers(f32, f32[0], f32, f32, f32, i32, f32, i32, i32[0], "i32")
+def pointer_attributes(target: str, tensor) -> list:
+    """Return what a launch tells the compiler about a tensor, or about a pointer into another GPU's memory.
 
-
-def pointer_paths(types, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield the place of each pointer in a tuple of types, which may hold tuples."""
-    for n, kind in enumerate(types):
-        if isinstance(kind, tuple):
-            yield from pointer_paths(kind, (*path, n))
-        elif kind.startswith("*"):
-            yield (*path, n)
-
-
-def pointer_attributes(target: str, tensor: torch.Tensor) -> list:
-    """Return what a launch tells the compiler about a tensor: on AMD, buffer instructions read those below 2 GiB."""
-    small = tensor.numel() * tensor.element_size() < 1 << 31
+    On AMD, buffer instructions read tensors below 2 GiB.
+    """
+    small = isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.element_size() < 1 << 31
     return ALIGNED + (SMALL if target == "gfx950" and small else [])
 
 
@@ -149,19 +152,18 @@ def expert_tile(out, blocks, scales, x, x_scale, row0, MATRIX: tl.constexpr, QUA
 
 def compile_expert_tile(quant: bool, m: int, block_k: int, k: int):
     """Compile a tile of m rows of k elements for gfx950, with its tuning."""
-    types = {"out": "*fp32", "blocks": "*i32", "scales": "*u8", "x": "*fp8e4nv" if quant else "*fp32", "x_scale": "*u8"}
+    small, large = 1 << 10, 1 << 31
+    sizes = {
+        "out": (small, torch.float32),
+        "blocks": (large, torch.int32),
+        "scales": (large, torch.uint8),
+        "x": (small, torch.float8_e4m3fn if quant else torch.float32),
+        "x_scale": (small, torch.uint8),
+    }
+    tensors = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes.items()}
     constants = {"MATRIX": Matrix("", GPT_OSS_120B.hidden_size, k, "mxfp4", m, block_k), "QUANT": quant}
-    signature = {**types, "row0": "i32", **dict.fromkeys(constants, "constexpr")}
-    names = expert_tile.arg_names
-    attrs = {(names.index(name),): ALIGNED for name in ("blocks", "scales", "row0")}
-    attrs |= {(names.index(name),): ALIGNED + SMALL for name in ("out", "x", "x_scale")}
-    source = ASTSource(
-        fn=expert_tile,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attrs,
-    )
-    return triton.compile(source, target=TARGETS["gfx950"], options=GFX950.options())
+    arguments, options = tensors | {"row0": 0}, constants | GFX950.options()
+    return compile_kernel("gfx950", expert_tile, arguments, options, aligned=("row0",))
 
 
 def amd_tile_report(quant: bool) -> dict:
@@ -219,7 +221,7 @@ def amd_report(kernel) -> dict:
     waves = SIMDS * (SIMD_REGISTERS // (-(-registers // 8) * 8))
     return {
         "registers": registers,
-        "programs_resident": min(waves // kernel.metadata.num_warps, CU_SHARED_BYTES // kernel.metadata.shared),
+        "programs_resident": min(waves // kernel.metadata.num_warps, CU_SHARED_BYTES // max(1, kernel.metadata.shared)),
         "spilled_registers": number(r"\.vgpr_spill_count:\s+(\d+)"),
         "spilled_scalars": number(r"\.sgpr_spill_count:\s+(\d+)"),
         "stack_bytes": number(r"; ScratchSize: (\d+)"),

@@ -6,6 +6,7 @@ in blocks, as products of blocks round in another way.
 
 import contextlib
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -242,7 +243,7 @@ def block_model(make, checkpoint, *arguments, **options):
 
 def joined_cache(model, field: str) -> torch.Tensor:
     """Return the keys or values of all ranks, each KV head once: [layers, KV heads, positions fed, head_dim]."""
-    sharers = max(1, len(model.ranks) // CONFIG.n_kv_heads)
+    sharers = max(1, len(model.ranks) // CONFIG.n_kv_heads) if model.layout == "tp" else len(model.ranks)
     heads = [getattr(rank.own_state, field) for rank in model.ranks[::sharers]]
     return torch.cat(heads, 1)[:, :, : len(PROMPT)].float()
 
@@ -264,6 +265,54 @@ def test_prompts_in_blocks(n_ranks, quant, checkpoint):
         for rank in model.ranks:
             first = model.ranks[rank.share.rank // sharers * sharers]
             assert torch.equal(getattr(rank.own_state, field), getattr(first.own_state, field))
+
+
+@pytest.mark.parametrize(
+    "n_ranks, tiles, quant",
+    [
+        (2, small_tiles, True),
+        (3, small_tiles, False),
+        (5, small_tiles, True),
+        (2, ring_tiles, False),
+        (3, ring_tiles, True),
+    ],
+)
+def test_prompts_in_blocks_over_roles(n_ranks, tiles, quant, checkpoint):
+    """Keys, values and tokens are those of one GPU's blocks, bit for bit."""
+    model = block_model(model_of, checkpoint, "roles", n_ranks, quant, tiles=tiles)
+    single = block_model(single_of, checkpoint, quant, tiles=tiles)
+    with simulate(seed=5, detect_races=True) as simulation:
+        tokens = list(model.generate(PROMPT, 2))
+    assert not [race for race in simulation.races if "grouping.py" not in race]  # see test_prompts_in_blocks
+    assert tokens == list(single.generate(PROMPT, 2))
+    for field in ("k_cache", "v_cache"):
+        assert torch.equal(joined_cache(model, field), getattr(single.state, field)[:, :, : len(PROMPT)].float())
+
+
+def test_each_rank_with_experts_multiplies_its_own(checkpoint):
+    """Over roles a block's pairs are distributed by expert."""
+    model = block_model(model_of, checkpoint, "roles", 3)
+    next(iter(model.generate(PROMPT, 1)))
+    kept = [prefill.buffers.chosen for prefill in model.prefill._prefills[1:]]
+    halves = range(4), range(4, 8)
+    for chosen, own in zip(kept, halves, strict=True):
+        used = chosen[chosen < CONFIG.n_experts].tolist()
+        assert used and set(used) <= set(own)
+        assert (chosen == CONFIG.n_experts).any()
+
+
+@pytest.mark.parametrize("first, awaited", [(0, 1), (1, 0)])
+def test_ranks_of_a_prompt_wait_for_each_other(first, awaited, checkpoint, monkeypatch):
+    """All launches of one rank before any of the other: it waits for flags that nobody raises."""
+    model = block_model(model_of, checkpoint, "roles", 2)
+    monkeypatch.setattr(prompts, "one_by_one", lambda launches: itertools.chain(launches[first], launches[1 - first]))
+    with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted):
+        next(iter(model.generate(PROMPT, 1)))
+    model.ranks = [model.ranks[first]]  # the other one gave up too, later
+    place = "the router of layer 0 of a prompt's block" if first else "the down of layer 0 of a prompt's block"
+    text = rf"^rank {awaited} did not arrive behind {place} \(rank {first} waited for it\)$"
+    with pytest.raises(MegakernelAborted, match=text):
+        model._check_barriers()
 
 
 def test_prompts_in_blocks_agree_with_tokens_one_by_one(checkpoint):

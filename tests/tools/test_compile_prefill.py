@@ -16,10 +16,11 @@ from host.tuning import BlockTuning, Tile
 ROOT = Path(__file__).parents[2]
 TOKENS = [5, 300, 500, 700, 2048, 4000]  # for which there is each tile
 # The words that compile them, and the path that the report calls them.
+TARGETS = ("gfx950", "sm_90")
 PATHS = {"default": [], "quant": []}
 FP8_PATHS = {"default, qkv o router fp8-32": FP8_GROUPS, "quant, qkv o router fp8-row": FP8_ROWS}
-CASES = [(target, path) for target in BLOCKS for path in [*PATHS, *FP8_PATHS]]
-AMD_CASES, NVIDIA_CASES = ([case for case in CASES if case[0] == target] for target in BLOCKS)
+CASES = [(target, path) for target in TARGETS for path in [*PATHS, *FP8_PATHS]]
+AMD_CASES, NVIDIA_CASES = ([case for case in CASES if case[0] == target] for target in TARGETS)
 SHARED_BYTES = {"gfx950": 160 << 10, "sm_90": 227 << 10}  # that a program can have
 DENSE, EXPERTS = ["dense_kernel", "prompt_router_kernel"], ["prompt_gate_up_kernel", "prompt_down_kernel"]
 PRODUCTS = [*DENSE, "prompt_attention_kernel", *EXPERTS]

@@ -1,0 +1,123 @@
+"""Compile the kernels of several GPUs ahead of time, with no GPU, and report what the compiler made of them.
+
+TRITON_INTERPRET=0 python tools/compile_ranks.py [--target gfx950|sm_90 ...] [--layout roles|tp ...] [--quant] [--json]
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import host.start
+
+import torch
+
+from checkpoints.checkpoint import RandomCheckpoint
+from checkpoints.config import GPT_OSS_120B
+from host.cli import ArgumentParser, path_name, run_main
+from host.launch import LAUNCH_TABLE, programs_on
+from host.weights import Weights, held_fields, weight_shapes
+from multi_gpu.checkpoint import ShareCheckpoint
+from multi_gpu.heap import Buffer, PeerPointer
+from multi_gpu.prompts import prefill_of
+from multi_gpu.protocol import FIRST_EPOCH, LAYOUTS, shares_of
+from multi_gpu.ranks import Rank, RankModel
+from prefill import Launch
+from tools.compile_report import TARGETS, UNITS, amd_report, compile_kernel, nvidia_report
+
+RANKS = {"tp": 2, "roles": 3}
+PROMPT_TOKENS = 300
+META = torch.device("meta")
+
+
+class MetaHeap:
+    """A heap of which this process is one rank, without data."""
+
+    def __init__(self, rank: int, n_ranks: int):
+        self.rank, self.n_ranks = rank, n_ranks
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Buffer, ...]:
+        own, other = torch.empty(shape, dtype=dtype, device=META), PeerPointer(0, dtype)
+        return tuple(own if rank == self.rank else other for rank in range(self.n_ranks))
+
+
+class MetaModel(RankModel):
+    """One rank of 120b, whose tensors have no data."""
+
+    def __init__(self, target: str, layout: str, rank: int, quant: bool):
+        n_ranks, row = RANKS[layout], LAUNCH_TABLE[target]
+        self.config, self.layout, self.quant = GPT_OSS_120B.cut(2), layout, quant
+        self.shares = shares_of(self.config, layout, n_ranks)
+        self.tuning, self.blocks = row.tuning(self.config), row.blocks
+        self.num_programs = programs_on(UNITS[target], self.tuning)
+        self.grid, self.device, self.kv_dtype, self.max_context = (self.num_programs,), META, torch.bfloat16, 4096
+        self.epoch, self.heap = FIRST_EPOCH, None
+        self._open_heap = lambda n_bytes: MetaHeap(rank, n_ranks)
+        part = ShareCheckpoint(RandomCheckpoint(self.config), self.shares[rank])
+        tuning = row.tuning(part.config)
+        shapes = weight_shapes(part.config, tuning, held_fields(part))
+        weights = Weights(*(torch.empty(shape, dtype=dtype, device=META) for shape, dtype in shapes))
+        self.ranks = [Rank(self.shares[rank], part.config, tuning, weights)]
+        self.state = self._new_state()
+        self._build()
+
+    def launches(self) -> Iterator[Launch]:
+        """Yield this rank's launches of a token, and of a prompt's layer before the last and of the last."""
+        rank = self.ranks[0]
+        yield self._launch_of(rank, 0, True, False, self.config.n_layers)
+        yield from prefill_of(self, rank).launches(0, PROMPT_TOKENS)
+
+
+def exchanging(launch: Launch) -> bool:
+    """Return whether a kernel is one of several GPUs only, or decodes."""
+    return launch[0].fn.__module__ != "prefill"
+
+
+def reports(target: str, layout: str, quant: bool) -> Iterator[dict]:
+    """Report on each kernel of each role: registers, spills, and synchronization with other GPUs."""
+    for number in range(1 if layout == "tp" else 2):
+        seen = set()
+        for kernel, _, arguments, options in filter(exchanging, MetaModel(target, layout, number, quant).launches()):
+            if kernel.__name__ in seen:
+                continue
+            seen.add(kernel.__name__)
+            named = dict(zip(kernel.arg_names, arguments)) | options
+            compiled = compile_kernel(target, kernel, named, named, aligned=("max_context",))
+            figures = amd_report(compiled) if target == "gfx950" else nvidia_report(compiled)
+            name = {"target": target, "path": path_name(quant, GPT_OSS_120B.dense), "layout": layout, "rank": number}
+            yield name | {"kernel": kernel.__name__} | figures | system_scope(target, compiled)
+
+
+def system_scope(target: str, compiled) -> dict[str, int]:
+    """Count what makes values visible to other GPUs: releases of flags, and acquires of their polls."""
+    if target == "gfx950":
+        code = compiled.asm["amdgcn"]
+        released, acquired = "buffer_wbl2 sc0 sc1", "buffer_inv sc0 sc1"
+    else:
+        code = compiled.asm["ptx"]
+        released, acquired = r"atom\.global\.sys\.release", r"ld\.acquire\.sys"
+    return {"system_releases": len(re.findall(released, code)), "system_acquires": len(re.findall(acquired, code))}
+
+
+def main() -> None:
+    parser = ArgumentParser(description="What the compilers make of the kernels of several GPUs.")
+    parser.add_argument("--target", nargs="*", choices=TARGETS, default=[*TARGETS])
+    parser.add_argument("--layout", nargs="*", choices=LAYOUTS, default=[*LAYOUTS])
+    parser.add_argument("--quant", action="store_true", help="the path with FP4 x FP8 experts")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
+    args = parser.parse_args()
+    cases = [(target, layout) for target in args.target for layout in args.layout]
+    found = [figures for case in cases for figures in reports(*case, args.quant)]
+    if args.json:
+        print(json.dumps(found))
+        return
+    for figures in found:
+        print(", ".join(f"{key} {value}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
