@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 
-ALONE = r"test_bench_\w+_on_gpu|test_all_layers_decode|test_not_enough_memory"
+ALONE = r"test_bench_\w+_on_gpu|test_ranks_on_gpu|test_all_layers_decode|test_not_enough_memory"
 GROUPS = {
     "memcheck": r"test_memcheck",
     "float32 cache": r"test_layers_and|test_attention_over|test_200_steps|test_the_number_of|test_float32_cache",
