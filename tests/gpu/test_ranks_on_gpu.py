@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu.rank_worker import Case, answer_of
-from gpu.test_megakernel_on_gpu import QUANT_TOLERANCE, TOLERANCE
+from rank_worker import Case, answer_of
 from shipped import FOLDER
+from test_megakernel_on_gpu import QUANT_TOLERANCE, TOLERANCE
 
 from checkpoints.config import FP8_GROUPS, FP8_ROWS
 from gpt_oss_megakernel import MegaModel
