@@ -20,7 +20,7 @@ import triton.language as tl
 from common import barrier as barriers
 from common import exchange
 from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
-from common.barrier import ABORT, LAYER_BARRIERS, leave_grid
+from common.barrier import ABORT, LAYER_BARRIERS
 from common.context import Context
 from common.decode_attention import attend_head, attend_split, first_seen, merge_head, split_cache
 from common.dense import lm_head_matrix, o_matrix, qkv_matrix, router_matrix
@@ -117,8 +117,7 @@ def megakernel(
         if want_token:
             argmax_phase(ctx, BUILD, BLOCK_P)
         mark(ctx, 2 * barrier - 1, BUILD)
-    MACHINE: tl.constexpr = BUILD.machine
-    leave_grid(s.sync, n_programs, MACHINE)
+    exchange.leave_ranks(ctx, BUILD)
 
 
 @triton.jit

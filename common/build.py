@@ -54,6 +54,11 @@ class Build:
         return self.tuning.machine
 
     @property
+    def is_alone(self) -> bool:
+        """Whether this GPU has the whole model."""
+        return self.n_ranks == 1 and self.has_attention and self.has_experts
+
+    @property
     def everyone(self) -> tuple[int, ...]:
         """All ranks."""
         return tuple(range(self.n_ranks))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from common.barrier import ARRIVALS, OPEN_ALL, arrive, give_up, poll_until, wait
+from common.barrier import ABORT, ARRIVALS, EXITS, OPEN_ALL, arrive, arrive_last, give_up, leave_grid, poll_until, wait
 from common.experts import Choice, pick
 from common.gemv_dense import load_row_vector
 from common.rmsnorm import add_blocks
@@ -112,6 +112,22 @@ def wait_for_flags(ctx, number, FROM: tl.constexpr, BUILD: tl.constexpr, recorde
             for n in tl.static_range(N_SENDERS):  # no later wait for a flag has to give up once more
                 tl.atomic_max(ctx.peers.own_flags + FROM[n] * LINE_WORDS, OPEN_ALL, sem="relaxed", scope="gpu")
         tl.debug_barrier()
+
+
+@triton.jit
+def leave_ranks(ctx, BUILD: tl.constexpr):
+    """Leave the kernel, see common.barrier.leave_grid.
+
+    After a wait that gave up, the counter of arrivals stays beyond all numbers, so that no later launch raises a flag:
+    the other ranks, too, give up, instead of going on with values that never came.
+    """
+    MACHINE: tl.constexpr = BUILD.machine
+    if BUILD.is_alone:
+        leave_grid(ctx.s.sync, ctx.n_programs, MACHINE)
+    else:
+        if arrive_last(ctx.s.sync + EXITS, ctx.n_programs, MACHINE):
+            if tl.load(ctx.s.sync + ABORT) == 0:
+                tl.store(ctx.s.sync + ARRIVALS, 0)
 
 
 # ---------------------------------------------------------------- values

@@ -20,7 +20,7 @@ from common.barrier import ABORT
 from common.build import Build
 from host.backend import usable_device
 from host.compilers import compile_errors
-from host.launch import MIN_STAGES, blocks_for, check_program_count, program_count, tuning_for
+from host.launch import blocks_for, check_program_count, program_count, tuning_for, with_shorter_ring
 from host.limits import check_memory, context_length
 from host.phases import PHASES, barrier_name
 from host.state import State, new_state
@@ -149,11 +149,7 @@ class Decoder:
         If attention needs more shared memory, as with a float32 cache or wide heads, the ring gives up stages.
         """
         while missing_bytes := self._missing_shared_memory():
-            ring = self.tuning.ring
-            stages = ring.stages - -(-missing_bytes // ring.stage_bytes) if ring else 0
-            if stages < MIN_STAGES:
-                raise InputError(f"{self.device} has too little shared memory for this model")
-            self.tuning = dataclasses.replace(self.tuning, ring=ring.with_stages(stages))
+            self.tuning = with_shorter_ring(self.tuning, missing_bytes, self.device)
             self._build()
 
     def _missing_shared_memory(self) -> int:

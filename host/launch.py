@@ -211,6 +211,18 @@ def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
     return replace(tuning, dense=replace(tuning.dense, **rows), attention=attention, ring=ring)
 
 
+def with_shorter_ring(tuning: Tuning, missing_bytes: int, device: torch.device) -> Tuning:
+    """Return the tuning with a ring that takes at least missing_bytes less of shared memory.
+
+    Raise InputError if fewer than MIN_STAGES stages, or no ring at all, would be left.
+    """
+    ring = tuning.ring
+    stages = ring.stages - -(-missing_bytes // ring.stage_bytes) if ring else 0
+    if stages < MIN_STAGES:
+        raise InputError(f"{device} has too little shared memory for this model")
+    return replace(tuning, ring=ring.with_stages(stages))
+
+
 def _row_bytes(k: int, dense_format: str) -> int:
     """Return the bytes that a row and its scales take in the ring."""
     return k * item_bytes(dense_format) + row_scale_bytes(k, dense_format)

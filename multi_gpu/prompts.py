@@ -19,9 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from common.barrier import leave_grid
 from common.context import Context
-from common.exchange import advance, raise_flags, store, wait_for_flags
+from common.exchange import advance, leave_ranks, raise_flags, store, wait_for_flags
 from host.buffers import buffer_shapes
 from host.compilers import compile_errors
 from multi_gpu.protocol import EPOCH_STEP, epoch_after
@@ -104,8 +103,7 @@ def exchange_rows_kernel(
         for rank in tl.static_range(N_RANKS):
             total += tl.load(peers.own_rows + rank * capacity + i, mask=i < n_elements, other=0.0)
         tl.store(x_ptr + i, total, mask=i < n_elements)
-    MACHINE: tl.constexpr = BUILD.machine
-    leave_grid(s.sync, n_programs, MACHINE)
+    leave_ranks(ctx, BUILD)
 
 
 class Choices(NamedTuple):
@@ -133,7 +131,6 @@ def hand_out_kernel(
 
     WIDTHS: elements of each field for a token. All programs are resident.
     """
-    MACHINE: tl.constexpr = BUILD.machine
     EXPERT_RANKS: tl.constexpr = BUILD.expert_ranks
     N_FIELDS: tl.constexpr = len(WIDTHS)
     N_RECEIVERS: tl.constexpr = len(EXPERT_RANKS)
@@ -145,8 +142,9 @@ def hand_out_kernel(
             value = tl.load(own[field] + i, mask=i < n_elements)
             for receiver in tl.static_range(N_RECEIVERS):
                 tl.store(theirs[receiver][field] + i, value, mask=i < n_elements)
-    raise_flags(Context((), s, 0, 0, 0, 0, program, n_programs, (), peers), 1, 0, EXPERT_RANKS, BUILD)
-    leave_grid(s.sync, n_programs, MACHINE)
+    ctx = Context((), s, 0, 0, 0, 0, program, n_programs, (), peers)
+    raise_flags(ctx, 1, 0, EXPERT_RANKS, BUILD)
+    leave_ranks(ctx, BUILD)
 
 
 @triton.jit(do_not_specialize=["record"])
@@ -158,9 +156,9 @@ def await_kernel(s, peers, record, FROM: tl.constexpr, BUILD: tl.constexpr):
 @triton.jit
 def announce_kernel(s, peers, TO: tl.constexpr, BUILD: tl.constexpr):
     """Raise, as one program, this rank's flag at the ranks TO, behind all that earlier launches stored."""
-    MACHINE: tl.constexpr = BUILD.machine
-    raise_flags(Context((), s, 0, 0, 0, 0, 0, 1, (), peers), 1, 0, TO, BUILD)
-    leave_grid(s.sync, 1, MACHINE)
+    ctx = Context((), s, 0, 0, 0, 0, 0, 1, (), peers)
+    raise_flags(ctx, 1, 0, TO, BUILD)
+    leave_ranks(ctx, BUILD)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -343,6 +341,7 @@ class RankPrompts:
         """model: multi_gpu.ranks.RankModel."""
         self._model = model
         self._prefills = [prefill_of(model, rank) for rank in model.ranks]
+        self._prepared: set[int] = set()  # lengths of blocks
         self.holds_experts = model.heap.all_true(all(prefill.holds_experts for prefill in self._prefills))
 
     def feed(self, position: int, n_tokens: int) -> None:
@@ -350,11 +349,26 @@ class RankPrompts:
         model, end = self._model, position + n_tokens
         while position < end:
             n = min(self._prefills[0].tokens, end - position)
+            self._prepare(n)
             with compile_errors(model.device):
                 for step in self._steps([prefill.launches(position, n) for prefill in self._prefills]):
                     model.run_together(step)
             model.advance_epoch(EPOCH_STEP * self._prefills[0].n_exchanges)
             position += n
+
+    def _prepare(self, n: int) -> None:
+        """Compile and load the kernels for blocks of n tokens on all ranks before any of them waits for another."""
+        if self._model.device.type == "cuda" and n not in self._prepared:
+            self._model.together(lambda: self._compile(n))
+            self._prepared.add(n)
+
+    def _compile(self, n: int) -> None:
+        kernels = {}
+        for prefill in self._prefills:
+            for launch in prefill.launches(0, n):
+                kernels.setdefault((launch[0].__name__, str(launch[3])), launch)
+        with compile_errors(self._model.device):
+            self._model.prepare(kernels.values())
 
     def _steps(self, launches: Sequence[Iterator[Launch]]) -> Iterator[Sequence[Launch]]:
         """Yield the launches that may wait for each other, together."""

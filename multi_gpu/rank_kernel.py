@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 import gpt_oss_megakernel as mega
-from common.barrier import LAYER_BARRIERS, leave_grid
-from common.exchange import raise_flags, wait_for_flags
+from common.barrier import LAYER_BARRIERS
+from common.exchange import leave_ranks, raise_flags, wait_for_flags
 from common.experts import no_choice
 
 # Numbers of exchanges in a layer, as of the megakernel's barriers. The token's comes after all layers.
@@ -79,8 +79,7 @@ def attention_rank_kernel(
             mega.argmax_phase(ctx, BUILD, BLOCK_P)
             share_token(ctx, BUILD)
             raise_flags(ctx, barrier, 2 + n_layers * LAYER_BARRIERS, EXPERT_RANKS, BUILD)
-    MACHINE: tl.constexpr = BUILD.machine
-    leave_grid(s.sync, n_programs, MACHINE)
+    leave_ranks(ctx, BUILD)
 
 
 @triton.jit
@@ -119,5 +118,4 @@ def expert_rank_kernel(w, s, want_token, n_layers, n_programs, peers, BUILD: tl.
         raise_flags(ctx, barrier, first + DOWN, ATTENTION_RANKS, BUILD)
     if want_token:
         wait_for_flags(ctx, 2 + n_layers * LAYER_BARRIERS, ATTENTION_RANKS, BUILD)
-    MACHINE: tl.constexpr = BUILD.machine
-    leave_grid(s.sync, n_programs, MACHINE)
+    leave_ranks(ctx, BUILD)

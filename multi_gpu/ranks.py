@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 import interpreter
 from checkpoints.config import FP8_GROUPS, MXFP4_GROUP, ModelConfig
@@ -15,7 +16,7 @@ from common.barrier import ABORT
 from common.build import Build
 from common.exchange import LINE_WORDS, RANK_UNIT, Peers, RolePeers
 from gpt_oss_megakernel import MegaModel, megakernel
-from host.launch import tuning_for
+from host.launch import tuning_for, with_shorter_ring
 from host.limits import check_memory
 from host.phases import PHASES, barrier_name
 from host.state import State, new_state
@@ -63,17 +64,17 @@ class RankModel(MegaModel):
         ranks: Sequence[int],
         open_heap: Callable[[int], Heap],
         quant: bool = False,
-        gather: Callable[[Callable], Any] = lambda call: call(),
+        together: Callable[[Callable], Any] = lambda call: call(),
         **options,
     ):
         """Load the shares of `ranks`, those of this process.
 
         open_heap: opens a heap with room for so many bytes of buffers on each rank.
-        gather: calls a function and raises on all ranks what it raises on one. Options are those of Decoder,
+        together: calls a function and raises on all ranks what it raises on one. Options are those of Decoder,
         without `weights`, `tuning` and `trace_position`. Raise InputError if the layout does not exist for so many
         ranks or cannot split this model, and what Decoder raises.
         """
-        self.layout, self._gather = layout, gather
+        self.layout, self.together = layout, together
         self.shares = shares_of(checkpoint.config, layout, n_ranks)
         self._rank_numbers, self._open_heap = tuple(ranks), open_heap
         self.heap: Heap | None = None
@@ -91,7 +92,7 @@ class RankModel(MegaModel):
             group.ranks,
             group.open_heap,
             quant,
-            gather=group.together,
+            together=group.together,
             device=group.device,
             **options,
         )
@@ -99,7 +100,7 @@ class RankModel(MegaModel):
     # ------------------------------------------------------------ loading
 
     def _load(self, checkpoint, show_progress: bool) -> Weights:
-        return self._gather(lambda: self._load_ranks(checkpoint, show_progress))
+        return self.together(lambda: self._load_ranks(checkpoint, show_progress))
 
     def _load_ranks(self, checkpoint, show_progress: bool) -> Weights:
         self._check_groups()
@@ -240,16 +241,22 @@ class RankModel(MegaModel):
         """Go on to the epoch behind a launch whose exchanges have numbers up to n_numbers; begin anew in time."""
         self.epoch = epoch_after(self.epoch, n_numbers)
         if self.epoch > LAST_EPOCH:
-            self._gather(self._lower_flags)
-            self._gather(lambda: None)  # no launch may raise a flag before all are lowered
-            self.epoch = FIRST_EPOCH
+            self._lower_all_flags()
 
-    def _lower_flags(self) -> None:
-        """Wait for the launches of this rank, and set its flags to zero."""
+    def _lower_all_flags(self) -> None:
+        """Begin with the first epoch anew. No rank lowers a flag that another one may still wait for, or raises one."""
+        self.together(self._finish_launches)
+        self.together(self._lower_flags)
+        self.epoch = FIRST_EPOCH
+
+    def _finish_launches(self) -> None:
         for rank in self.ranks:
             int(rank.own_state.sync[0])
+
+    def _lower_flags(self) -> None:
+        for rank in self.ranks:
             self.buffers["flags"][rank.share.rank].zero_()
-            int(rank.own_state.sync[0])
+        self._finish_launches()
 
     def run_together(self, launches: Sequence[Launch]) -> None:
         """Launch a kernel of each rank of this process; they may wait for each other."""
@@ -276,26 +283,40 @@ class RankModel(MegaModel):
         arguments = (w, s, int(token), n_layers, self.num_programs, peers)
         return expert_rank_kernel, self.grid, arguments, {"BUILD": build} | options
 
-    def _missing_shared_memory(self) -> int:
+    def _compile(self) -> None:
         if self.device.type == "cuda":
-            self._gather(self._prepare)
-        return super()._missing_shared_memory()
+            self.together(self._fit_rings)
+        super()._compile()
 
     def reset(self) -> None:
         """Forget all positions, and the record of a launch that gave up. See Decoder.reset."""
         super().reset()
-        for rank in self.ranks:  # a launch that gave up has raised those that it waits for
-            self.buffers["flags"][rank.share.rank].zero_()
+        self._lower_all_flags()  # a launch that gave up has raised those that it waited for
 
     def _token(self, token: torch.Tensor, position: int) -> int:
         if len(self.ranks) > 1:  # the token is the first rank's, which may have had no part in the launch
             self._check_barriers()
         return super()._token(token, position)
 
-    def _prepare(self) -> None:
-        """Compile and load this rank's kernel, as no rank may wait while another one compiles."""
+    def _fit_rings(self) -> None:
+        """Compile and load this process's kernels, with rings as long as shared memory allows."""
         for rank in self.ranks:
-            kernel, grid, arguments, options = self._launch_of(rank, 0, False, False, 0)
+            while missing_bytes := self._missing_bytes_of(rank):
+                rank.tuning = with_shorter_ring(rank.tuning, missing_bytes, self.device)
+                self._build()
+
+    def _missing_bytes_of(self, rank: Rank) -> int:
+        """Return the bytes of shared memory that a rank's kernel lacks, 0 if it fits."""
+        try:
+            self.prepare([self._launch_of(rank, 0, False, False, 0)])
+        except OutOfResources as error:
+            return error.required - error.limit
+        return 0
+
+    @staticmethod
+    def prepare(launches: Iterable[Launch]) -> None:
+        """Compile and load kernels, as no rank may wait while another one compiles."""
+        for kernel, grid, arguments, options in launches:
             kernel.warmup(*arguments, grid=grid, **options)._init_handles()
 
     @contextlib.contextmanager

@@ -16,6 +16,7 @@ from tunings import ahead_tiles, ring_tiles, small_tiles
 import interpreter
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats
 from common import barrier, exchange
+from common.barrier import ABORT
 from common.cpu import CPU
 from common.gfx950 import GFX950
 from common.machine import Machine
@@ -302,12 +303,17 @@ def test_each_rank_with_experts_multiplies_its_own(checkpoint):
 
 
 @pytest.mark.parametrize("first, awaited", [(0, 1), (1, 0)])
-def test_ranks_of_a_prompt_wait_for_each_other(first, awaited, checkpoint, monkeypatch):
-    """All launches of one rank before any of the other: it waits for flags that nobody raises."""
-    model = block_model(model_of, checkpoint, "roles", 2)
+def test_ranks_of_a_prompt_wait_for_each_other(first, awaited, monkeypatch):
+    """All launches of one rank before any of the other: it waits for flags that nobody raises.
+
+    Having given up in one layer, it must not tell the other one that the next layers are done.
+    """
+    three_layers = loud_checkpoint(dataclasses.replace(CONFIG, n_layers=3, layer_is_sliding=(True, False, True)))
+    model = block_model(model_of, three_layers, "roles", 2)
     monkeypatch.setattr(prompts, "one_by_one", lambda launches: itertools.chain(launches[first], launches[1 - first]))
     with simulate(deadlock_limit=None), pytest.raises(MegakernelAborted):
         next(iter(model.generate(PROMPT, 1)))
+    assert all(rank.own_state.sync[ABORT.value] for rank in model.ranks)
     model.ranks = [model.ranks[first]]  # the other one gave up too, later
     place = "the router of layer 0 of a prompt's block" if first else "the down of layer 0 of a prompt's block"
     text = rf"^rank {awaited} did not arrive behind {place} \(rank {first} waited for it\)$"
