@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "interpreter": {"common", "system"},
     "host": {"checkpoints", "common", "interpreter", "system"},
     "measure": {"host", "checkpoints", "common", "interpreter", "system"},
-    "tools": {"measure", "host", "checkpoints", "common", "interpreter", "system", "root"},
+    "tools": {"multi_gpu", "measure", "host", "checkpoints", "common", "interpreter", "system", "root"},
     "multi_gpu": {"measure", "host", "checkpoints", "common", "interpreter", "system", "root"},
     "root": {
         "multi_gpu",

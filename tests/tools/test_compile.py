@@ -192,7 +192,8 @@ def test_a_ring_stands_beside_a_float32_cache_on_sm_90():
     script = (
         "from dataclasses import replace\n"
         "import torch\n"
-        "from tools.compile_report import SM_90, compile_megakernel\n"
+        "from host.launch import SM_90\n"
+        "from tools.compile_report import compile_megakernel\n"
         "ring = replace(SM_90.ring, stages=SM_90.ring.stages - 2)\n"
         "tuning = replace(SM_90, ring=ring)\n"
         "kernel = compile_megakernel('sm_90', False, tuning=tuning, kv_dtype=torch.float32)\n"

@@ -76,7 +76,7 @@ def copies(figures: dict) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES)
 def test_every_tile_is_compiled(case, reports):
     """No tile for many or few tokens is left out by the tests below."""
-    blocks: BlockTuning = LAUNCH_TABLE[case[0].blocks]
+    blocks: BlockTuning = LAUNCH_TABLE[case[0]].blocks
     tiles_of = {
         "dense_kernel": blocks.dense,
         "prompt_gate_up_kernel": blocks.gate_up,
