@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from gumbel import expected_noise, philox
 
-from common.argmax import keep_larger, reduce_argmax
+from common.argmax import keep_larger
 from common.sampling import gumbel_noise, scores_of
 
 # Known answers of Random123 for Philox4x32-10: (counter, key) -> first word.
@@ -27,24 +27,30 @@ def noise_kernel(out_ptr, seed_ptr, position, first_row, N: tl.constexpr):
 
 
 @triton.jit
-def draw_kernel(tokens_ptr, logits_ptr, inverse_temperature_ptr, seed_ptr, n, STEP: tl.constexpr):
-    """tokens[position] = the token drawn at it; a program takes one position, STEP rows at a time."""
-    position = tl.program_id(0)
+def draw_kernel(tokens_ptr, logits_ptr, inverse_temperature_ptr, seed_ptr, n, P: tl.constexpr, STEP: tl.constexpr):
+    """tokens[position] = the token drawn at it; a program takes P positions, and STEP rows at a time."""
+    position = tl.program_id(0) * P + tl.arange(0, P)
     sampling = (tl.load(inverse_temperature_ptr), tl.load(seed_ptr))
-    best, best_index = tl.full([STEP], float("-inf"), tl.float32), tl.zeros([STEP], tl.int32)
+    best, best_index = tl.full([P, STEP], float("-inf"), tl.float32), tl.zeros([P, STEP], tl.int32)
     for row0 in range(0, n, STEP):
-        row = row0 + tl.arange(0, STEP)
-        scores = scores_of(tl.load(logits_ptr + row, mask=row < n, other=0.0), sampling, position, row)
+        row = row0 + tl.arange(0, STEP)[None, :] + tl.zeros([P, STEP], tl.int32)
+        scores = scores_of(tl.load(logits_ptr + row, mask=row < n, other=0.0), sampling, position[:, None], row)
         best, best_index = keep_larger(best, best_index, tl.where(row < n, scores, float("-inf")), row)
-    _, index = reduce_argmax(best, best_index)
-    tl.store(tokens_ptr + position, index)
+    top = tl.max(best, axis=1)
+    tl.store(tokens_ptr + position, tl.min(tl.where(best == top[:, None], best_index, 0x7FFFFFFF), axis=1))
+
+
+POSITIONS = 1024  # of a program
 
 
 def drawn(logits: torch.Tensor, temperature: float, seed: int, n: int, step: int = 32) -> torch.Tensor:
-    tokens = torch.zeros(n, dtype=torch.int32)
+    """Return the tokens drawn at positions 0 to n - 1."""
+    n_programs = -(-n // POSITIONS)
+    tokens = torch.zeros(n_programs * POSITIONS, dtype=torch.int32)
     inverse = torch.tensor([1 / temperature if temperature else 0.0])
-    draw_kernel[(n,)](tokens, logits, inverse, torch.tensor([seed]), len(logits), STEP=step)
-    return tokens
+    arguments = (tokens, logits, inverse, torch.tensor([seed]), len(logits))
+    draw_kernel[(n_programs,)](*arguments, P=POSITIONS, STEP=step)
+    return tokens[:n]
 
 
 @pytest.mark.parametrize("counter, key, word", KNOWN)
