@@ -28,6 +28,7 @@ from common.experts import Choice, ExpertTiles, element, elements, pick
 from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_prescale
 from common.rmsnorm import normed_blocks, rms_rstd
 from common.router import top_k_softmax
+from common.sampling import scores_of
 from common.swiglu import swiglu
 from common.trace import mark
 from common.work import gate_up_tile, share_rows, share_work
@@ -372,7 +373,8 @@ def load_expert_bias(bias_ptr, layer, choice, rank, row, MATRIX: tl.constexpr, B
 def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     """head_value, head_index = each program's largest of logits = W_head @ rmsnorm(x + expert_out).
 
-    The index is NOT_FINITE if any of the program's logits is not finite. With want_logits all logits are stored too.
+    With a temperature it is the largest of logits / temperature + noise, see common/sampling.py. The index is
+    NOT_FINITE if any of the program's logits is not finite. With want_logits all logits are stored too.
     """
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.lm_head
@@ -381,6 +383,7 @@ def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
     matrix = lm_head_matrix(ctx, BUILD)
     feed = BUILD.machine.feed.ask_head(ctx, feed, BUILD)
     x, factor = DENSE.load_normed(ctx, ctx.w.final_norm, feed, MATRIX, BUILD)
+    sampling = (tl.load(ctx.s.inverse_temperature), tl.load(ctx.s.seed))
     best = tl.full([STEP], float("-inf"), tl.float32)
     best_index = tl.zeros([STEP], tl.int32)
     doubt = tl.zeros([STEP], tl.float32)
@@ -391,7 +394,8 @@ def head_phase(ctx, want_logits, feed, BUILD: tl.constexpr):
         if want_logits:
             exchange.store_logits(ctx, row, logits, row < end, BUILD)
         doubt = keep_finite(doubt, tl.where(row < end, logits, 0.0))
-        best, best_index = keep_larger(best, best_index, tl.where(row < end, logits, float("-inf")), row)
+        scores = scores_of(logits, sampling, ctx.position, BUILD.first_row + row)
+        best, best_index = keep_larger(best, best_index, tl.where(row < end, scores, float("-inf")), row)
     best, best_index = expose_doubt(best, best_index, doubt)
     value, index = reduce_argmax(best, best_index)
     exchange.store_largest(ctx, value, index, BUILD)
@@ -466,8 +470,10 @@ def main() -> None:
         cli.add_model_arguments,
         cli.add_prompt_arguments,
         cli.add_kernel_arguments,
+        cli.add_sampling_arguments,
         trace.add_trace_arguments,
     )
+    sampling = cli.sampling_of(args)
     generation.check_outputs(args)
     checkpoint, tokenizer = open_model(args)
     prompt_ids = generation.prompt_ids_from(args, tokenizer, checkpoint.config)
@@ -487,7 +493,7 @@ def main() -> None:
             if args.load_rate:
                 print(model.load_rate(), file=sys.stderr)
             path = cli.path_name(args.quant, model.config.dense)
-            answer = generation.print_answer(args, model, path, prompt_ids, tokenizer, on_logits)
+            answer = generation.print_answer(args, model, path, prompt_ids, tokenizer, on_logits, sampling)
         if write_trace:
             write_trace(model, traced, answer)
 

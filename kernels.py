@@ -80,10 +80,10 @@ def down_kernel(w, s, layer, n_programs, BUILD: tl.constexpr):
     phases.down_phase(ctx, layer, choice, feed, BUILD)
 
 
-@triton.jit(do_not_specialize=["want_logits", "n_programs"])
-def head_kernel(w, s, want_logits, n_programs, BUILD: tl.constexpr):
+@triton.jit(do_not_specialize=["position", "want_logits", "n_programs"])
+def head_kernel(w, s, position, want_logits, n_programs, BUILD: tl.constexpr):
     MATRIX: tl.constexpr = BUILD.lm_head
-    ctx = context_of(w, s, 0, 0, 0, n_programs, BUILD)
+    ctx = context_of(w, s, position, 0, 0, n_programs, BUILD)
     feed = BUILD.machine.feed.open_phase(ctx, 0, MATRIX, no_choice(), BUILD)
     phases.head_phase(ctx, want_logits, feed, BUILD)
 
@@ -120,7 +120,7 @@ class PhasedModel(MegaModel):
             self._launch_phase(gate_up_kernel, layer)
             self._launch_phase(down_kernel, layer)
         if token or logits:
-            self._launch_phase(head_kernel, int(logits))
+            self._launch_phase(head_kernel, position, int(logits))
         if token:
             self._launch_phase(argmax_kernel, position, BLOCK_P=triton.next_power_of_2(self.num_programs))
 

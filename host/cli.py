@@ -8,6 +8,7 @@ from pathlib import Path
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, PRESETS, DenseFormats, held_formats
 from host.limits import DEFAULT_CONTEXT, is_out_of_memory
+from host.sampling import GREEDY, Sampling, new_seed
 from system.errors import EXIT_INPUT_ERROR, InputError, MegakernelAborted, RunsDiffer, printable
 from system.output_file import output_path
 from system.program import signal_exit_code, signals_as_interrupts, standard_streams
@@ -202,6 +203,42 @@ def add_path_arguments(parser: argparse.ArgumentParser) -> None:
 def paths_to_measure(args: argparse.Namespace) -> tuple[bool, ...]:
     """Return, for each path that the options of add_path_arguments select, whether it is the quantized one."""
     return (False, True) if args.both else (args.quant,)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --temperature, --seed, --top-k, --top-p and --min-p, which sampling_of reads."""
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="default: 0, the likeliest token")
+    parser.add_argument("--seed", metavar="N", type=int, help="equal seeds give equal answers; default: a new one")
+    parser.add_argument("--top-k", metavar="N", type=int, default=0, help="draw among the N likeliest tokens")
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="draw among the likeliest tokens that add up to P"
+    )
+    parser.add_argument(
+        "--min-p",
+        metavar="P",
+        type=float,
+        default=0.0,
+        help="draw among tokens at least P times as likely as the likeliest",
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """Return what the options of add_sampling_arguments ask for. Raise InputError, naming one, if it is out of range.
+
+    Without --temperature the others must be absent, as nothing is drawn. Without --seed, args.seed becomes a new one.
+    """
+    if args.temperature == 0:
+        for name, default in (("seed", None), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            if getattr(args, name) != default:
+                raise InputError(f"--{name.replace('_', '-')}: nothing is drawn without --temperature")
+        return GREEDY
+    if args.seed is None:
+        args.seed = new_seed()
+    try:
+        return Sampling(args.temperature, args.seed, args.top_k, args.top_p, args.min_p)
+    except InputError as error:
+        name, rest = str(error).split(" ", 1)
+        raise InputError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, drawing: str) -> None:

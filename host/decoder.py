@@ -23,6 +23,7 @@ from host.compilers import compile_errors
 from host.launch import blocks_for, check_program_count, program_count, tuning_for, with_shorter_ring
 from host.limits import check_memory, context_length
 from host.phases import PHASES, barrier_name
+from host.sampling import GREEDY, Sampling
 from host.state import State, new_state
 from host.tuning import BlockTuning, Tuning
 from host.weights import Weights, bytes_to_load, load_weights, weights_in_place
@@ -32,7 +33,7 @@ from system.turns import LAUNCHING, Turns, exclusive
 
 
 class Decoder:
-    """A GPT-OSS model on one device, decoded greedily with one launch per token.
+    """A GPT-OSS model on one device, decoded with one launch per token: greedily, or sampled if `generate` is told so.
 
     A model holds one sequence. generate and decode check their arguments at once and start using the model when their
     first token is requested. From then on any call of generate, decode, step, logits, hidden, reset or switch_path ends
@@ -129,6 +130,7 @@ class Decoder:
         self.state = self.prefill = None  # frees their memory before the new ones need it
         self.n_fed = 0  # positions that the cache holds; their tokens are the first of state.tokens
         self._in_flight: range | None = None  # positions whose launches have begun and not ended
+        self._in_kernel = GREEDY.in_kernel  # what the states say of sampling
         self._lost_end = 0  # interrupted launches may have written cache positions n_fed to _lost_end - 1; 0: none
         self.state = self._new_state()
         self._build()
@@ -195,7 +197,7 @@ class Decoder:
         self._started, self.quant = False, quant
         self._start()
 
-    def _begin_use(self) -> int:
+    def _begin_use(self, sampling: Sampling = GREEDY) -> int:
         """Begin a use of the model, which ends the one before and cleans up if it was interrupted. Return the turn."""
         turn = self.turns.take()
         if not self._started:
@@ -208,6 +210,10 @@ class Decoder:
                 s.sync[: ABORT.value] = 0  # arrivals of programs that were stopped
                 s.split_arrivals.zero_()
             self._in_flight = None
+        if sampling.in_kernel != self._in_kernel:
+            for s in self.states():
+                s.inverse_temperature[0], s.seed[0] = sampling.in_kernel
+            self._in_kernel = sampling.in_kernel
         return turn
 
     def _resume(self, turn: int) -> None:
@@ -295,13 +301,15 @@ class Decoder:
         prompt_ids: Iterable[int],
         max_new_tokens: int,
         on_logits: Callable[[torch.Tensor], None] | None = None,
+        sampling: Sampling = GREEDY,
     ) -> Iterator[int]:
         """Return an iterator over at most max_new_tokens ids (int) that follow the prompt; a stop id is the last.
 
         It ends early when the context is full. The prefix that the prompt shares with the model's sequence, such as the
         earlier turns of a chat, is not fed again; the rest is fed in blocks (prefill.py), except its last token. With
         `on_logits` all positions are fed one by one instead, and it receives the logits of each one in the prompt and
-        the answer: float32 [vocab], a copy on the model's device.
+        the answer: float32 [vocab], a copy on the model's device. `sampling` says how each token is chosen from its
+        logits.
 
         At the call, raise TypeError for an argument of the wrong type; InputError if the prompt is empty, too long for
         the context or has an id outside the vocabulary, or if max_new_tokens is negative. At a token, raise
@@ -312,33 +320,43 @@ class Decoder:
         prompt_ids = integers(prompt_ids, "prompt_ids")
         max_new_tokens = integer(max_new_tokens, "max_new_tokens", minimum=0)
         function_or_none(on_logits, "on_logits")
+        instance(sampling, Sampling, "sampling")
         if not prompt_ids:
             raise InputError("the prompt is empty")
         self._check_fit(prompt_ids, 0)
-        return self._generate(prompt_ids, max_new_tokens, on_logits)
+        return self._generate(prompt_ids, max_new_tokens, on_logits, sampling or GREEDY)
 
     def _generate(
-        self, prompt_ids: list[int], max_new_tokens: int, on_logits: Callable[[torch.Tensor], None] | None
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        on_logits: Callable[[torch.Tensor], None] | None,
+        sampling: Sampling,
     ) -> Iterator[int]:
         check_unchanged(self._mapped_checkpoint)
         last = len(prompt_ids) - 1
-        turn = self._begin(prompt_ids, in_blocks=on_logits is None)
+        turn = self._begin(prompt_ids, on_logits is None, sampling)
         if on_logits:
             for position in range(last):
                 on_logits(self._next_logits(turn, position))
-        for token in self._decode(turn, last, min(last + max_new_tokens, self.max_context), on_logits):
+        end = min(last + max_new_tokens, self.max_context)
+        if sampling.leaves_out:
+            tokens = self._decode_by_logits(turn, last, end, on_logits, sampling)
+        else:
+            tokens = self._decode(turn, last, end, on_logits)
+        for token in tokens:
             check_unchanged(self._mapped_checkpoint)
             yield token
             if token in self.config.stop_ids:
                 return
 
     @exclusive
-    def _begin(self, prompt_ids: list[int], in_blocks: bool) -> int:
+    def _begin(self, prompt_ids: list[int], in_blocks: bool, sampling: Sampling) -> int:
         """Begin to use the model for a prompt, and return the turn.
 
         in_blocks: feed all tokens that the cache does not hold yet, except the last one.
         """
-        turn = self._begin_use()
+        turn = self._begin_use(sampling)
         last = len(prompt_ids) - 1
         start = min(self._shared_prefix_length(prompt_ids), last) if in_blocks else 0
         self._write_tokens(prompt_ids[start:], start)
@@ -412,6 +430,29 @@ class Decoder:
                 yield token_id
         while queued:
             yield self._next_token(turn, queued.popleft())
+
+    def _decode_by_logits(
+        self,
+        turn: int,
+        start: int,
+        end: int,
+        on_logits: Callable[[torch.Tensor], None] | None,
+        sampling: Sampling,
+    ) -> Iterator[int]:
+        """Launch positions start to end - 1 and yield the token that `sampling` draws from each one's logits."""
+        for position in range(start, end):
+            logits = self._next_logits(turn, position)
+            if on_logits:
+                on_logits(logits)
+            token_id = sampling.choose(logits, position)
+            if position + 1 < end:
+                self._write_next(turn, token_id, position + 1)
+            yield token_id
+
+    @exclusive
+    def _write_next(self, turn: int, token_id: int, position: int) -> None:
+        self._resume(turn)
+        self._write_tokens([token_id], position)
 
     @exclusive
     def _next_launch(self, turn: int, position: int, logits: bool) -> "Launched":

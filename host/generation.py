@@ -18,6 +18,7 @@ from checkpoints.config import ModelConfig, check_token
 from host.cli import DEMO_CHAT
 from host.devices import device_name
 from host.limits import context_length
+from host.sampling import GREEDY, Sampling
 from system.errors import InputError
 from system.output_file import check_output, replacing
 
@@ -109,6 +110,8 @@ class Generation:
     tpot_ms: float | None  # mean time per output token after the first; None if there was none
     device: str
     path: str  # which implementation ran
+    temperature: float = 0.0
+    seed: int | None = None  # with which the answer can be drawn again
 
 
 def print_answer(
@@ -118,10 +121,12 @@ def print_answer(
     prompt_ids: list[int],
     tokenizer,
     on_logits: Callable[[torch.Tensor], None] | None,
+    sampling: Sampling = GREEDY,
 ) -> Generation:
     """Generate the answer that the command line requests, and print it; see stream_generation."""
+    options = {} if sampling == GREEDY else {"sampling": sampling}  # of which the reference knows nothing
     return stream_generation(
-        model.generate(prompt_ids, args.max_new_tokens, on_logits),
+        model.generate(prompt_ids, args.max_new_tokens, on_logits, **options),
         prompt_ids,
         tokenizer,
         model.config,
@@ -129,6 +134,7 @@ def print_answer(
         device=device_name(model.device),
         path=path,
         as_json=args.json,
+        sampling=sampling,
     )
 
 
@@ -141,6 +147,7 @@ def stream_generation(
     device: str,
     path: str,
     as_json: bool,
+    sampling: Sampling = GREEDY,
 ) -> Generation:
     """Consume the tokens and print them to stdout: text as it appears and a summary line, or one JSON object.
 
@@ -172,6 +179,8 @@ def stream_generation(
         tpot_ms=(arrivals[-1] - arrivals[0]) * 1e3 / (len(arrivals) - 1) if len(arrivals) > 1 else None,
         device=device,
         path=path,
+        temperature=sampling.temperature,
+        seed=sampling.seed if sampling.temperature else None,
     )
     print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
     if len(token_ids) < max_new_tokens and not stopped:
@@ -188,7 +197,8 @@ def summary(generation: Generation) -> str:
 
     return (
         f"[{len(generation.prompt_ids)} prompt + {len(generation.token_ids)} new tokens, "
-        f"TTFT {ms(generation.ttft_ms)}, {ms(generation.tpot_ms)} per token, {generation.device}, {generation.path}]"
+        f"TTFT {ms(generation.ttft_ms)}, {ms(generation.tpot_ms)} per token, {generation.device}, {generation.path}"
+        f"{'' if generation.seed is None else f', temperature {generation.temperature:g}, seed {generation.seed}'}]"
     )
 
 

@@ -37,6 +37,8 @@ class State(NamedTuple):
     head_value: torch.Tensor  # [programs] each program's largest logit
     head_index: torch.Tensor  # [programs] int32: its token id, or NOT_FINITE if any of the program's logits is not
     logits: torch.Tensor  # [vocab]
+    inverse_temperature: torch.Tensor  # [1] 1 / temperature of sampling; 0: the largest logit
+    seed: torch.Tensor  # [1] int64
     sync: torch.Tensor  # [SYNC_WORDS] int32
     trace: torch.Tensor  # [events, programs] int64, see common/trace.py; events is 0 unless a token is to be traced
 
@@ -87,6 +89,8 @@ def new_state(
         head_value=zeros(num_programs),
         head_index=zeros(num_programs, dtype=torch.int32),
         logits=zeros(config.vocab_size),
+        inverse_temperature=zeros(1),
+        seed=zeros(1, dtype=torch.int64),
         sync=zeros(SYNC_WORDS, dtype=torch.int32),
         trace=zeros(trace_events, num_programs, dtype=torch.int64),
     )

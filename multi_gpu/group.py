@@ -91,6 +91,10 @@ class Group:
             raise InputError(f"rank {self.rank}: another rank is gone ({first_line(error)})") from None
         return values
 
+    def first(self, value: Result) -> Result:
+        """Return rank 0's value."""
+        return self.gather(value)[0]
+
     def close(self) -> None:
         """Leave the group."""
         if self.on_gpu and dist.is_initialized():

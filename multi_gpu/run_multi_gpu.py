@@ -19,10 +19,12 @@ import os
 from checkpoints.config import held_formats
 from host import cli, generation
 from host.limits import context_length
+from host.sampling import Sampling
 from load_model import files_of, open_model
 from multi_gpu.group import Group
 from multi_gpu.protocol import LAYOUTS, check_ranks
 from multi_gpu.ranks import RankModel
+from system.errors import InputError
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,9 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
 def facts_of(args: argparse.Namespace, checkpoint) -> dict:
     """Return what all ranks must agree on, by the name that an error gives it."""
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items()}
-    return {"the model": checkpoint.config} | {k: v for k, v in options.items() if k not in ("--json", "--logits-out")}
+    for name in ("--json", "--logits-out", "--seed"):  # those of rank 0 count
+        del options[name]
+    return {"the model": checkpoint.config} | options
 
 
 def main() -> None:
@@ -45,8 +49,12 @@ def main() -> None:
         cli.add_model_arguments,
         cli.add_prompt_arguments,
         cli.add_kernel_arguments,
+        cli.add_sampling_arguments,
         add_rank_arguments,
     )
+    sampling = cli.sampling_of(args)
+    if sampling.leaves_out and args.layout == "roles":
+        raise InputError("--layout roles: a rank with experts has no logits to leave tokens out of; use --layout tp")
     group = Group(args.ranks)
     with contextlib.ExitStack() as stack:
         stack.callback(group.close)
@@ -55,7 +63,7 @@ def main() -> None:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         checkpoint, tokenizer, prompt_ids = group.together(lambda: open_inputs(args, group))
         group.check_same(facts_of(args, checkpoint))
-        run(args, group, checkpoint, tokenizer, prompt_ids)
+        run(args, group, checkpoint, tokenizer, prompt_ids, group.first(sampling))
 
 
 def open_inputs(args: argparse.Namespace, group: Group):
@@ -68,7 +76,9 @@ def open_inputs(args: argparse.Namespace, group: Group):
     return checkpoint, tokenizer, generation.prompt_ids_from(args, tokenizer, checkpoint.config)
 
 
-def run(args: argparse.Namespace, group: Group, checkpoint, tokenizer, prompt_ids: list[int]) -> None:
+def run(
+    args: argparse.Namespace, group: Group, checkpoint, tokenizer, prompt_ids: list[int], sampling: Sampling
+) -> None:
     """Generate and print the answer, which all ranks compute."""
     max_context = context_length(checkpoint.config, args.max_context)
     wanted = args.logits_out is not None
@@ -91,7 +101,7 @@ def run(args: argparse.Namespace, group: Group, checkpoint, tokenizer, prompt_id
         name = f"{args.layout} {group.n_ranks}, {cli.path_name(args.quant, model.config.dense)}"
         name += ", shared GPU, no timing" if group.shares_gpu else ""
         with model.naming_lost_ranks():
-            generation.print_answer(args, model, name, prompt_ids, tokenizer, on_logits)
+            generation.print_answer(args, model, name, prompt_ids, tokenizer, on_logits, sampling)
 
 
 if __name__ == "__main__":
