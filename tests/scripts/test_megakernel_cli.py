@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "models" / "sonnets"
-KEYS = ["prompt_ids", "token_ids", "text", "ttft_ms", "tpot_ms", "device", "path"]
+KEYS = ["prompt_ids", "token_ids", "text", "ttft_ms", "tpot_ms", "device", "path", "temperature", "seed"]
 PROMPT = "Café"
 PROMPT_IDS = list(PROMPT.encode())
 VOCAB = 264
@@ -63,6 +64,25 @@ def run_json(run):
         return json.loads(out)
 
     return run_json
+
+
+def test_equal_seeds_draw_equal_answers(run, run_json):
+    words = ("--prompt", PROMPT, "--max-new-tokens", 9, "--temperature", 1.5)
+    drawn = run_json(*words)
+    assert drawn["temperature"] == 1.5
+    assert run_json(*words, "--seed", drawn["seed"]) == drawn | {name: ANY for name in ("ttft_ms", "tpot_ms")}
+    assert run_json(*words)["seed"] != drawn["seed"]
+    code, out, _ = run(*words, "--seed", drawn["seed"])
+    assert code == 0
+    assert out.startswith(drawn["text"])
+    assert out.endswith(f"temperature 1.5, seed {drawn['seed']}]\n")
+
+
+def test_unlikely_tokens_are_left_out(run_json):
+    words = ("--prompt", PROMPT, "--max-new-tokens", 9)
+    likeliest = run_json(*words)["token_ids"]
+    for cut in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1.0)):
+        assert run_json(*words, "--temperature", 2, *cut)["token_ids"] == likeliest
 
 
 def greedy(checkpoint, prompt_ids: list[int], n: int, **options) -> list[int]:
@@ -232,6 +252,14 @@ def test_random_weights_have_no_tokenizer(run, small_preset, flag):
         (["--logits-out", "."], ["--logits-out .: is there already, and not a regular file"]),
         (["--logits-out", os.devnull], [f"--logits-out {os.devnull}: is there already, and not a regular file"]),
         (["--logits-out", "x" * 300], ["--logits-out xxx", "name too long"]),
+        (["--temperature", "-1"], ["--temperature -1.0: it must be 0, or 0.001 to 100"]),
+        (["--temperature", "nan"], ["--temperature nan"]),
+        (["--temperature", "hot"], ["--temperature", "'hot'"]),
+        (["--seed", "1"], ["--seed: nothing is drawn without --temperature"]),
+        (["--top-p", "0.9"], ["--top-p: nothing is drawn without --temperature"]),
+        (["--temperature", "1", "--top-p", "2"], ["--top-p 2.0: it must be above 0, and at most 1"]),
+        (["--temperature", "1", "--top-k", "-1"], ["--top-k -1: it must be 0 or more"]),
+        (["--temperature", "1", "--seed", str(2**63)], [f"--seed {2**63}: it must be an integer of 64 bits"]),
         (["--frobnicate"], ["--frobnicate"]),
         (["two\nlines"], ["two lines"]),
         (["--model", "no/such/path"], ["'no/such/path': no such folder"]),

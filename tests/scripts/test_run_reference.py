@@ -41,7 +41,17 @@ def test_json_is_all_of_stdout(run, checkpoint, folder):
     result = json.loads(out)
     expected = greedy(checkpoint, list(PROMPT.encode()), 9)
     assert code == 0
-    assert list(result) == ["prompt_ids", "token_ids", "text", "ttft_ms", "tpot_ms", "device", "path"]
+    assert list(result) == [
+        "prompt_ids",
+        "token_ids",
+        "text",
+        "ttft_ms",
+        "tpot_ms",
+        "device",
+        "path",
+        "temperature",
+        "seed",
+    ]
     assert result["prompt_ids"] == list(PROMPT.encode())
     assert result["token_ids"] == expected
     assert result["text"] == Tokenizer.from_folder(folder).decode(expected)
