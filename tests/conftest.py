@@ -32,6 +32,12 @@ def pytest_configure(config):
     gc.set_threshold(50_000)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Return the number of processes for -n auto: one more than cores, as many tests wait for a script that they start."""
+    return None if config.stash[GPU_ONLY] else 1 + (os.cpu_count() or 1)
+
+
 def pytest_ignore_collect(collection_path, config):
     return True if collection_path.is_relative_to(GPU_TESTS) and not config.stash[GPU_ONLY] else None
 
