@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """Return the number of processes for -n auto: one more than cores, as many tests wait for a script that they start."""
+    """Return how many processes -n auto means: one more than cores, as many tests wait for a script."""
     return None if config.stash[GPU_ONLY] else 1 + (os.cpu_count() or 1)
 
 
