@@ -33,9 +33,9 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
+def pytest_xdist_auto_num_workers():
     """Return how many processes -n auto means: one more than cores, as many tests wait for a script."""
-    return None if config.stash[GPU_ONLY] else 1 + (os.cpu_count() or 1)
+    return 1 + (os.cpu_count() or 1)
 
 
 def pytest_ignore_collect(collection_path, config):
