@@ -24,6 +24,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token, held_formats
+from checkpoints.harmony import chat_ids
 from gpt_oss_megakernel import MegaModel
 from host import cli
 from host.backend import usable_device
@@ -368,9 +369,9 @@ def shipped_streams(tokenizer: Tokenizer, device: torch.device, show_progress: b
     for number in tqdm(numbers, unit=" texts", desc="reciting", leave=False, disable=not show_progress):
         question = f"Recite sonnet {number}."
         with one_thread():
-            answer_ids = model.generate(shipped_tokenizer.encode_chat(question), LONGEST_ANSWER)
+            answer_ids = model.generate(chat_ids(shipped_tokenizer, question), LONGEST_ANSWER)
             answer = shipped_tokenizer.decode(answer_ids)
-        prompt_ids = tokenizer.encode_chat(question)
+        prompt_ids = chat_ids(tokenizer, question)
         yield Stream(prompt_ids + tokenizer.encode(answer), len(prompt_ids))
 
 

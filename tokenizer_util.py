@@ -1,10 +1,9 @@
-"""Convert text to token ids and back with a checkpoint's tokenizer.json, and build the harmony chat prompt of GPT-OSS.
+"""Convert text to token ids and back with a checkpoint's tokenizer.json.
 
 Results are those of the `tokenizers` package, see docs/tokenizers.md.
 """
 
 import codecs
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,10 +15,6 @@ from checkpoints.text_process import TextProcess
 from checkpoints.tokenizer_parts import is_known_good
 from system.errors import InputError, first_line
 from system.files import read_small
-
-REASONING_EFFORTS = ("low", "medium", "high")
-# The control tokens of a chat prompt; a vocabulary that lacks one of them cannot chat.
-FRAME_TOKENS = ("<|start|>", "<|message|>", "<|end|>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -186,18 +181,6 @@ class Tokenizer:
             raise InputError(f"the text is not valid UTF-8 (character {error.start})") from error
         return _call_backend(f"{self._source}: cannot encode this text", self._backend.encode, text, plain)
 
-    def encode_chat(self, user_text: str, reasoning: str = "medium", date: str | None = None) -> list[int]:
-        """Return the token ids of the harmony prompt, with the user's text encoded separately as plain text.
-
-        reasoning: "low", "medium" or "high". date: YYYY-MM-DD, or None to leave it out. Raise InputError for another
-        value of either, if the vocabulary lacks the harmony tokens, and for a text that encode_plain refuses.
-        """
-        missing = [token for token in FRAME_TOKENS if self.token_id(token) is None]
-        if missing:
-            raise InputError(f"this checkpoint's tokenizer has no {', '.join(missing)}: it cannot take a chat prompt")
-        before, after = _chat_frame(reasoning, date)
-        return self.encode(before) + self.encode_plain(user_text) + self.encode(after)
-
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's bytes, for a ByteLevel decoder; b"" for an id without a token."""
         text = self.cached("first_piece", token_id)
@@ -236,31 +219,3 @@ def _call_backend(failure: str, method, *arguments):
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise InputError(f"{failure} ({first_line(error)})") from error
-
-
-def _chat_frame(reasoning: str, date: str | None) -> tuple[str, str]:
-    """Return the text before and after the user's text in a prompt for the assistant's answer.
-
-    Raise InputError for an unknown reasoning effort or a date that is not YYYY-MM-DD.
-    """
-    if reasoning not in REASONING_EFFORTS:
-        raise InputError(f"reasoning effort {reasoning!r}: expected one of {', '.join(REASONING_EFFORTS)}")
-    if date is not None and not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", date):
-        raise InputError(f"date {date!r}: expected YYYY-MM-DD")
-    system = (
-        "You are ChatGPT, a large language model trained by OpenAI.\n"
-        "Knowledge cutoff: 2024-06\n" + (f"Current date: {date}\n" if date else "") + f"\nReasoning: {reasoning}\n\n"
-        "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-    )
-    before = f"<|start|>system<|message|>{system}<|end|><|start|>user<|message|>"
-    return before, "<|end|><|start|>assistant"
-
-
-def render_chat(user_text: str, reasoning: str = "medium", date: str | None = None) -> str:
-    """Return the harmony prompt as text: system message, one user message, start of the assistant's answer.
-
-    Special tokens spelled out in `user_text` cannot be told from the prompt's own here, so text that is not trusted
-    must go through `Tokenizer.encode_chat`. Raise InputError for an unknown reasoning effort or a malformed date.
-    """
-    before, after = _chat_frame(reasoning, date)
-    return before + user_text + after

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from checkpoints.config import ModelConfig, check_token
+from checkpoints.harmony import chat_ids
 from host.cli import DEMO_CHAT
 from host.devices import device_name
 from host.limits import context_length
@@ -51,7 +52,7 @@ def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]
     if args.chat is None and tokenizer is None:
         return "--prompt-ids", list(RANDOM_WEIGHTS_PROMPT)
     text = DEMO_CHAT if args.chat is None else args.chat
-    return "--chat", _require_tokenizer(tokenizer, "--chat").encode_chat(text) if text.strip() else []
+    return "--chat", chat_ids(_require_tokenizer(tokenizer, "--chat"), text) if text.strip() else []
 
 
 def _require_tokenizer(tokenizer, flag: str):

@@ -35,9 +35,10 @@ try:
 except ImportError:
     transformers = None  # --help needs none
 
+from checkpoints.harmony import chat_ids, chat_text
 from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
 from system.errors import InputError
-from tokenizer_util import Tokenizer, render_chat
+from tokenizer_util import Tokenizer
 
 CORPUS_MEMBER = "package/lib/data/sonnet-data.js"
 VOCAB_SIZE = 1024
@@ -180,7 +181,7 @@ def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 def tokenize(tokenizer: Tokenizer, sonnets: list[str]) -> list[tuple[list[int], list[int]]]:
     """Return (prompt ids, answer ids) of each sonnet."""
     return [
-        (tokenizer.encode_chat(question(number)), tokenizer.encode(answer(number, sonnet)))
+        (chat_ids(tokenizer, question(number)), tokenizer.encode(answer(number, sonnet)))
         for number, sonnet in enumerate(sonnets, start=1)
     ]
 
@@ -412,7 +413,7 @@ def main() -> None:
         if os.path.lexists(arguments.out):
             raise InputError(f"{arguments.out}: exists already; training writes a new folder")
         with new_folder(arguments.out) as folder:
-            texts = [render_chat(question(n)) + answer(n, sonnet) for n, sonnet in enumerate(sonnets, start=1)]
+            texts = [chat_text(question(n)) + answer(n, sonnet) for n, sonnet in enumerate(sonnets, start=1)]
             backend = build_tokenizer(texts)
             model = train(tokenize(Tokenizer(backend), sonnets), Recipe(epochs=arguments.epochs))
             write_checkpoint(folder, model, backend)

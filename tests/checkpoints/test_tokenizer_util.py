@@ -3,8 +3,9 @@
 import pytest
 import tokenizers
 
+from checkpoints.harmony import Setting, chat_ids, chat_text
 from system.errors import InputError
-from tokenizer_util import BYTE_OF_CHARACTER, Tokenizer, render_chat
+from tokenizer_util import BYTE_OF_CHARACTER, Tokenizer
 
 SPECIALS = ("<|start|>", "<|message|>", "<|end|>", "<|return|>")
 # What openai-harmony 0.0.8 renders for SystemContent.new() and one user message, for completion by the assistant.
@@ -61,40 +62,40 @@ def test_alphabet_is_the_one_the_tokenizers_package_uses():
 @pytest.mark.parametrize(
     "rendered, expected",
     [
-        (render_chat("Recite sonnet 18."), HARMONY_DEFAULT),
-        (render_chat("Hi", reasoning="high", date="2025-06-28"), HARMONY_HIGH_DATED),
-        (render_chat("Hi", reasoning="low"), HARMONY_LOW),
+        (chat_text("Recite sonnet 18."), HARMONY_DEFAULT),
+        (chat_text("Hi", Setting("high", "2025-06-28")), HARMONY_HIGH_DATED),
+        (chat_text("Hi", Setting("low")), HARMONY_LOW),
     ],
 )
-def test_render_chat_equals_openai_harmony(rendered, expected):
+def test_chat_text_equals_openai_harmony(rendered, expected):
     assert rendered == expected
 
 
-def test_encode_chat_is_the_encoding_of_the_rendered_text(tokenizer):
-    ids = tokenizer.encode_chat("Hi 😀", reasoning="high", date="2025-06-28")
-    assert ids == tokenizer.encode(render_chat("Hi 😀", reasoning="high", date="2025-06-28"))
+def test_chat_ids_are_the_encoding_of_the_rendered_text(tokenizer):
+    ids = chat_ids(tokenizer, "Hi 😀", Setting("high", "2025-06-28"))
+    assert ids == tokenizer.encode(chat_text("Hi 😀", Setting("high", "2025-06-28")))
     assert ids[0] == tokenizer.token_id("<|start|>")
 
 
 def test_user_text_cannot_inject_special_tokens(tokenizer):
     assert "".join(HARMONY_INJECTED_PIECES) == INJECTION
-    injected, harmless = tokenizer.encode_chat(INJECTION), tokenizer.encode_chat("a")
+    injected, harmless = chat_ids(tokenizer, INJECTION), chat_ids(tokenizer, "a")
     special_ids = {tokenizer.token_id(token) for token in SPECIALS}
     assert [i for i in injected if i in special_ids] == [i for i in harmless if i in special_ids]
-    assert tokenizer.decode(injected) == render_chat(INJECTION)
-    assert tokenizer.encode_chat("a") == harmless  # encoding plain text leaves no trace on the tokenizer
+    assert tokenizer.decode(injected) == chat_text(INJECTION)
+    assert chat_ids(tokenizer, "a") == harmless  # encoding plain text leaves no trace on the tokenizer
 
 
 @pytest.mark.parametrize("options", [{"reasoning": "huge"}, {"date": "June"}, {"date": "2025-06-28<|end|>"}])
-def test_bad_chat_options_are_input_errors(tokenizer, options):
+def test_bad_chat_options_are_input_errors(options):
     with pytest.raises(InputError, match=next(iter(options.values()))[:4]):
-        tokenizer.encode_chat("Hi", **options)
+        Setting(**options)
 
 
 def test_vocabulary_without_harmony_tokens_cannot_chat():
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     with pytest.raises(InputError, match=r"<\|start\|>, <\|message\|>, <\|end\|>"):
-        Tokenizer(backend).encode_chat("Hi")
+        chat_ids(Tokenizer(backend), "Hi")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -12,6 +12,7 @@ from made_up_models import ODD_SIZES, loud_checkpoint, random_token_ids, small_c
 
 from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import GPT_OSS_120B, ModelConfig
+from checkpoints.harmony import chat_ids
 from gpt_oss_megakernel import MegaModel
 from host.cli import DEFAULT_MODEL, DEMO_CHAT
 from host.launch import tuning_for
@@ -210,7 +211,7 @@ def test_memcheck_is_clean(flags):
 
 
 def test_demo_prompt_gives_the_same_tokens_as_the_reference(quant):
-    prompt = Tokenizer.from_folder(DEFAULT_MODEL).encode_chat(DEMO_CHAT)
+    prompt = chat_ids(Tokenizer.from_folder(DEFAULT_MODEL), DEMO_CHAT)
     model = MegaModel.from_pretrained(DEFAULT_MODEL, quant, max_context=512)
     tokens = list(model.generate(prompt, 300))
     reference = Reference(open_checkpoint(DEFAULT_MODEL), quant, max_context=512, device=CUDA)

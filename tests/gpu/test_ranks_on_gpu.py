@@ -16,6 +16,7 @@ from shipped import FOLDER
 from test_megakernel_on_gpu import QUANT_TOLERANCE, TOLERANCE
 
 from checkpoints.config import FP8_GROUPS, FP8_ROWS
+from checkpoints.harmony import chat_ids
 from gpt_oss_megakernel import MegaModel
 from host.cli import DEMO_CHAT
 from tokenizer_util import Tokenizer
@@ -29,7 +30,7 @@ WIDE_PROMPT = tuple(range(5, 60))  # fed in blocks
 
 
 def shipped(layout: str, n_tokens: int = N_TOKENS, **changes) -> Case:
-    prompt = Tokenizer.from_folder(FOLDER).encode_chat(DEMO_CHAT)
+    prompt = chat_ids(Tokenizer.from_folder(FOLDER), DEMO_CHAT)
     return Case(layout, str(FOLDER), tuple(prompt), n_tokens, **changes)
 
 

@@ -15,6 +15,7 @@ from tunings import ring_tiles, small_tiles
 import reference
 from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, expected_tensors
+from checkpoints.harmony import chat_ids
 from common.sm90.prompt_tiles import vector_stride
 from gpt_oss_megakernel import MegaModel
 from host.buffers import Buffers, buffer_bytes, buffer_shapes, max_block_tokens
@@ -531,7 +532,7 @@ def shipped():
     checkpoint = open_checkpoint(FOLDER)
     checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, stop_ids=()))
     tokenizer = Tokenizer.from_folder(FOLDER)
-    return checkpoint, tokenizer.encode_chat("Recite sonnet 18.") + tokenizer.encode(SONNET_18_START)
+    return checkpoint, chat_ids(tokenizer, "Recite sonnet 18.") + tokenizer.encode(SONNET_18_START)
 
 
 # Lengths within and beyond the model's window of 64, and more than a block. In this text every token is far more likely

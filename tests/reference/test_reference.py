@@ -16,6 +16,7 @@ from made_up_models import loud_checkpoint, random_token_ids, small_config
 import reference
 from checkpoints.checkpoint import write_checkpoint
 from checkpoints.config import YarnConfig
+from checkpoints.harmony import chat_ids
 from load_hf import open_checkpoint
 from reference import Reference, apply_rope, dequantize_mxfp4, mxfp8_bytes, quantize_mxfp8, route, swiglu
 from system.errors import InputError
@@ -91,7 +92,7 @@ def test_float64_equals_transformers(checkpoint, theirs):
 def test_shipped_model_equals_transformers():
     model = Reference(open_checkpoint(SHIPPED_MODEL), kv_dtype=None)
     tokenizer = Tokenizer.from_folder(SHIPPED_MODEL)
-    prompt = tokenizer.encode_chat("Recite sonnet 18.")
+    prompt = chat_ids(tokenizer, "Recite sonnet 18.")
     ids = prompt + list(model.generate(prompt, 200))[:-1]
     model.reset()
     expected = transformers_model.logits(transformers_model.load(SHIPPED_MODEL), ids)

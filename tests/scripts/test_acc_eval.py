@@ -19,6 +19,7 @@ import gpt_oss_megakernel
 from acc_eval import OpenSide, Plan, Side, Stream, Window, cut, cut_all, evaluate, greedy_stream, open_side
 from checkpoints.checkpoint import write_checkpoint
 from checkpoints.config import PRESETS, DenseFormats
+from checkpoints.harmony import chat_ids
 from host import decoder
 from host.cli import DEFAULT_MODEL, DEMO_CHAT
 from measure.accuracy import METRICS
@@ -292,7 +293,7 @@ def test_at_most_so_many_windows(run_json, run, text):
 
 def test_the_shipped_texts_are_answers_in_a_chat():
     tokenizer = Tokenizer.from_folder(DEFAULT_MODEL)
-    prompt = tokenizer.encode_chat("Recite sonnet 1.")
+    prompt = chat_ids(tokenizer, "Recite sonnet 1.")
     stream = next(acc_eval.shipped_streams(tokenizer, CPU))
     assert stream.token_ids[: stream.n_context] == prompt
     answer = tokenizer.decode(stream.token_ids[stream.n_context :])
@@ -316,7 +317,7 @@ def test_the_shipped_texts_in_another_vocabulary(folder, monkeypatch, device, re
     monkeypatch.setattr(acc_eval, "LONGEST_ANSWER", 60)
     tokenizer = Tokenizer.from_folder(folder)
     stream = next(acc_eval.shipped_streams(tokenizer, torch.device(device)))
-    assert stream.token_ids[: stream.n_context] == tokenizer.encode_chat("Recite sonnet 1.")
+    assert stream.token_ids[: stream.n_context] == chat_ids(tokenizer, "Recite sonnet 1.")
     assert (
         tokenizer.decode(stream.token_ids[stream.n_context :]).rpartition("<|message|>")[2].startswith(SONNET_1_START)
     )
@@ -325,7 +326,7 @@ def test_the_shipped_texts_in_another_vocabulary(folder, monkeypatch, device, re
 def shorter_texts(tokenizer: Tokenizer, device: torch.device, show_progress: bool):
     """Yield four streams of different lengths, whose questions are context."""
     for n in range(4):
-        prompt = tokenizer.encode_chat("Hi")[-8:]
+        prompt = chat_ids(tokenizer, "Hi")[-8:]
         yield Stream(prompt + list(range(65, 75 + n)), len(prompt))
 
 
@@ -370,7 +371,7 @@ def test_greedy_feeds_a_long_prompt_in_chunks(checkpoint):
 
 def test_greedy_answers_the_demo(run_json, fed, folder):
     run_json("--streams", "greedy", "--test", "reference", "--window", 100)
-    prompt = Tokenizer.from_folder(folder).encode_chat(DEMO_CHAT)
+    prompt = chat_ids(Tokenizer.from_folder(folder), DEMO_CHAT)
     assert (len(prompt) - 1) // 100 == 2  # so many windows hold nothing that counts
     assert fed[0].token_ids[: fed[0].n_skipped + 1] == prompt[200:]
     assert [window.n_positions for window in fed] == [100] * 5

@@ -19,6 +19,7 @@ from small_model import assert_rejected, run_script, small_checkpoint, write_mod
 import gpt_oss_megakernel
 from checkpoints.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from checkpoints.config import PRESETS
+from checkpoints.harmony import chat_ids
 from common.barrier import ABORT
 from gpt_oss_megakernel import MegaModel
 from host import cli, limits
@@ -128,7 +129,7 @@ def test_text_streams_token_by_token(run, monkeypatch):
 def test_chat_wraps_the_message_and_the_demo_is_the_default(run_json, folder, monkeypatch, words, message):
     monkeypatch.setattr(MegaModel, "generate", lambda *args: iter([65]))  # hundreds of bytes make a slow prompt
     result = run_json(*words, "--max-new-tokens", 1)
-    assert result["prompt_ids"] == Tokenizer.from_folder(folder).encode_chat(message)
+    assert result["prompt_ids"] == chat_ids(Tokenizer.from_folder(folder), message)
     assert result["tpot_ms"] is None
 
 
@@ -413,7 +414,7 @@ def test_as_a_program_from_another_folder(tmp_path):
     assert (process.returncode, err) == (0, "")
     result = json.loads(out)
     assert list(result) == KEYS
-    assert result["prompt_ids"] == Tokenizer.from_folder(SHIPPED).encode_chat("Recite sonnet 18.")
+    assert result["prompt_ids"] == chat_ids(Tokenizer.from_folder(SHIPPED), "Recite sonnet 18.")
     assert result["token_ids"] == greedy(open_checkpoint(SHIPPED), result["prompt_ids"], 5, quant=True)
     assert list(tmp_path.iterdir()) == []
 

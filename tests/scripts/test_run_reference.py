@@ -13,6 +13,7 @@ import torch
 from small_model import assert_rejected, run_script
 
 import run_reference
+from checkpoints.harmony import chat_ids
 from host import limits
 from host.cli import DEMO_CHAT
 from reference import Reference
@@ -84,7 +85,7 @@ def test_the_stop_token_is_an_id_but_not_text(run, checkpoint, folder, monkeypat
 @pytest.mark.parametrize(("words", "message"), [(["--chat", "Hi"], "Hi"), ([], DEMO_CHAT)])
 def test_chat_wraps_the_message_and_the_demo_is_the_default(run, folder, words, message):
     result = json.loads(run(*words, "--max-new-tokens", 1, "--json")[1])
-    assert result["prompt_ids"] == Tokenizer.from_folder(folder).encode_chat(message)
+    assert result["prompt_ids"] == chat_ids(Tokenizer.from_folder(folder), message)
 
 
 def test_quant_and_layers(run, checkpoint):

@@ -7,7 +7,8 @@ import struct
 import pytest
 from shipped import FOLDER, SONNET_18_START
 
-from tokenizer_util import Tokenizer, render_chat
+from checkpoints.harmony import chat_ids, chat_text
+from tokenizer_util import Tokenizer
 
 MAX_TOTAL_BYTES = 4_000_000
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, VOCAB = 128, 128, 8, 4, 1024
@@ -135,9 +136,9 @@ def test_tokenizer_config_names_the_same_ids(tokenizer):
 
 
 def test_tokenizer_covers_any_text_and_is_compact_on_its_own(tokenizer):
-    for text in (SONNET_18_START, "naïve 日本語 😀\r\n\t", render_chat("Recite sonnet 18.")):
+    for text in (SONNET_18_START, "naïve 日本語 😀\r\n\t", chat_text("Recite sonnet 18.")):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode_chat("Recite sonnet 18.")) < 70
+    assert len(chat_ids(tokenizer, "Recite sonnet 18.")) < 70
     assert len(tokenizer.encode(SONNET_18_START)) < 40
 
 

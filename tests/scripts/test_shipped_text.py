@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers_model
 
+from checkpoints.harmony import chat_ids
 from gpt_oss_megakernel import MegaModel
 from host.cli import DEFAULT_MODEL, DEMO_CHAT
 from tokenizer_util import Tokenizer
@@ -28,7 +29,7 @@ So long lives this, and this gives life to thee."""
 @pytest.mark.parametrize("quant", [False, True], ids=["default", "quant"])
 def test_sonnet_18(quant):
     tokenizer = Tokenizer.from_folder(DEFAULT_MODEL)
-    prompt = tokenizer.encode_chat(DEMO_CHAT)
+    prompt = chat_ids(tokenizer, DEMO_CHAT)
     model = MegaModel.from_pretrained(DEFAULT_MODEL, quant, max_context=512)
     tokens = list(model.generate(prompt, 300))
     assert tokens[-1] in model.config.stop_ids
@@ -42,7 +43,7 @@ def test_sonnet_18(quant):
 
 def test_logits_agree_with_transformers():
     """With a float32 cache and the demo's prompt, the kernel is compared with transformers directly."""
-    prompt = Tokenizer.from_folder(DEFAULT_MODEL).encode_chat(DEMO_CHAT)
+    prompt = chat_ids(Tokenizer.from_folder(DEFAULT_MODEL), DEMO_CHAT)
     model = MegaModel.from_pretrained(DEFAULT_MODEL, max_context=64, kv_dtype=torch.float32)
     logits = torch.stack([model.logits(token, position) for position, token in enumerate(prompt)])
     expected = transformers_model.logits(transformers_model.load(DEFAULT_MODEL), prompt)

@@ -12,8 +12,9 @@ import pytest
 import tokenizers
 from small_model import run_script
 
+from checkpoints.harmony import chat_text
 from system.errors import InputError
-from tokenizer_util import Tokenizer, render_chat
+from tokenizer_util import Tokenizer
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -52,7 +53,7 @@ def test_only_answers_are_labelled():
 
 def test_tokenizer_puts_harmony_tokens_on_top():
     words = [f"{a}{b}{c}" for a in "bcdfghjklm" for b in "aeiou" for c in "bcdfghnprstvwxyz"]
-    texts = [render_chat(" ".join(words))] * 3
+    texts = [chat_text(" ".join(words))] * 3
     tokenizer = Tokenizer(train_sonnets.build_tokenizer(texts))
     assert tokenizer.vocab_size == 1024
     assert tokenizer.encode("<|startoftext|><|return|><|call|>") == [1015, 1017, 1023]
