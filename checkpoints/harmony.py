@@ -76,6 +76,9 @@ class Setting:
         return system + ([Message("developer", "\n\n".join(parts))] if parts else [])
 
 
+DEFAULT_SETTING = Setting()
+
+
 # ---------------------------------------------------------------- tools as text
 
 
@@ -238,12 +241,12 @@ def encode(tokenizer, parts: Sequence[Control | str]) -> list[int]:
     return ids
 
 
-def chat_ids(tokenizer, user_text: str, setting: Setting = Setting()) -> list[int]:
+def chat_ids(tokenizer, user_text: str, setting: Setting = DEFAULT_SETTING) -> list[int]:
     """Return the prompt for an answer to one message of the user. Raise the errors of `encode`."""
     return encode(tokenizer, prompt_parts(setting, [Message("user", user_text)]))
 
 
-def chat_text(user_text: str, setting: Setting = Setting()) -> str:
+def chat_text(user_text: str, setting: Setting = DEFAULT_SETTING) -> str:
     """Return the prompt for an answer to one message of the user, as text.
 
     Control tokens that user_text spells cannot be told from the prompt's own here: text that is not trusted must go

@@ -16,6 +16,7 @@ from system.program import signal_exit_code, signals_as_interrupts, standard_str
 DEMO_CHAT = "Recite sonnet 18."
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "sonnets"
 
+MAX_CONTEXT_HELP = f"positions in the KV cache; default: {DEFAULT_CONTEXT}, or all of a model with fewer"
 FP8_SCALES = {"row": FP8_ROWS, "32": FP8_GROUPS}  # value of --fp8-scale -> dense format
 FP8_COMPONENTS = ("qkv", "o", "router", "head")
 
@@ -260,7 +261,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-context",
         metavar="N",
         type=positive_int,
-        help=f"positions in the KV cache; default: {DEFAULT_CONTEXT}, or all of a model with fewer",
+        help=MAX_CONTEXT_HELP,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text as it appears")
     parser.add_argument(

@@ -205,9 +205,9 @@ def summary(generation: Generation) -> str:
 
 def _print_piece(piece: str, as_json: bool) -> None:
     if piece and not as_json:
-        print(_for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        print(for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
-def _for_terminal(text: str) -> str:
+def for_terminal(text: str) -> str:
     """Return a model's text with its control characters escaped, so that it cannot command the terminal."""
     return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
