@@ -32,12 +32,6 @@ def pytest_configure(config):
     gc.set_threshold(50_000)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """Return how many processes -n auto means: one more than cores, as many tests wait for a script."""
-    return 1 + (os.cpu_count() or 1)
-
-
 def pytest_ignore_collect(collection_path, config):
     return True if collection_path.is_relative_to(GPU_TESTS) and not config.stash[GPU_ONLY] else None
 

@@ -27,14 +27,19 @@ CUS, XCDS = 256, 8  # of an MI355X
 
 
 @pytest.fixture(scope="module")
-def reports():
+def reports(once):
+    """Return (target, path) -> figures."""
+    return {(figures["target"], figures["path"]): figures for figures in once("decoding", compiled)}
+
+
+def compiled() -> list[dict]:
     """Compile in another process, because this one interprets kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = {}
+    found = []
     for words in ([], *(["--path", path.split(",")[0], "--fp8", dense] for path, dense in FP8_PATHS.items())):
         command = [sys.executable, "tools/compile_report.py", "--json", *words]
         output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600).stdout
-        found |= {(figures["target"], figures["path"]): figures for figures in json.loads(output)}
+        found += json.loads(output)
     return found
 
 

@@ -27,21 +27,25 @@ PRODUCTS = [*DENSE, "prompt_attention_kernel", *EXPERTS]
 
 
 @pytest.fixture(scope="module")
-def reports():
-    """Return (target, path) -> figures of each kernel.
+def reports(once):
+    """Return (target, path) -> figures of each kernel."""
+    found = {}
+    for figures in once("prompts", compiled):
+        found.setdefault((figures["target"], figures["path"]), []).append(figures)
+    return found
 
-    Another process compiles, because this one interprets kernels.
-    """
+
+def compiled() -> list[dict]:
+    """Compile in another process, because this one interprets kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     runs = [["--tokens", *map(str, TOKENS)]]
     for path, dense_format in FP8_PATHS.items():
         runs.append(["--tokens", "5", "700", "--path", path.split(",")[0], "--fp8", dense_format])
-    found = {}
+    found = []
     for words in runs:
         command = [sys.executable, "-m", "tools.compile_prefill", "--json", *words]
         output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600).stdout
-        for figures in json.loads(output):
-            found.setdefault((figures["target"], figures["path"]), []).append(figures)
+        found += json.loads(output)
     return found
 
 

@@ -26,12 +26,18 @@ CASES = [(target, *kernel) for target in ("gfx950", "sm_90") for kernel in EXCHA
 
 
 @pytest.fixture(scope="module")
-def reports():
+def reports(once):
+    """Return (target, layout, rank, kernel) -> figures."""
+    found = once("ranks", compiled)
+    return {(r["target"], r["layout"], r["rank"], r["kernel"]): r for r in found}
+
+
+def compiled() -> list[dict]:
     """Compile in another process, because this one interprets kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "tools/compile_ranks.py", "--json"]
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600).stdout
-    return {(r["target"], r["layout"], r["rank"], r["kernel"]): r for r in json.loads(output)}
+    return json.loads(output)
 
 
 def test_every_kernel_is_compiled(reports):
