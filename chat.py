@@ -11,7 +11,9 @@ import host.start
 import argparse
 import contextlib
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,9 +24,11 @@ from gpt_oss_megakernel import MegaModel
 from host import cli
 from host.conversation import FINAL, Conversation, Turn
 from host.generation import for_terminal
+from host.sampling import Sampling
 from load_model import files_of, open_model
-from system.errors import InputError
-from system.output_file import check_output, replacing
+from system.errors import InputError, printable
+from system.output_file import output_path, replacing
+from system.program import replaced_handlers
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 HELP = """\
@@ -56,8 +60,25 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def setting_of(args: argparse.Namespace) -> Setting:
     """Return the setting that the command line asks for."""
+    _check_unicode("--system", args.system)
+    _check_unicode("--developer", args.developer)
     fields = {"identity": args.system} if args.system else {}
     return Setting(args.reasoning, args.date, args.developer, **fields)
+
+
+def _check_unicode(flag: str, text: str | None) -> None:
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{flag}: is not valid UTF-8") from None
+
+
+class AnswerEnded(KeyboardInterrupt):
+    """Ctrl-C, which ends an answer; other signals end the program."""
+
+
+def _end_answer(_number: int, _frame: object) -> None:
+    raise AnswerEnded
 
 
 class Printer:
@@ -87,18 +108,19 @@ class Printer:
             print(text, end="")
 
     def end(self) -> None:
-        """End the answer's line."""
+        """End the answer's line, if there is one."""
         self._write(PLAIN)
-        print(flush=True)
+        if self._is_terminal or self._channel:
+            print(flush=True)
         self._channel = None
 
 
 class Chat:
     """Reads messages and commands, and prints answers."""
 
-    def __init__(self, args: argparse.Namespace, conversation: Conversation, inputs: list[Path]):
+    def __init__(self, args: argparse.Namespace, sampling: Sampling, conversation: Conversation, inputs: list[Path]):
         self._args, self._conversation, self._inputs = args, conversation, inputs
-        self._sampling, self._shows_times = cli.sampling_of(args), args.time
+        self._sampling, self._shows_times = sampling, args.time
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: print(HELP, file=sys.stderr),
             "/reset": lambda _: conversation.reset(),
@@ -110,24 +132,26 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Answer until the input ends."""
+        """Answer until the input ends. Raise InputError for a bad line unless a person can type another one."""
         for line in lines():
             text = line.strip()
-            if text == "/quit":
+            is_command = re.match(r"/[a-z]+(\s|$)", text)
+            if is_command and text.split()[0] == "/quit":
                 return
             try:
-                if re.match(r"/[a-z]+(\s|$)", text):
-                    self._command(text)
+                if is_command:
+                    self._command(*text.split(None, 1))
                 elif text:
                     self._answer(text)
             except InputError as error:
-                print(f"error: {error}", file=sys.stderr)
+                if not sys.stdin.isatty():
+                    raise
+                print(f"error: {printable(str(error))}", file=sys.stderr)
 
-    def _command(self, text: str) -> None:
-        name, _, rest = text.partition(" ")
+    def _command(self, name: str, rest: str = "") -> None:
         if name not in self._commands:
             raise InputError(f"{name}: no such command; /help lists them")
-        self._commands[name](rest.strip())
+        self._commands[name](rest)
 
     def _answer(self, text: str) -> None:
         printer, conversation = Printer(self._args.show_reasoning), self._conversation
@@ -136,9 +160,8 @@ class Chat:
             with contextlib.closing(pieces):
                 for piece in pieces:
                     printer.piece(piece)
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
+        except AnswerEnded:
+            pass
         finally:
             printer.end()
         if conversation.turn.finish == "length":
@@ -153,14 +176,18 @@ class Chat:
     def _save(self, text: str) -> None:
         if not text:
             raise InputError("/save: where to? /save FILE")
-        path = Path(text)
-        check_output(path, False, flag="/save")
+        try:
+            path = output_path(text)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"/save: {error}") from None
+        if os.path.lexists(path):
+            raise InputError(f"/save {path}: is there already")
         content = {"setting": asdict(self._conversation.setting)}
         content["messages"] = [asdict(message) for message in self._conversation.messages]
         data = (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
         with replacing(path, len(data), False, inputs=self._inputs, flag="/save") as file:
             file.write(data, 0)
-        print(f"saved {path}", file=sys.stderr)
+        print(f"saved {printable(str(path))}", file=sys.stderr)
 
 
 def times_of(turn: Turn) -> str:
@@ -172,6 +199,7 @@ def times_of(turn: Turn) -> str:
 
 def lines() -> Iterator[str]:
     """Yield the user's lines until the end of the input; with a prompt, history and arrow keys on a terminal."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is not UTF-8 is refused as a message
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -184,10 +212,13 @@ def lines() -> Iterator[str]:
 def typed_line() -> str | None:
     """Return a line from the terminal, "" after Ctrl-C, or None at the end of the input."""
     try:
-        return input("> ")
+        if sys.stdout.isatty():
+            return input("> ")
+        print("> ", end="", file=sys.stderr, flush=True)  # stdout is for answers
+        return input()
     except EOFError:
         return None
-    except KeyboardInterrupt:
+    except AnswerEnded:
         print("\n/quit or Ctrl-D ends the program", file=sys.stderr)
         return ""
 
@@ -200,8 +231,10 @@ def main() -> None:
         cli.add_kernel_arguments,
         cli.add_sampling_arguments,
     )
-    cli.sampling_of(args)
+    sampling = cli.sampling_of(args)
     setting = setting_of(args)
+    if sys.stdin is None:
+        raise InputError("stdin is closed: there is nobody to chat with")
     checkpoint, tokenizer = open_model(args)
     if tokenizer is None:
         raise InputError(f"--model {args.model}: it has no tokenizer, and cannot chat")
@@ -213,7 +246,12 @@ def main() -> None:
         show_progress=sys.stderr.isatty(),
         dense=cli.dense_formats(args, checkpoint),
     )
-    Chat(args, Conversation(model, tokenizer, setting), files_of(checkpoint)).run()
+    if sampling.temperature:
+        print(f"seed {sampling.seed}", file=sys.stderr)
+    chat = Chat(args, sampling, Conversation(model, tokenizer, setting), files_of(checkpoint))
+    at_terminal = {signal.SIGINT: signal.getsignal(signal.SIGINT)} if sys.stdin.isatty() else {}
+    with replaced_handlers(at_terminal, _end_answer):
+        chat.run()
 
 
 if __name__ == "__main__":

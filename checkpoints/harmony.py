@@ -6,6 +6,8 @@ A call of a tool ends with <|call|>, and the model ends its answer with <|return
 as role. The definition is the package openai-harmony, whose tokens tests compare with these.
 """
 
+import contextlib
+import datetime
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,11 +58,14 @@ class Setting:
     identity: str = IDENTITY
 
     def __post_init__(self):
-        """Raise InputError for an unknown reasoning effort or a malformed date."""
+        """Raise InputError for an unknown reasoning effort, a date that is none, or text that is not valid Unicode."""
         if self.reasoning not in REASONING_EFFORTS:
             raise InputError(f"reasoning effort {self.reasoning!r}: expected one of {', '.join(REASONING_EFFORTS)}")
-        if self.date is not None and not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", self.date):
+        if self.date is not None and not is_date(self.date):
             raise InputError(f"date {self.date!r}: expected YYYY-MM-DD")
+        for name, text in (("identity", self.identity), ("instructions", self.instructions or "")):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"the {name} is not valid UTF-8")
 
     def messages(self) -> list[Message]:
         """Return the system message and, if there is something to say, the developer's."""
@@ -77,6 +82,13 @@ class Setting:
 
 
 DEFAULT_SETTING = Setting()
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a day's date, YYYY-MM-DD."""
+    with contextlib.suppress(ValueError):
+        return datetime.date.fromisoformat(text).isoformat() == text
+    return False
 
 
 # ---------------------------------------------------------------- tools as text

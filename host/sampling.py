@@ -1,6 +1,7 @@
 """How the next token is chosen from its logits."""
 
 import dataclasses
+import hashlib
 import secrets
 
 import torch
@@ -75,7 +76,8 @@ class Sampling:
     def choose(self, logits: torch.Tensor, position: int) -> int:
         """Return a token drawn from `likeliest`, which depends on logits, seed and position alone."""
         ids, probabilities = self.likeliest(logits)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + position) % 2**63)
+        digest = hashlib.blake2b(f"{self.seed} {position}".encode(), digest_size=4).digest()  # torch uses 32 bits
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         return int(ids[torch.multinomial(probabilities.double().cpu(), 1, generator=generator)])
 
 

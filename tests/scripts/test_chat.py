@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,9 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
+
+    def kill(self, number: int) -> None:
+        self._process.send_signal(number)
 
     def end(self) -> int:
         code = self._process.wait(SECONDS)
@@ -85,33 +89,77 @@ def test_three_turns_at_a_terminal():
     assert terminal.end() == 0
 
 
+def piped(typed: str | bytes, *words: str, **options) -> subprocess.CompletedProcess:
+    """Run chat.py with its input from a pipe."""
+    command = [sys.executable, "chat.py", *words]
+    data = typed if isinstance(typed, bytes) else typed.encode()
+    return subprocess.run(command, cwd=ROOT, input=data, capture_output=True, timeout=SECONDS, **options)
+
+
 def test_a_pipe_gets_final_answers_alone(tmp_path):
     saved = tmp_path / "chat.json"
-    lines = ["/time", "Recite sonnet 18.", "", "/nonsense", "/reasoning huge", "/save"]
-    typed = "\n".join([*lines, f"/save {saved}", f"/save {saved}", "/quit", "more", ""])
-    command = [sys.executable, "chat.py", "--max-new-tokens", "60"]
-    done = subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=SECONDS)
+    typed = f"/time\nRecite sonnet 18.\n\n/save {saved}\n/reasoning\thigh\n/quit now\nmore\n"
+    done = piped(typed, "--max-new-tokens", "60")
     assert done.returncode == 0
-    assert done.stdout.startswith(f"{FIRST_LINE}\nThou art more lovely")
-    errors = done.stderr.splitlines()
-    assert errors[0] == "times are shown"
-    assert errors[1] == "[cut after 60 tokens]"
+    answer = done.stdout.decode()
+    assert answer.startswith(f"{FIRST_LINE}\nThou art more lovely")
+    errors = done.stderr.decode().splitlines()
+    assert errors[:2] == ["times are shown", "[cut after 60 tokens]"]
     assert re.fullmatch(r"\[61 prompt \+ 60 new tokens, first [\d.]+ ms, then [\d.]+ ms per token\]", errors[2])
-    assert errors[3] == "error: /nonsense: no such command; /help lists them"
-    assert errors[4] == "error: reasoning effort 'huge': expected one of low, medium, high"
-    assert errors[5] == "error: /save: where to? /save FILE"
-    assert errors[6] == f"saved {saved}"
-    assert errors[7].startswith(f"error: /save {saved}: ")
-    assert len(errors) == 8
+    assert errors[3:] == [f"saved {saved}"]
     content = json.loads(saved.read_text())
     assert [message["role"] for message in content["messages"]] == ["user", "assistant"]
-    assert content["messages"][1]["content"] == done.stdout.rstrip("\n")
+    assert content["messages"][1]["content"] == answer.rstrip("\n")
+
+
+BAD_LINES = {
+    b"/nonsense": "/nonsense: no such command; /help lists them",
+    b"/reasoning huge": "reasoning effort 'huge': expected one of low, medium, high",
+    b"/save": "/save: '' names no file",
+    b"/save folder/": "/save: 'folder/' names no file",
+    b"/save README.md": "/save README.md: is there already",
+    b"a\xff": "the text is not valid UTF-8",
+    b"/system \xff": "the identity is not valid UTF-8",
+}
+
+
+@pytest.mark.parametrize("line, culprit", BAD_LINES.items())
+def test_a_bad_line_of_a_pipe_is_an_error(line, culprit):
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = piped(line + b"\n/help\n", env=environment)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().startswith(f"error: {culprit}")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_closed_stdin_is_an_error():
+    command = [
+        sys.executable,
+        "-c",
+        "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, 'chat.py'])",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: stdin is closed") or done.stdout == ""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_end_the_program_at_a_terminal(number, code):
+    terminal = Terminal()
+    terminal.read_until("> ")
+    terminal.type("Recite sonnet 18.\n")
+    terminal.read_until("18.")
+    time.sleep(1)
+    terminal.kill(number)
+    assert terminal.end() == code
 
 
 @pytest.mark.parametrize(
     "words, culprit",
     [
         (["--random-weights", "20b", "--layers", 1], "has no tokenizer, and cannot chat"),
+        (["--system", "\udcff"], "--system: is not valid UTF-8"),
+        (["--date", "2024-13-45"], "date '2024-13-45': expected YYYY-MM-DD"),
         (["--date", "June"], "date 'June': expected YYYY-MM-DD"),
         (["--reasoning", "huge"], "--reasoning"),
         (["--top-p", "0.5"], "--top-p: nothing is drawn without --temperature"),
