@@ -238,14 +238,7 @@ def main() -> None:
     checkpoint, tokenizer = open_model(args)
     if tokenizer is None:
         raise InputError(f"--model {args.model}: it has no tokenizer, and cannot chat")
-    model = MegaModel(
-        checkpoint,
-        args.quant,
-        args.max_context,
-        num_programs=args.num_programs,
-        show_progress=sys.stderr.isatty(),
-        dense=cli.dense_formats(args, checkpoint),
-    )
+    model = cli.load_model(MegaModel, args, checkpoint)
     if sampling.temperature:
         print(f"seed {sampling.seed}", file=sys.stderr)
     chat = Chat(args, sampling, Conversation(model, tokenizer, setting), files_of(checkpoint))

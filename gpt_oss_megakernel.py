@@ -481,17 +481,8 @@ def main() -> None:
     inputs = files_of(checkpoint)
     with trace.trace_writer(args.trace, inputs) as write_trace:
         with generation.logits_writer(args.logits_out, checkpoint.config.vocab_size, inputs) as on_logits:
-            model = MegaModel(
-                checkpoint,
-                args.quant,
-                args.max_context,
-                num_programs=args.num_programs,
-                show_progress=sys.stderr.isatty(),
-                dense=cli.dense_formats(args, checkpoint),
-                trace_position=None if traced is None else len(prompt_ids) - 1 + traced - 1,
-            )
-            if args.load_rate:
-                print(model.load_rate(), file=sys.stderr)
+            trace_position = None if traced is None else len(prompt_ids) - 1 + traced - 1
+            model = cli.load_model(MegaModel, args, checkpoint, trace_position=trace_position)
             path = cli.path_name(args.quant, model.config.dense)
             answer = generation.print_answer(args, model, path, prompt_ids, tokenizer, on_logits, sampling)
         if write_trace:

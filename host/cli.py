@@ -139,6 +139,25 @@ def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-rate", action="store_true", help="say how long loading took, and at what rate")
 
 
+def load_model(make: Callable, args: argparse.Namespace, checkpoint: Checkpoint, **options):
+    """Return make(checkpoint, ...), a model with what the options of add_kernel_arguments and --max-context ask for.
+
+    With --load-rate a line on stderr says how long it took.
+    """
+    model = make(
+        checkpoint,
+        args.quant,
+        args.max_context,
+        num_programs=args.num_programs,
+        show_progress=sys.stderr.isatty(),
+        dense=dense_formats(args, checkpoint),
+        **options,
+    )
+    if args.load_rate:
+        print(model.load_rate(), file=sys.stderr)
+    return model
+
+
 def add_fp8_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --fp8-attn, --fp8-head, --fp8-components and --fp8-scale, which dense_formats reads."""
     parser.add_argument("--fp8-attn", action="store_true", help="QKV and O projection in FP8 (E4M3)")

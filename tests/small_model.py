@@ -15,6 +15,19 @@ from tokenizer_util import BYTE_OF_CHARACTER
 SPECIALS = ("<|start|>", "<|message|>", "<|end|>")
 
 
+REPORT_KEYS = [
+    "prompt_ids",
+    "token_ids",
+    "text",
+    "ttft_ms",
+    "tpot_ms",
+    "device",
+    "path",
+    "temperature",
+    "seed",
+]  # --json
+
+
 def small_checkpoint() -> MemoryCheckpoint:
     """Make a checkpoint whose vocabulary is the 256 bytes, the special tokens and unused ids.
 

@@ -4,7 +4,6 @@ TRITON_INTERPRET=0 python -m tools.compile_prefill [--target gfx950|sm_90 ...] [
     [--tokens N ...] [--fp8 fp8-row|fp8-32] [--json]
 """
 
-import json
 import os
 import re
 import sys
@@ -35,6 +34,7 @@ from tools.compile_report import (
     cuobjdump,
     load_widths,
     meta_tensors,
+    print_reports,
 )
 
 SEEN: dict[str, dict] = {}  # reports by the kernel's hash
@@ -140,11 +140,7 @@ def main() -> None:
     dense = DenseFormats(qkv=args.fp8, o=args.fp8, router=args.fp8) if args.fp8 else DenseFormats()
     cases = [(target, PATHS[path]) for target in args.target for path in args.path]
     found = [figures for target, quant in cases for figures in reports(target, quant, args.tokens, dense)]
-    if args.json:
-        print(json.dumps(found))
-        return
-    for figures in found:
-        print(", ".join(f"{key} {value}" for key, value in figures.items()))
+    print_reports(found, args.json)
 
 
 if __name__ == "__main__":

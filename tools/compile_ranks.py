@@ -3,7 +3,6 @@
 TRITON_INTERPRET=0 python tools/compile_ranks.py [--target gfx950|sm_90 ...] [--layout roles|tp ...] [--quant] [--json]
 """
 
-import json
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from multi_gpu.prompts import prefill_of
 from multi_gpu.protocol import FIRST_EPOCH, LAYOUTS, shares_of
 from multi_gpu.ranks import Rank, RankModel
 from prefill import Launch
-from tools.compile_report import TARGETS, UNITS, amd_report, compile_kernel, nvidia_report
+from tools.compile_report import TARGETS, UNITS, amd_report, compile_kernel, nvidia_report, print_reports
 
 RANKS = {"tp": 2, "roles": 3}
 PROMPT_TOKENS = 300
@@ -112,11 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     cases = [(target, layout) for target in args.target for layout in args.layout]
     found = [figures for case in cases for figures in reports(*case, args.quant)]
-    if args.json:
-        print(json.dumps(found))
-        return
-    for figures in found:
-        print(", ".join(f"{key} {value}" for key, value in figures.items()))
+    print_reports(found, args.json)
 
 
 if __name__ == "__main__":

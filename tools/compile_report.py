@@ -431,6 +431,15 @@ def report(target: str, quant: bool, dense: DenseFormats, keep: Path | None = No
     return {"target": target, "path": path_name(quant, dense), **figures}
 
 
+def print_reports(reports: list[dict], as_json: bool) -> None:
+    """Print a line for each report, or all as one JSON list."""
+    if as_json:
+        print(json.dumps(reports))
+        return
+    for figures in reports:
+        print(", ".join(f"{key} {value}" for key, value in figures.items()))
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
@@ -443,11 +452,7 @@ def main() -> None:
         check_output_file("--keep", args.keep / "x.s")
     dense = DenseFormats(qkv=args.fp8, o=args.fp8, head=args.fp8) if args.fp8 else DenseFormats()
     reports = [report(target, PATHS[path], dense, args.keep) for target in args.target for path in args.path]
-    if args.json:
-        print(json.dumps(reports))
-        return
-    for figures in reports:
-        print(", ".join(f"{key} {value}" for key, value in figures.items()))
+    print_reports(reports, args.json)
 
 
 if __name__ == "__main__":

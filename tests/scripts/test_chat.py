@@ -99,11 +99,12 @@ def piped(typed: str | bytes, *words: str, **options) -> subprocess.CompletedPro
 def test_a_pipe_gets_final_answers_alone(tmp_path):
     saved = tmp_path / "chat.json"
     typed = f"/time\nRecite sonnet 18.\n\n/save {saved}\n/reasoning\thigh\n/quit now\nmore\n"
-    done = piped(typed, "--max-new-tokens", "60")
+    done = piped(typed, "--max-new-tokens", "60", "--load-rate")
     assert done.returncode == 0
     answer = done.stdout.decode()
     assert answer.startswith(f"{FIRST_LINE}\nThou art more lovely")
     errors = done.stderr.decode().splitlines()
+    assert errors.pop(0).startswith("weights: 0.003 GB in ")
     assert errors[:2] == ["times are shown", "[cut after 60 tokens]"]
     assert re.fullmatch(r"\[61 prompt \+ 60 new tokens, first [\d.]+ ms, then [\d.]+ ms per token\]", errors[2])
     assert errors[3:] == [f"saved {saved}"]

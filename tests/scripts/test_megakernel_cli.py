@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_model import assert_rejected, run_script, small_checkpoint, write_model
+from small_model import REPORT_KEYS, assert_rejected, run_script, small_checkpoint, write_model
 
 import gpt_oss_megakernel
 from checkpoints.checkpoint import INDEX_NAME, WEIGHTS_NAME
@@ -31,7 +31,6 @@ from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "models" / "sonnets"
-KEYS = ["prompt_ids", "token_ids", "text", "ttft_ms", "tpot_ms", "device", "path", "temperature", "seed"]
 PROMPT = "Café"
 PROMPT_IDS = list(PROMPT.encode())
 VOCAB = 264
@@ -94,7 +93,7 @@ def greedy(checkpoint, prompt_ids: list[int], n: int, **options) -> list[int]:
 def test_json_is_all_of_stdout(run_json, checkpoint, folder, words, path, quant):
     result = run_json("--prompt", PROMPT, "--max-new-tokens", 9, *words)
     expected = greedy(checkpoint, PROMPT_IDS, 9, quant=quant)
-    assert list(result) == KEYS
+    assert list(result) == REPORT_KEYS
     assert result["prompt_ids"] == PROMPT_IDS
     assert result["token_ids"] == expected
     assert result["text"] == Tokenizer.from_folder(folder).decode(expected)
@@ -413,7 +412,7 @@ def test_as_a_program_from_another_folder(tmp_path):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     result = json.loads(out)
-    assert list(result) == KEYS
+    assert list(result) == REPORT_KEYS
     assert result["prompt_ids"] == chat_ids(Tokenizer.from_folder(SHIPPED), "Recite sonnet 18.")
     assert result["token_ids"] == greedy(open_checkpoint(SHIPPED), result["prompt_ids"], 5, quant=True)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_model import assert_rejected, run_script
+from small_model import REPORT_KEYS, assert_rejected, run_script
 
 import run_reference
 from checkpoints.harmony import chat_ids
@@ -42,17 +42,7 @@ def test_json_is_all_of_stdout(run, checkpoint, folder):
     result = json.loads(out)
     expected = greedy(checkpoint, list(PROMPT.encode()), 9)
     assert code == 0
-    assert list(result) == [
-        "prompt_ids",
-        "token_ids",
-        "text",
-        "ttft_ms",
-        "tpot_ms",
-        "device",
-        "path",
-        "temperature",
-        "seed",
-    ]
+    assert list(result) == REPORT_KEYS
     assert result["prompt_ids"] == list(PROMPT.encode())
     assert result["token_ids"] == expected
     assert result["text"] == Tokenizer.from_folder(folder).decode(expected)

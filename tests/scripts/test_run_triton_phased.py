@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_model import assert_rejected, run_script, small_checkpoint
+from small_model import REPORT_KEYS, assert_rejected, run_script, small_checkpoint
 
 import run_triton_phased
 from checkpoints.config import PRESETS
@@ -55,17 +55,7 @@ def run_json(run):
 def test_the_megakernels_tokens(run_json, checkpoint, words, path, num_programs):
     arguments = ("--prompt", PROMPT, "--max-new-tokens", 9, "--num-programs", num_programs)
     (result,) = run_json(*arguments, *words)
-    assert list(result) == [
-        "prompt_ids",
-        "token_ids",
-        "text",
-        "ttft_ms",
-        "tpot_ms",
-        "device",
-        "path",
-        "temperature",
-        "seed",
-    ]
+    assert list(result) == REPORT_KEYS
     assert result["prompt_ids"] == PROMPT_IDS
     assert result["token_ids"] == list(MegaModel(checkpoint, bool(words), 64).generate(PROMPT_IDS, 9))
     assert (result["device"], result["path"]) == ("cpu", path)
