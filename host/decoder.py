@@ -130,7 +130,7 @@ class Decoder:
         self.state = self.prefill = None  # frees their memory before the new ones need it
         self.n_fed = 0  # positions that the cache holds; their tokens are the first of state.tokens
         self._in_flight: range | None = None  # positions whose launches have begun and not ended
-        self._in_kernel = GREEDY.in_kernel  # what the states say of sampling
+        self._in_kernel: tuple[float, int] | None = GREEDY.in_kernel  # what the states say of sampling
         self._lost_end = 0  # interrupted launches may have written cache positions n_fed to _lost_end - 1; 0: none
         self.state = self._new_state()
         self._build()
@@ -211,6 +211,7 @@ class Decoder:
                 s.split_arrivals.zero_()
             self._in_flight = None
         if sampling.in_kernel != self._in_kernel:
+            self._in_kernel = None  # unknown, should an interrupt come
             for s in self.states():
                 s.inverse_temperature[0], s.seed[0] = sampling.in_kernel
             self._in_kernel = sampling.in_kernel

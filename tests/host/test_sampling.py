@@ -115,6 +115,20 @@ def test_sampling_ends_with_its_generation(model):
     assert answer(model, GREEDY) == greedy
 
 
+def test_an_interrupt_while_sampling_is_set_leaves_no_trace(model, monkeypatch):
+    """The next greedy answer is greedy, though the temperature was written already."""
+
+    class Interrupted:
+        def __setitem__(self, index, value):
+            raise KeyboardInterrupt
+
+    greedy = answer(model, GREEDY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "state", model.state._replace(seed=Interrupted()))
+        answer(model, Sampling(5.0, 1))
+    assert answer(model, GREEDY) == greedy
+
+
 @pytest.mark.parametrize("tiles", [small_tiles, ring_tiles])
 def test_the_number_of_programs_does_not_change_an_answer(tiles, checkpoint):
     sampling, answers = Sampling(1.2, 77), []
