@@ -143,6 +143,8 @@ class Chat:
                     self._command(*text.split(None, 1))
                 elif text:
                     self._answer(text)
+            except AnswerEnded:
+                continue
             except InputError as error:
                 if not sys.stdin.isatty():
                     raise
@@ -160,8 +162,6 @@ class Chat:
             with contextlib.closing(pieces):
                 for piece in pieces:
                     printer.piece(piece)
-        except AnswerEnded:
-            pass
         finally:
             printer.end()
         if conversation.turn.finish == "length":
