@@ -90,9 +90,9 @@ def megakernel(
         barrier = wait_at(ctx, barrier, BUILD)
 
         feed = o_phase(ctx, layer, feed, BUILD)
-        arrive_at(ctx, barrier, BUILD, AMONG_RANKS)
+        arrive_at(ctx, barrier, BUILD)
         FEED.ask_part_of_qkv(ctx, following, 0, BUILD)
-        barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)
+        barrier = wait_at(ctx, barrier, BUILD)
 
         FEED.ask_part_of_qkv(ctx, following, 1, BUILD)
         router_phase(ctx, layer, BUILD)
@@ -106,9 +106,9 @@ def megakernel(
         barrier = wait_at(ctx, barrier, BUILD)
 
         feed = down_phase(ctx, layer, choice, feed, BUILD)
-        arrive_at(ctx, barrier, BUILD, AMONG_RANKS)
+        arrive_at(ctx, barrier, BUILD)
         feed = FEED.ask_qkv(ctx, following, feed, BUILD)
-        barrier = wait_at(ctx, barrier, BUILD, AMONG_RANKS)
+        barrier = wait_at(ctx, barrier, BUILD)
 
     if ctx.want_head:
         barrier = 2 + n_layers * LAYER_BARRIERS
@@ -170,7 +170,7 @@ def embedding_phase(ctx, BUILD: tl.constexpr):
         row = exchange.local_row(token, BUILD)
         values = tl.load(ctx.w.embed + row.to(tl.int64) * H + h, mask=h < H, other=0.0)
         exchange.store_embedding(ctx, token, h, values, BUILD)
-        for n in range(BUILD.n_expert_outs):
+        for n in range(BUILD.config.experts_per_token):
             tl.store(s.expert_out + n * H + h, tl.zeros([BLOCK_H], tl.float32), mask=h < H)
 
 
@@ -216,14 +216,15 @@ def attention_phase(ctx, layer, window, barrier, BUILD: tl.constexpr):
 
 @triton.jit
 def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
-    """x = x + expert_out + W_o @ attention + b. Return the feed."""
+    """x = x + expert_out + W_o @ attention + b, on all ranks. Return the feed."""
     DENSE: tl.constexpr = BUILD.machine.dense
     MATRIX: tl.constexpr = BUILD.o
     H: tl.constexpr = MATRIX.rows
     STEP: tl.constexpr = BUILD.tuning.dense.step_tiles * MATRIX.tile_rows
     N_KV_HEADS: tl.constexpr = BUILD.config.n_kv_heads
-    N_OUTS: tl.constexpr = BUILD.n_expert_outs
+    N_OUTS: tl.constexpr = BUILD.config.experts_per_token
     w, s = ctx.w, ctx.s
+    epoch = exchange.epoch_of(ctx, layer, exchange.O, BUILD)
     attention = DENSE.load_vector(s.attention, MATRIX, BUILD)
     matrix = o_matrix(ctx, layer, BUILD)
     if ctx.program == ctx.n_programs - 1:
@@ -237,7 +238,8 @@ def o_phase(ctx, layer, feed, BUILD: tl.constexpr):
             x += tl.load(s.expert_out + n * H + row, mask=row < end, other=0.0)
         x += tl.load(w.o_bias + layer * H + row, mask=row < end, other=0.0).to(tl.float32)
         y, feed = DENSE.multiply(ctx, feed, attention, matrix, row0, end, MATRIX, BUILD)
-        exchange.store_o(ctx, row, x, y * (1.0 / vector_prescale(MATRIX.format)), row < end, BUILD)
+        y *= 1.0 / vector_prescale(MATRIX.format)
+        tl.store(s.x + row, x + exchange.sum_o(ctx, layer, row, y, row < end, epoch, BUILD), mask=row < end)
     return feed
 
 
@@ -258,7 +260,7 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
     # Tiles from the first program on, blocks from the last one on, so that few programs have both.
     if (program < MATRIX.n_tiles) | (n_programs - 1 - program < N_BLOCKS):
         rows, bias = load_router_tile(ctx, layer, program, BUILD)
-        x = exchange.load_residual(ctx, MATRIX, zero, BUILD)
+        x = load_row_vector(ctx.s.x, MATRIX, zero)
         rstd = rms_rstd(x, H, BUILD.config.rms_norm_eps)
         x, factor = normed_blocks(x, load_row_vector(norm_ptr, MATRIX, zero), rstd, vector_prescale(MATRIX.format))
         for tile in range(program, MATRIX.n_tiles, n_programs):
@@ -270,7 +272,7 @@ def router_phase(ctx, layer, BUILD: tl.constexpr):
                 tl.store(targets[n].router_logits + row, logits, mask=row < MATRIX.rows)
         for block in range(n_programs - 1 - program, N_BLOCKS, n_programs):
             h = block * NORM + tl.arange(0, NORM) + zero
-            residual = exchange.settle_residual(ctx, h, h < H, BUILD)
+            residual = tl.load(ctx.s.x + h, mask=h < H, other=0.0)
             normed = residual * rstd * tl.load(norm_ptr + h, mask=h < H, other=0.0)
             for n in tl.static_range(N_TARGETS):
                 MACHINE.experts.store_input(targets[n], block, normed, x, factor, BUILD)
@@ -336,12 +338,13 @@ def gate_up_phase(ctx, layer, feed, BUILD: tl.constexpr):
 
 @triton.jit
 def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
-    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert. Return the feed."""
+    """expert_out = weight * (W_down @ expert_act + b) of every chosen expert, on all ranks. Return the feed."""
     EXPERTS: tl.constexpr = BUILD.machine.experts
     MATRIX: tl.constexpr = BUILD.down
     M: tl.constexpr = MATRIX.tile_rows
     TILES: tl.constexpr = BUILD.tuning.experts.step_tiles
     w, down = ctx.w, ctx.work.down
+    epoch = exchange.epoch_of(ctx, layer, exchange.DOWN, BUILD)
     PAIRS: tl.constexpr = M // 2  # of an even and an odd row
     tile_of_step, pair = tl.arange(0, TILES * PAIRS) // PAIRS, tl.arange(0, TILES * PAIRS) % PAIRS
     for rank in range(ctx.program % down.ranks, BUILD.config.experts_per_token, down.ranks):
@@ -354,10 +357,11 @@ def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
             odd_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row + 1, MATRIX, BUILD)
             tiles = ExpertTiles(rank, first, tl.minimum(tl.cdiv(MATRIX.n_tiles - first, down.members), TILES))
             even, odd, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
-            out = exchange.expert_out(ctx, rank, row, BUILD)
-            exchange.store(out, weight * (even + even_bias), row < MATRIX.rows, BUILD)
-            out = exchange.advance(out, 1, BUILD)
-            exchange.store(out, weight * (odd + odd_bias), row + 1 < MATRIX.rows, BUILD)
+            even, odd = weight * (even + even_bias), weight * (odd + odd_bias)
+            even, odd = exchange.sum_down(ctx, layer, rank, row, even, odd, epoch, BUILD)
+            out_ptr = ctx.s.expert_out + rank * MATRIX.rows + row
+            tl.store(out_ptr, even, mask=row < MATRIX.rows)
+            tl.store(out_ptr + 1, odd, mask=row + 1 < MATRIX.rows)
     return feed
 
 

@@ -78,11 +78,6 @@ class Build:
         """Experts that the router chooses for a token."""
         return self.top_k or self.config.experts_per_token
 
-    @property
-    def n_expert_outs(self) -> int:
-        """Vectors whose sum is what the experts add to the residual: of each chosen one a part from each rank."""
-        return self.n_ranks * self.config.experts_per_token
-
     @functools.cached_property
     def qkv(self) -> Matrix:
         config, tuning = self.config, self.tuning.dense
@@ -142,6 +137,6 @@ class Build:
         """The key by which Triton's cache tells builds apart; it includes the sources of the machine's functions."""
         m = self.machine
         groups = (m.sync, m.rank_sync, m.feed, m.dense, m.experts, m.prompts)
-        functions = [m.opaque_zero, *(function for group in groups for function in group)]
+        functions = [m.opaque_zero, m.load_now, *(function for group in groups for function in group)]
         keys = [getattr(function, "cache_key", str(function)) for function in functions]
         return repr([[getattr(self, f.name) for f in fields(self)], keys])

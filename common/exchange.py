@@ -1,17 +1,25 @@
 """What the GPUs of one model, called ranks, hand each other inside a launch; multi_gpu/protocol.py has the drawing.
 
 Every rank multiplies its part of the O projection's and the experts' columns, so that each has a partial sum of every
-row. It stores it in the memory of all ranks, which add the sums in the order of ranks: the residual is the same, bit
-for bit, everywhere. A single GPU is the case of one rank: a store is a store, and an exchange is a grid barrier.
+row. The programs of one number have the same rows on all ranks. Each stores its sums in the memory of the others as
+packets, reads theirs, and adds all in the order of ranks: what it hands on is the same, bit for bit, everywhere.
 
-    o_out of a rank         | from rank 0: [hidden] | from rank 1: [hidden] | ...
-    expert_out of a rank    | from rank 0: [top k, hidden] | from rank 1: [top k, hidden] | ...
+    packet, int64           | float32 value | epoch |
+    o_packets of a rank     | from rank 0: [hidden] | from rank 1: [hidden] | ...
+    down_packets of a rank  | from rank 0: [top k, hidden] | from rank 1: [top k, hidden] | ...
+
+A packet is stored and read in one piece, so that a value is there when its epoch is: it needs no flag, no fence and no
+arrival of other programs. An epoch is the number of an exchange, counted through all launches, so that nothing is ever
+reset. A packet's place is written again a layer later, when packets of an exchange between the two have told that the
+reader's rank has passed a grid barrier since.
+
+Where every program needs what all programs of another rank have stored, as at a token's beginning and end, ranks raise
+flags. The last program of a rank to arrive raises the rank's flag everywhere:
+
     head_value, head_index  | from rank 0: [programs] | from rank 1: [programs] | ...
     flags of a rank         | from rank 0: epoch, rest of a cache line | from rank 1: epoch, ... | ...
 
-An epoch is the number of an exchange, counted through all launches, so that no flag is ever reset. The last program of
-a rank to arrive raises the rank's flag everywhere. A buffer is written again only after a later exchange, at which all
-ranks have arrived behind their reads.
+A single GPU is the case of one rank: it hands on its sums, and an exchange by flags is a grid barrier.
 """
 
 from typing import Any, NamedTuple
@@ -19,22 +27,36 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from common.barrier import ABORT, ARRIVALS, EXITS, OPEN_ALL, arrive, arrive_last, give_up, leave_grid, poll_until, wait
+from common.barrier import (
+    ABORT,
+    ARRIVALS,
+    EXITS,
+    LAYER_BARRIERS,
+    OPEN_ALL,
+    arrive,
+    arrive_last,
+    give_up,
+    leave_grid,
+    poll_until,
+    wait,
+)
 from common.experts import Choice, pick
-from common.gemv_dense import load_row_vector
-from common.rmsnorm import add_blocks
 
 LINE_WORDS = tl.constexpr(32)  # int32 words of a 128-byte cache line: polling one flag must not slow another
 RANK_UNIT = tl.constexpr(1 << 16)  # a record of a barrier that gave up: its number + RANK_UNIT * (1 + missing rank)
+
+# Exchanges have the numbers of the megakernel's barriers; in a layer these:
+O = tl.constexpr(2)  # noqa: E741
+ROUTER = tl.constexpr(3)
+DOWN = tl.constexpr(5)
 
 
 class Peers(NamedTuple):
     """Memory of all ranks, and the launch's place among epochs. A tuple has a pointer for each rank."""
 
     x: Any  # tuple, float32 [hidden] of each rank: State.x
-    x_before_o: Any  # float32 [hidden] of this rank: the residual without what the O projection adds
-    o_out: Any  # tuple, float32 [ranks, hidden]: partial sums of the O projection
-    expert_out: Any  # tuple, float32 [ranks, top k, hidden]: State.expert_out
+    o_packets: Any  # tuple, int64 [ranks, hidden]: partial sums of the O projection
+    down_packets: Any  # tuple, int64 [ranks, top k, hidden]: partial sums of the experts
     head_value: Any  # tuple, float32 [ranks, programs]: State.head_value
     head_index: Any  # tuple, int32 [ranks, programs]: State.head_index
     logits: Any  # tuple, float32 [vocab]: logits of all ranks' rows
@@ -130,6 +152,125 @@ def leave_ranks(ctx, BUILD: tl.constexpr):
                 tl.store(ctx.s.sync + ARRIVALS, 0)
 
 
+# ---------------------------------------------------------------- sums of all ranks
+
+
+@triton.jit
+def exchange_number(layer, PHASE: tl.constexpr):
+    """Return the number of the exchange behind a phase of a layer."""
+    return (2 + layer * LAYER_BARRIERS + PHASE).to(tl.int32)
+
+
+@triton.jit
+def epoch_of(ctx, layer, PHASE: tl.constexpr, BUILD: tl.constexpr):
+    """Return the epoch of this program's packets of a phase; 0, which no rank waits for, after a wait that gave up.
+
+    It is asked for at the phase's beginning, where the answer's way from memory is hidden.
+    """
+    if BUILD.n_ranks == 1:
+        return 0
+    else:
+        arrivals = BUILD.machine.load_now(ctx.s.sync + ARRIVALS)
+        return tl.where(arrivals < OPEN_ALL, ctx.peers.epoch + exchange_number(layer, PHASE), 0)
+
+
+@triton.jit
+def sum_o(ctx, layer, row, y, mask, epoch, BUILD: tl.constexpr):
+    """Return the sum of all ranks' parts y of rows of the O projection."""
+    if BUILD.n_ranks == 1:
+        return y
+    else:
+        SIZE: tl.constexpr = BUILD.config.hidden_size
+        number = exchange_number(layer, O)
+        return sum_packets(ctx, ctx.peers.o_packets, SIZE, row, y, mask, (epoch, number), BUILD)
+
+
+@triton.jit
+def sum_down(ctx, layer, rank, row, even, odd, epoch, BUILD: tl.constexpr):
+    """Return the sums of all ranks' parts of even and odd rows of the expert of this rank among the chosen."""
+    if BUILD.n_ranks == 1:
+        return even, odd
+    else:
+        H: tl.constexpr = BUILD.config.hidden_size
+        SIZE: tl.constexpr = BUILD.config.experts_per_token * H
+        rows = tl.join(row, row + 1)
+        number = exchange_number(layer, DOWN)
+        sums = sum_packets(
+            ctx,
+            ctx.peers.down_packets,
+            SIZE,
+            rank * H + rows,
+            tl.join(even, odd),
+            rows < H,
+            (epoch, number),
+            BUILD,
+        )
+        return tl.split(sums)
+
+
+@triton.jit
+def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, value, mask, when, BUILD: tl.constexpr):
+    """Return the sum of all ranks' values, which each stores as packets at these places of SIZE in all other ranks.
+
+    when: the packets' epoch, and the exchange's number, which a wait that gives up records.
+    """
+    N_RANKS: tl.constexpr = BUILD.n_ranks
+    SPINS: tl.constexpr = BUILD.tuning.spin_limit
+    epoch, number = when
+    packet = (tl.cast(epoch, tl.int64) << 32) | (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+    for rank in tl.static_range(N_RANKS):
+        if rank != BUILD.rank:
+            tl.store(buffers[rank] + BUILD.rank * SIZE + place, packet, mask=mask, cache_modifier=".wt")
+    own_ptr = buffers[BUILD.rank] + tl.where(mask, place, 0)
+    received = ()
+    for _ in tl.static_range(N_RANKS):
+        received = received + (packet,)
+    n_missing = tl.where(epoch == 0, 0, 1)
+    spins = 0
+    while (n_missing > 0) & (spins < SPINS):
+        received = load_packets(own_ptr, SIZE, packet, BUILD)
+        n_missing = count_missing(received, mask, epoch, BUILD)
+        spins += 1
+    if n_missing > 0:
+        for rank in tl.static_range(N_RANKS):
+            if count((received[rank] >> 32 != epoch) & mask) > 0:
+                give_up(ctx.s.sync, number + (rank + 1) * RANK_UNIT)
+    total = received[0].to(tl.int32).to(tl.float32, bitcast=True)
+    for rank in tl.static_range(1, N_RANKS):
+        total += received[rank].to(tl.int32).to(tl.float32, bitcast=True)
+    return total
+
+
+@triton.jit
+def load_packets(packets_ptr, SIZE: tl.constexpr, own, BUILD: tl.constexpr):
+    """Return each rank's packets, those of rank 0 from packets_ptr on; this rank's own are given."""
+    N_RANKS: tl.constexpr = BUILD.n_ranks
+    received = ()
+    for rank in tl.static_range(N_RANKS):
+        if rank == BUILD.rank:
+            received = received + (own,)
+        else:
+            received = received + (BUILD.machine.load_now(packets_ptr + rank * SIZE),)
+    return received
+
+
+@triton.jit
+def count_missing(received, mask, epoch, BUILD: tl.constexpr):
+    """Return at how many places another rank's packet is not of this epoch."""
+    N_RANKS: tl.constexpr = BUILD.n_ranks
+    is_missing = mask & False
+    for rank in tl.static_range(N_RANKS):
+        if rank != BUILD.rank:
+            is_missing |= mask & (received[rank] >> 32 != epoch)
+    return count(is_missing)
+
+
+@triton.jit
+def count(flags):
+    """Return how many of some booleans are True."""
+    return tl.sum(tl.reshape(flags.to(tl.int32), (flags.numel,)), axis=0)
+
+
 # ---------------------------------------------------------------- values
 
 
@@ -169,56 +310,6 @@ def store_embedding(ctx, token, h, values, BUILD: tl.constexpr):
     else:
         if local_row(token, BUILD) + BUILD.first_row == token:
             store(advance(ctx.peers.x, h, BUILD), values.to(tl.float32), h < H, BUILD)
-
-
-@triton.jit
-def store_o(ctx, row, x, y, mask, BUILD: tl.constexpr):
-    """Store rows of the residual: x without the O projection, and y, this rank's part of the projection."""
-    if BUILD.n_ranks == 1:
-        tl.store(ctx.s.x + row, x + y, mask=mask)
-    else:
-        tl.store(ctx.peers.x_before_o + row, x, mask=mask)
-        store(advance(ctx.peers.o_out, BUILD.rank * BUILD.config.hidden_size + row, BUILD), y, mask, BUILD)
-
-
-@triton.jit
-def load_residual(ctx, MATRIX: tl.constexpr, zero, BUILD: tl.constexpr):
-    """Return the residual behind the O projection as blocks, see load_row_vector."""
-    N_RANKS: tl.constexpr = BUILD.n_ranks
-    if BUILD.n_ranks == 1:
-        return load_row_vector(ctx.s.x, MATRIX, zero)
-    else:
-        x = load_row_vector(ctx.peers.x_before_o, MATRIX, zero)
-        for rank in tl.static_range(N_RANKS):
-            part_ptr = ctx.peers.o_out[BUILD.rank] + rank * BUILD.config.hidden_size
-            x = add_blocks(x, load_row_vector(part_ptr, MATRIX, zero))
-        return x
-
-
-@triton.jit
-def settle_residual(ctx, h, mask, BUILD: tl.constexpr):
-    """Return elements h of the residual behind the O projection, which x holds from then on."""
-    N_RANKS: tl.constexpr = BUILD.n_ranks
-    if BUILD.n_ranks == 1:
-        return tl.load(ctx.s.x + h, mask=mask, other=0.0)
-    else:
-        x = tl.load(ctx.peers.x_before_o + h, mask=mask, other=0.0)
-        for rank in tl.static_range(N_RANKS):
-            part_ptr = ctx.peers.o_out[BUILD.rank] + rank * BUILD.config.hidden_size
-            x += tl.load(part_ptr + h, mask=mask, other=0.0)
-        tl.store(ctx.s.x + h, x, mask=mask)
-        return x
-
-
-@triton.jit
-def expert_out(ctx, rank, row, BUILD: tl.constexpr):
-    """Return where rows of the output of the expert of this rank among the chosen go, a pointer for each GPU."""
-    H: tl.constexpr = BUILD.config.hidden_size
-    if BUILD.n_ranks == 1:
-        return (ctx.s.expert_out + rank * H + row,)
-    else:
-        first = (BUILD.rank * BUILD.config.experts_per_token + rank) * H
-        return advance(ctx.peers.expert_out, first + row, BUILD)
 
 
 @triton.jit

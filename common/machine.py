@@ -68,6 +68,7 @@ class Machine:
     opaque_zero: Callable = field(
         repr=False
     )  # () -> a 0 unknown to the compiler, which keeps index vectors out of registers
+    load_now: Callable = field(repr=False)  # (ptr) -> int32 or int64 at ptr, which another GPU may have changed
     sync: Synchronization = field(repr=False)
     rank_sync: Synchronization = field(repr=False)  # among the programs of several GPUs
     feed: Feed = field(repr=False)

@@ -29,7 +29,7 @@ def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
 
     The residual is x plus what the experts left.
     """
-    N_OUTS: tl.constexpr = BUILD.n_expert_outs
+    N_OUTS: tl.constexpr = BUILD.config.experts_per_token
     H: tl.constexpr = BUILD.config.hidden_size
     zero = BUILD.machine.opaque_zero()
     x = load_row_vector(ctx.s.x, MATRIX, zero)

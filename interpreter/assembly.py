@@ -206,6 +206,18 @@ def poll(address: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
     return [value.data]
 
 
+def load_now(scalar: tl.dtype) -> Callable:
+    """Return a function that reads what is at each address by a volatile load."""
+
+    def load_items(address: np.ndarray) -> list[np.ndarray]:
+        pointer = Handle(address.astype(np.uint64), tl.pointer_type(scalar))
+        mask = Handle(np.ones(address.shape, bool), tl.int1)
+        zeros = Handle(np.zeros(address.shape, np.dtype(scalar.name)), scalar)
+        return [interpreter.interpreter_builder.create_masked_load(pointer, mask, zeros, None, None, True).data]
+
+    return load_items
+
+
 def clock_ns() -> list[np.ndarray]:
     return [np.array([time.perf_counter_ns()], np.int64)]
 
@@ -229,6 +241,8 @@ EMULATIONS = {
     ptx.PREFETCH: no_op,
     ptx.POLL: poll,
     ptx.POLL_RANKS: poll,
+    ptx.LOAD_WORD_NOW: load_now(tl.int32),
+    ptx.LOAD_LONG_NOW: load_now(tl.int64),
     ptx.CLOCK: clock_ns,
     ptx.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),
     tile_product.FIRST_STEP: multiply_quad(0),
@@ -237,6 +251,8 @@ EMULATIONS = {
     asm.DRAIN: no_op,
     asm.WRITE_BACK: write_back,
     asm.WRITE_BACK_TO_RANKS: write_back,
+    asm.LOAD_WORD_NOW: load_now(tl.int32),
+    asm.LOAD_LONG_NOW: load_now(tl.int64),
     asm.ZERO: no_op,
     asm.CLOCK: clock_100_mhz,
     asm.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),

@@ -380,7 +380,7 @@ def _install_memory(module):
         def call_stock():
             return stock_store(pointer, value, mask, *rest, **options)
 
-        if rest or not options.keys() <= _HINTS:
+        if rest or not options.keys() <= _HINTS or options.get("cache_modifier") == ".wt":  # see launch._store
             return call_stock()
         if type(pointer) is not Tensor or not pointer.dtype.is_ptr() or pointer.dtype.const:
             return call_stock()

@@ -178,7 +178,9 @@ def _store(self, pointers, value, mask, *policy):
     if grid is not None:
         grid.memory_changed()
         if grid.detector is not None:
-            grid.detector.access(races.STORE, grid.running.number, pointers.data, mask.data, _width(pointers))
+            # A store that is written through may meet volatile loads, as an atomic's may.
+            access_type = races.ATOMIC if ir.CACHE_MODIFIER.WT in policy else races.STORE
+            grid.detector.access(access_type, grid.running.number, pointers.data, mask.data, _width(pointers))
     return _stock_store(self, pointers, value, mask, *policy)
 
 

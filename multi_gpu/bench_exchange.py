@@ -1,4 +1,7 @@
-"""Time one exchange of all ranks by itself: bytes that each rank stores at every other one, against microseconds.
+"""Time one exchange of all ranks by itself: bytes of values that each rank stores at every other one, against time.
+
+By packets, as behind a layer's O projection and experts, a program waits for its own values alone; by flags, as with
+prompts, for all programs of all ranks. common/exchange.py says how.
 
 torchrun --nproc-per-node 2 multi_gpu/bench_exchange.py
 python multi_gpu/bench_exchange.py --ranks 2      # in the CPU interpreter: right or wrong, no timing
@@ -11,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import host.start
 
 import argparse
-import functools
 import math
 import time
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from checkpoints.config import GPT_OSS_120B
 from common.barrier import ABORT, SYNC_WORDS, leave_grid
 from common.build import Build
 from common.context import Context
-from common.exchange import LINE_WORDS, advance, raise_flags, store, wait_for_flags
+from common.exchange import LINE_WORDS, advance, raise_flags, store, sum_packets, wait_for_flags
 from host import cli
 from host.backend import usable_device
 from host.launch import program_count, tuning_for
@@ -34,9 +36,11 @@ from multi_gpu.group import Group
 from multi_gpu.heap import aligned
 from multi_gpu.prompts import RowPeers
 from multi_gpu.protocol import FIRST_EPOCH, epoch_after
+from prefill import Launch
 from system.errors import InputError, MegakernelAborted
 
 SIZES = (4, 1 << 10, 5760, 11520, 46080, 1 << 17, 1 << 20)  # bytes; 11,520: a float32 vector of 2,880
+KINDS = ("packets", "flags")
 BLOCK = 256  # elements that a program stores at a time
 GPU_ROUNDS, CPU_ROUNDS = 1000, 4
 REPEATS = 5
@@ -80,6 +84,44 @@ def exchange_rounds_kernel(
     leave_grid(sync_ptr, n_programs, MACHINE)
 
 
+@triton.jit(do_not_specialize=["n_elements", "rounds", "n_programs"])
+def packet_rounds_kernel(
+    sync_ptr,
+    wrong_ptr,
+    n_elements,
+    rounds,
+    n_programs,
+    peers,
+    CAPACITY: tl.constexpr,
+    N: tl.constexpr,
+    BUILD: tl.constexpr,
+):
+    """Add up n_elements float32 of every rank, `rounds` times; count sums that are not the expected ones."""
+    N_RANKS: tl.constexpr = BUILD.n_ranks
+    program = tl.program_id(0)
+    ctx = Context((), Sync(sync_ptr), 0, 0, 0, 0, program, n_programs, (), peers)
+    wrong = 0
+    for n in range(1, rounds + 1):
+        buffers = advance(peers.packets, n % 2 * N_RANKS * CAPACITY, BUILD)
+        for block in range(program, tl.cdiv(n_elements, N), n_programs):
+            i = block * N + tl.arange(0, N)
+            mask = i < n_elements
+            expected = (N_RANKS * (i + n) + 7 * (N_RANKS * (N_RANKS - 1) // 2)).to(tl.float32)
+            value = (i + n + 7 * BUILD.rank).to(tl.float32)
+            found = sum_packets(ctx, buffers, CAPACITY, i, value, mask, (peers.epoch + n, n), BUILD)
+            wrong += tl.sum(((found != expected) & mask).to(tl.int32))
+    tl.atomic_add(wrong_ptr, wrong)
+    MACHINE: tl.constexpr = BUILD.machine
+    leave_grid(sync_ptr, n_programs, MACHINE)
+
+
+class PacketPeers(NamedTuple):
+    """What an exchange by packets knows of all ranks; see common.exchange.Peers."""
+
+    packets: Any  # tuple, int64 [2, ranks, elements]
+    epoch: Any
+
+
 class Exchange:
     """Buffers and launches of one rank or, in the interpreter, of all."""
 
@@ -88,31 +130,42 @@ class Exchange:
         n = group.n_ranks
         tuning = tuning_for(group.device, GPT_OSS_120B)
         self.n_programs = program_count(group.device, tuning) if group.on_gpu else 2
-        shapes = {"rows": ((2 * n, self.capacity), torch.float32), "flags": ((n, LINE_WORDS.value), torch.int32)}
+        shapes = {
+            "rows": ((2 * n, self.capacity), torch.float32),
+            "packets": ((2 * n, self.capacity), torch.int64),
+            "flags": ((n, LINE_WORDS.value), torch.int32),
+        }
         n_bytes = sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in shapes.values())
         self.heap = group.open_heap(n_bytes)  # kept, as its memory goes with it
-        self.rows, self.flags = (self.heap.zeros(*shape, dtype=dtype) for shape, dtype in shapes.values())
+        self.rows, self.packets, self.flags = (self.heap.zeros(*shape, dtype=dtype) for shape, dtype in shapes.values())
         self.tuning = tuning
         self.builds = [Build(GPT_OSS_120B.compiled(), tuning, n_ranks=n, rank=rank) for rank in group.ranks]
         self.sync = [torch.zeros(SYNC_WORDS, dtype=torch.int32, device=group.device) for _ in group.ranks]
         self.wrong = torch.zeros(1, dtype=torch.int32, device=group.device)
 
-    def launches(self, n_bytes: int, rounds: int) -> list[tuple]:
-        """Return (kernel, grid, arguments, options) of each rank of this process."""
+    def launches(self, by: str, n_bytes: int, rounds: int) -> list[Launch]:
+        """Return the launch of each rank of this process; by: of KINDS."""
         found = []
         for rank, build, sync in zip(self.group.ranks, self.builds, self.sync):
-            peers = RowPeers(self.rows, self.rows[rank], self.flags, self.flags[rank], self.epoch)
-            arguments = (sync, self.wrong, n_bytes // 4, self.capacity, rounds, self.n_programs, peers)
             options = {"N": BLOCK, "BUILD": build, **self.tuning.options()}
-            found.append((exchange_rounds_kernel, (self.n_programs,), arguments, options))
+            if by == "packets":
+                peers = PacketPeers(self.packets, self.epoch)
+                arguments = (sync, self.wrong, n_bytes // 4, rounds, self.n_programs, peers)
+                found.append(
+                    (packet_rounds_kernel, (self.n_programs,), arguments, {"CAPACITY": self.capacity} | options)
+                )
+            else:
+                peers = RowPeers(self.rows, self.rows[rank], self.flags, self.flags[rank], self.epoch)
+                arguments = (sync, self.wrong, n_bytes // 4, self.capacity, rounds, self.n_programs, peers)
+                found.append((exchange_rounds_kernel, (self.n_programs,), arguments, options))
         self.epoch = epoch_after(self.epoch, rounds)
         return found
 
-    def run(self, n_bytes: int, rounds: int) -> float:
+    def run(self, by: str, n_bytes: int, rounds: int) -> float:
         """Exchange so many times, and return the seconds. Raise MegakernelAborted if a rank stays away."""
         self.group.gather(None)
         start = time.perf_counter()
-        launches = self.launches(n_bytes, rounds)
+        launches = self.launches(by, n_bytes, rounds)
         if self.group.on_gpu:
             for kernel, grid, arguments, options in launches:
                 kernel[grid](*arguments, **options)
@@ -127,12 +180,12 @@ class Exchange:
         return seconds
 
 
-def microseconds(exchange: Exchange, n_bytes: int) -> float:
+def microseconds(exchange: Exchange, by: str, n_bytes: int) -> float:
     """Return the least time of an exchange, launches left out: that of many less that of one, by their number."""
     rounds = GPU_ROUNDS if exchange.group.on_gpu else CPU_ROUNDS
-    exchange.run(n_bytes, 1)
-    one = min(exchange.run(n_bytes, 1) for _ in range(REPEATS))
-    many = min(exchange.run(n_bytes, rounds) for _ in range(REPEATS))
+    exchange.run(by, n_bytes, 1)
+    one = min(exchange.run(by, n_bytes, 1) for _ in range(REPEATS))
+    many = min(exchange.run(by, n_bytes, rounds) for _ in range(REPEATS))
     return (many - one) / (rounds - 1) * 1e6
 
 
@@ -152,12 +205,14 @@ def main() -> None:
         usable_device(group.device)
         exchange = Exchange(group, max(args.bytes))
         timed = group.on_gpu and not group.shares_gpu
-        times = functools.partial(microseconds, exchange)
-        rows = [(f"{n_bytes}", f"{t:.2f}" if timed else "-") for n_bytes, t in ((n, times(n)) for n in args.bytes)]
+        rows = []
+        for n_bytes in args.bytes:
+            times = [microseconds(exchange, by, n_bytes) for by in KINDS]
+            rows.append((str(n_bytes), *(f"{time:.2f}" if timed else "-" for time in times)))
         if group.rank == 0:
             state = "" if timed else "; shared GPU, no timing" if group.on_gpu else "; CPU interpreter, no timing"
             print(f"An exchange of {group.n_ranks} ranks, {exchange.n_programs} programs each{state}")
-            print("\n".join(markdown_table(("bytes to each rank", "microseconds"), rows)))
+            print("\n".join(markdown_table(("bytes to each rank", *(f"us by {by}" for by in KINDS)), rows)))
     finally:
         group.close()
 

@@ -147,8 +147,8 @@ def exchanges_of(layout: str, n_ranks: int, n_layers: int, want_head: bool) -> S
     if layout == "tp":
         before = [Exchange("embedding", ("x",), everyone, everyone)]
         layer = [
-            Exchange("O projection", ("o_out",), everyone, everyone),
-            Exchange("down", ("expert_out",), everyone, everyone),
+            Exchange("O projection", ("o_packets",), everyone, everyone),
+            Exchange("down", ("down_packets",), everyone, everyone),
         ]
         after = [Exchange("LM head", ("head_value", "head_index", "logits"), everyone, everyone)]
     else:

@@ -11,12 +11,8 @@ import triton.language as tl
 
 import gpt_oss_megakernel as mega
 from common.barrier import LAYER_BARRIERS
-from common.exchange import leave_ranks, raise_flags, wait_for_flags
+from common.exchange import DOWN, ROUTER, leave_ranks, raise_flags, wait_for_flags
 from common.experts import no_choice
-
-# Numbers of exchanges in a layer, as of the megakernel's barriers. The token's comes after all layers.
-ROUTER = tl.constexpr(3)
-DOWN = tl.constexpr(5)
 
 
 @triton.jit(do_not_specialize=["position", "want_token", "want_logits", "n_layers", "n_programs"])

@@ -32,7 +32,8 @@ from prefill import Launch, block_tokens
 from system.errors import InputError, MegakernelAborted
 
 # Fields of State that other ranks write, by layout: they lie in the heap.
-TP_FIELDS = ("x", "expert_out", "head_value", "head_index", "logits")
+TP_FIELDS = ("x", "head_value", "head_index", "logits")
+PACKETS = ("o_packets", "down_packets")
 ROLE_FIELDS = ("expert_in", "expert_in_scale", "router_logits", "expert_out", "tokens")
 
 
@@ -150,11 +151,11 @@ class RankModel(MegaModel):
         n, config, programs = len(self.shares), self.config, self.num_programs
         hidden, top_k = config.hidden_size, config.experts_per_token
         if self.layout == "tp":
-            f32, i32 = torch.float32, torch.int32
+            f32, i32, i64 = torch.float32, torch.int32, torch.int64
             shapes = {
                 "x": ((hidden,), f32),
-                "o_out": ((n, hidden), f32),
-                "expert_out": ((n * top_k, hidden), f32),
+                "o_packets": ((n, hidden), i64),
+                "down_packets": ((n, top_k, hidden), i64),
                 "head_value": ((n * programs,), f32),
                 "head_index": ((n * programs,), i32),
                 "logits": ((config.vocab_size,), f32),
@@ -179,9 +180,7 @@ class RankModel(MegaModel):
         if self.layout == "tp":
             rank.state = rank.own_state
             rank.peers = Peers(
-                **{name: self.buffers[name] for name in TP_FIELDS},
-                o_out=self.buffers["o_out"],
-                x_before_o=torch.zeros(self.config.hidden_size, device=self.device),
+                **{name: self.buffers[name] for name in TP_FIELDS + PACKETS},
                 flags=flags,
                 own_flags=flags[number],
                 epoch=0,
@@ -244,7 +243,7 @@ class RankModel(MegaModel):
             self._lower_all_flags()
 
     def _lower_all_flags(self) -> None:
-        """Begin with the first epoch anew. No rank lowers a flag that another one may still wait for, or raises one."""
+        """Begin with the first epoch anew. No rank clears what another one may still wait for or send."""
         self.together(self._finish_launches)
         self.together(self._lower_flags)
         self.epoch = FIRST_EPOCH
@@ -255,7 +254,9 @@ class RankModel(MegaModel):
 
     def _lower_flags(self) -> None:
         for rank in self.ranks:
-            self.buffers["flags"][rank.share.rank].zero_()
+            for name in ("flags", *PACKETS):
+                if name in self.buffers:
+                    self.buffers[name][rank.share.rank].zero_()
         self._finish_launches()
 
     def run_together(self, launches: Sequence[Launch]) -> None:

@@ -17,6 +17,12 @@ def no_zero():
 
 
 @triton.jit
+def load_now(ptr):
+    """Return what is at ptr now, which another program may change."""
+    return tl.load(ptr, volatile=True)
+
+
+@triton.jit
 def clock_ns():
     """Return nanoseconds of the host's clock, int64."""
     return tl.inline_asm_elementwise(CLOCK, "=l", [], dtype=tl.int64, is_pure=False, pack=1)
@@ -33,6 +39,7 @@ SYNC = Synchronization(
 CPU = Machine(
     name="cpu",
     opaque_zero=no_zero,
+    load_now=load_now,
     sync=SYNC,
     rank_sync=SYNC,
     feed=Feed(

@@ -16,6 +16,7 @@ SYNC = Synchronization(
 GFX950 = Machine(
     name="gfx950",
     opaque_zero=asm.opaque_zero,
+    load_now=asm.load_now,
     sync=SYNC,
     rank_sync=SYNC._replace(
         publish=asm.publish_to_ranks,

@@ -6,6 +6,8 @@ import triton.language as tl
 DRAIN = tl.constexpr("s_waitcnt vmcnt(0) lgkmcnt(0)\n\tv_mov_b32 $0, 0")
 WRITE_BACK = tl.constexpr("buffer_wbl2 sc1\n\ts_waitcnt vmcnt(0)\n\tv_mov_b32 $0, 0")
 WRITE_BACK_TO_RANKS = tl.constexpr("buffer_wbl2 sc0 sc1\n\ts_waitcnt vmcnt(0)\n\tv_mov_b32 $0, 0")
+LOAD_WORD_NOW = tl.constexpr("global_load_dword $0, $1, off sc0 sc1\n\ts_waitcnt vmcnt(0)")
+LOAD_LONG_NOW = tl.constexpr("global_load_dwordx2 $0, $1, off sc0 sc1\n\ts_waitcnt vmcnt(0)")
 ZERO = tl.constexpr("s_mov_b32 $0, 0")
 CLOCK = tl.constexpr("s_memrealtime $0\n\ts_waitcnt lgkmcnt(0)")
 E4M3_TO_FLOAT32 = tl.constexpr("""v_cvt_f32_fp8_sdwa $0, $4 src0_sel:BYTE_0
@@ -32,6 +34,20 @@ def publish_to_ranks():
     tl.inline_asm_elementwise(DRAIN, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     tl.inline_asm_elementwise(WRITE_BACK_TO_RANKS, "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_now(ptr):
+    """Return the int32 or int64 at ptr, read where all GPUs see the same. Triton's volatile load may read a cache."""
+    address = [ptr.to(tl.int64)]
+    if ptr.dtype.element_ty == tl.int64:
+        return tl.inline_asm_elementwise(
+            LOAD_LONG_NOW, "=&v,v,~{memory}", address, dtype=tl.int64, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            LOAD_WORD_NOW, "=&v,v,~{memory}", address, dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -16,6 +16,7 @@ SYNC = Synchronization(
 SM_90 = Machine(
     name="sm_90",
     opaque_zero=ptx.zero,
+    load_now=ptx.load_now,
     sync=SYNC,
     rank_sync=SYNC._replace(poll=ptx.poll_ranks),
     feed=Feed(

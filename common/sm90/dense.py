@@ -35,7 +35,7 @@ def load_normed(ctx, norm_ptr, feed, MATRIX: tl.constexpr, BUILD: tl.constexpr):
 
     The residual is x plus what the experts left.
     """
-    N_OUTS: tl.constexpr = BUILD.n_expert_outs
+    N_OUTS: tl.constexpr = BUILD.config.experts_per_token
     H: tl.constexpr = BUILD.config.hidden_size
     x = load_once(ctx.s.x, MATRIX, BUILD)
     for n in tl.static_range(N_OUTS):

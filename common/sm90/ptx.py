@@ -220,6 +220,24 @@ def acquired(counter_ptr, seen):
     return seen
 
 
+LOAD_WORD_NOW = tl.constexpr("ld.relaxed.sys.global.b32 $0, [$1];")
+LOAD_LONG_NOW = tl.constexpr("ld.relaxed.sys.global.b64 $0, [$1];")
+
+
+@triton.jit
+def load_now(ptr):
+    """Return the int32 or int64 at ptr, read where all GPUs see the same. Triton 3.6 hoists even a volatile load."""
+    address = [ptr.to(tl.int64)]
+    if ptr.dtype.element_ty == tl.int64:
+        return tl.inline_asm_elementwise(
+            LOAD_LONG_NOW, "=l,l,~{memory}", address, dtype=tl.int64, is_pure=False, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            LOAD_WORD_NOW, "=r,l,~{memory}", address, dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 CLOCK = tl.constexpr("mov.u64 $0, %globaltimer;")
 
 

@@ -26,7 +26,7 @@ from host.launch import blocks_for
 from interpreter import simulate
 from multi_gpu import prompts, rank_kernel, ranks
 from multi_gpu.heap import LocalHeap
-from multi_gpu.protocol import FIRST_EPOCH, LAST_EPOCH
+from multi_gpu.protocol import EPOCH_STEP, FIRST_EPOCH, LAST_EPOCH
 from multi_gpu.ranks import RankModel
 from system.errors import InputError, MegakernelAborted
 
@@ -43,9 +43,10 @@ CLOSE = 2e-6  # of the largest logit, or of a key: float32 sums in another order
 LAYOUTS = {"tp 2": ("tp", 2), "tp 4": ("tp", 4), "roles 2": ("roles", 2), "roles 3": ("roles", 3)}
 with_layouts = pytest.mark.parametrize("layout, n_ranks", LAYOUTS.values(), ids=LAYOUTS.keys())
 with_quant = pytest.mark.parametrize("quant", [False, True], ids=["default", "quant"])
+PACKETS = {4: "the O projection phase of layer 0", 7: "the down phase of layer 0"}
+PACKETS |= {10: "the O projection phase of layer 1", 13: "the down phase of layer 1"}  # exchanges of tp in layers
 EXCHANGES = {
-    "tp": {1: "the embedding", 4: "the O projection phase of layer 0", 7: "the down phase of layer 0"}
-    | {10: "the O projection phase of layer 1", 13: "the down phase of layer 1", 14: "the LM head"},
+    "tp": {1: "the embedding", 14: "the LM head"},
     "roles": {5: "the router phase of layer 0", 7: "the down phase of layer 0"}
     | {11: "the router phase of layer 1", 13: "the down phase of layer 1"},
 }
@@ -419,6 +420,50 @@ def test_a_rank_whose_flag_stays_down_is_named(layout, number, checkpoint, monke
         assert outcome.startswith(f"rank 1 did not arrive behind {EXCHANGES[layout][number]} (rank 0 ")
 
 
+def number_of(epoch) -> int:
+    """Return the number of the exchange of an epoch, whose launches are EPOCH_STEP apart here."""
+    return (int(epoch) - FIRST_EPOCH) % EPOCH_STEP
+
+
+@pytest.mark.parametrize("number", PACKETS)
+def test_each_wait_for_packets_is_needed(number, checkpoint, monkeypatch):
+    """Without it programs take packets of the layer or token before."""
+    expected = fed_logits(model_of(checkpoint, "tp", 2, num_programs=3), TOKENS[:2])
+    count_missing = exchange.count_missing
+
+    def none_missing(received, mask, epoch, build):
+        return 0 if number_of(epoch) == number else count_missing(received, mask, epoch, build)
+
+    monkeypatch.setattr(exchange, "count_missing", none_missing)
+    model = model_of(checkpoint, "tp", 2, num_programs=3)
+    outcomes = [fed_twice(model, seed)[1] for seed in range(3)]
+    assert any(isinstance(outcome, str) or not torch.equal(outcome, expected) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("number", PACKETS)
+def test_a_rank_whose_packets_stay_away_is_named(number, checkpoint, monkeypatch):
+    """The rank that waits gives up, and sends no packet from then on that the other would take for a value."""
+    model = model_of(checkpoint, "tp", 2)
+    patient = model.ranks[1].build
+    model.ranks[1].build = dataclasses.replace(
+        patient, tuning=dataclasses.replace(patient.tuning, spin_limit=20 * SPINS)
+    )
+    sum_packets = exchange.sum_packets
+
+    def without_packets(ctx, buffers, size, place, value, mask, when, build):
+        if int(when[1]) == number and build.rank == 1:
+            when = (0, when[1])
+        return sum_packets(ctx, buffers, size, place, value, mask, when, build)
+
+    monkeypatch.setattr(exchange, "sum_packets", without_packets)
+    _, outcome = fed_twice(model)
+    assert isinstance(outcome, str), "MegakernelAborted"
+    assert outcome.startswith(f"rank 1 did not arrive behind {PACKETS[number]} (rank 0 waited for it)")
+    following = {4: 7, 7: 10, 10: 13, 13: 14}[number]
+    records = [int(state.sync[barrier.ABORT.value]) for state in model.states()]
+    assert records == [number + 2 * exchange.RANK_UNIT.value, following + exchange.RANK_UNIT.value]
+
+
 @pytest.mark.parametrize("layout", ["tp", "roles"])
 def test_epochs_must_not_be_used_again(layout, checkpoint):
     """With flags that the launch before has raised, nobody waits."""
@@ -489,6 +534,18 @@ def test_flags_are_down_after_reset(layout, checkpoint):
     races, logits = fed_twice(model)
     assert not races
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packets_of_before_a_reset_do_not_count(seed, checkpoint):
+    """The first launch after a reset has the epochs of the first one after the reset before."""
+    model = model_of(checkpoint, "tp", 2, num_programs=3)
+    model.reset()
+    model.logits(TOKENS[0], 0)
+    model.reset()
+    with simulate(seed=seed):
+        found = model.logits(TOKENS[1], 0)
+    assert torch.equal(found, model_of(checkpoint, "tp", 2).logits(TOKENS[1], 0))
 
 
 @pytest.mark.parametrize("dead", [0, 1])
