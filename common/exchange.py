@@ -181,94 +181,86 @@ def sum_o(ctx, layer, row, y, mask, epoch, BUILD: tl.constexpr):
         return y
     else:
         SIZE: tl.constexpr = BUILD.config.hidden_size
-        number = exchange_number(layer, O)
-        return sum_packets(ctx, ctx.peers.o_packets, SIZE, row, y, mask, (epoch, number), BUILD)
+        when = (epoch, exchange_number(layer, O))
+        return sum_packets(ctx, ctx.peers.o_packets, SIZE, row, (y,), mask, when, BUILD)[0]
 
 
 @triton.jit
 def sum_down(ctx, layer, rank, row, even, odd, epoch, BUILD: tl.constexpr):
-    """Return the sums of all ranks' parts of even and odd rows of the expert of this rank among the chosen."""
+    """Return the sums of all ranks' parts of rows `row` and row + 1 of the expert of this rank among the chosen."""
     if BUILD.n_ranks == 1:
         return even, odd
     else:
         H: tl.constexpr = BUILD.config.hidden_size
         SIZE: tl.constexpr = BUILD.config.experts_per_token * H
-        rows = tl.join(row, row + 1)
-        number = exchange_number(layer, DOWN)
-        sums = sum_packets(
-            ctx,
-            ctx.peers.down_packets,
-            SIZE,
-            rank * H + rows,
-            tl.join(even, odd),
-            rows < H,
-            (epoch, number),
-            BUILD,
-        )
-        return tl.split(sums)
+        when = (epoch, exchange_number(layer, DOWN))
+        return sum_packets(ctx, ctx.peers.down_packets, SIZE, rank * H + row, (even, odd), row < H, when, BUILD)
 
 
 @triton.jit
-def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, value, mask, when, BUILD: tl.constexpr):
-    """Return the sum of all ranks' values, which each stores as packets at these places of SIZE in all other ranks.
+def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, values, mask, when, BUILD: tl.constexpr):
+    """Return the sums of all ranks' values, which each stores as packets in the others' buffers.
 
-    when: the packets' epoch, and the exchange's number, which a wait that gives up records.
+    values: a tuple, of which the n-th has packets at place + n of SIZE. when: the packets' epoch, and the exchange's
+    number, which a wait that gives up records.
     """
     N_RANKS: tl.constexpr = BUILD.n_ranks
+    N: tl.constexpr = len(values)
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
     epoch, number = when
-    packet = (tl.cast(epoch, tl.int64) << 32) | (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+    own = ()
+    for n in tl.static_range(N):
+        word = values[n].to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        own = own + ((tl.cast(epoch, tl.int64) << 32) | word,)
     for rank in tl.static_range(N_RANKS):
         if rank != BUILD.rank:
-            tl.store(buffers[rank] + BUILD.rank * SIZE + place, packet, mask=mask, cache_modifier=".wt")
+            for n in tl.static_range(N):
+                packet_ptr = buffers[rank] + BUILD.rank * SIZE + place + n
+                tl.store(packet_ptr, own[n], mask=mask, cache_modifier=".wt")
     own_ptr = buffers[BUILD.rank] + tl.where(mask, place, 0)
-    received = ()
-    for _ in tl.static_range(N_RANKS):
-        received = received + (packet,)
+    received = own * N_RANKS
     n_missing = tl.where(epoch == 0, 0, 1)
     spins = 0
     while (n_missing > 0) & (spins < SPINS):
-        received = load_packets(own_ptr, SIZE, packet, BUILD)
-        n_missing = count_missing(received, mask, epoch, BUILD)
+        received = load_packets(own_ptr, SIZE, own, BUILD)
+        n_missing = count_missing(received, mask, epoch)
         spins += 1
     if n_missing > 0:
         for rank in tl.static_range(N_RANKS):
-            if count((received[rank] >> 32 != epoch) & mask) > 0:
+            if count_missing(received[rank * N : (rank + 1) * N], mask, epoch) > 0:
                 give_up(ctx.s.sync, number + (rank + 1) * RANK_UNIT)
-    total = received[0].to(tl.int32).to(tl.float32, bitcast=True)
-    for rank in tl.static_range(1, N_RANKS):
-        total += received[rank].to(tl.int32).to(tl.float32, bitcast=True)
-    return total
+    sums = ()
+    for n in tl.static_range(N):
+        total = received[n].to(tl.int32).to(tl.float32, bitcast=True)
+        for rank in tl.static_range(1, N_RANKS):
+            total += received[rank * N + n].to(tl.int32).to(tl.float32, bitcast=True)
+        sums = sums + (total,)
+    return sums
 
 
 @triton.jit
 def load_packets(packets_ptr, SIZE: tl.constexpr, own, BUILD: tl.constexpr):
-    """Return each rank's packets, those of rank 0 from packets_ptr on; this rank's own are given."""
+    """Return all ranks' packets, those of rank 0 from packets_ptr on; this rank's own, a tuple, are given."""
     N_RANKS: tl.constexpr = BUILD.n_ranks
+    N: tl.constexpr = len(own)
     received = ()
     for rank in tl.static_range(N_RANKS):
-        if rank == BUILD.rank:
-            received = received + (own,)
-        else:
-            received = received + (BUILD.machine.load_now(packets_ptr + rank * SIZE),)
+        for n in tl.static_range(N):
+            if rank == BUILD.rank:
+                received = received + (own[n],)
+            else:
+                received = received + (BUILD.machine.load_now(packets_ptr + rank * SIZE + n),)
     return received
 
 
 @triton.jit
-def count_missing(received, mask, epoch, BUILD: tl.constexpr):
-    """Return at how many places another rank's packet is not of this epoch."""
-    N_RANKS: tl.constexpr = BUILD.n_ranks
-    is_missing = mask & False
-    for rank in tl.static_range(N_RANKS):
-        if rank != BUILD.rank:
-            is_missing |= mask & (received[rank] >> 32 != epoch)
-    return count(is_missing)
-
-
-@triton.jit
-def count(flags):
-    """Return how many of some booleans are True."""
-    return tl.sum(tl.reshape(flags.to(tl.int32), (flags.numel,)), axis=0)
+def count_missing(packets, mask, epoch):
+    """Return at how many places of a tuple of packets one is not of this epoch."""
+    N: tl.constexpr = len(packets)
+    is_missing = mask & (packets[0] >> 32 != epoch)
+    for n in tl.static_range(1, N):
+        is_missing |= mask & (packets[n] >> 32 != epoch)
+    return tl.sum(is_missing.to(tl.int32), axis=0)
 
 
 # ---------------------------------------------------------------- values

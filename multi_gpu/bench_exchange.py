@@ -108,7 +108,7 @@ def packet_rounds_kernel(
             mask = i < n_elements
             expected = (N_RANKS * (i + n) + 7 * (N_RANKS * (N_RANKS - 1) // 2)).to(tl.float32)
             value = (i + n + 7 * BUILD.rank).to(tl.float32)
-            found = sum_packets(ctx, buffers, CAPACITY, i, value, mask, (peers.epoch + n, n), BUILD)
+            found = sum_packets(ctx, buffers, CAPACITY, i, (value,), mask, (peers.epoch + n, n), BUILD)[0]
             wrong += tl.sum(((found != expected) & mask).to(tl.int32))
     tl.atomic_add(wrong_ptr, wrong)
     MACHINE: tl.constexpr = BUILD.machine

@@ -431,8 +431,8 @@ def test_each_wait_for_packets_is_needed(number, checkpoint, monkeypatch):
     expected = fed_logits(model_of(checkpoint, "tp", 2, num_programs=3), TOKENS[:2])
     count_missing = exchange.count_missing
 
-    def none_missing(received, mask, epoch, build):
-        return 0 if number_of(epoch) == number else count_missing(received, mask, epoch, build)
+    def none_missing(packets, mask, epoch):
+        return 0 if number_of(epoch) == number else count_missing(packets, mask, epoch)
 
     monkeypatch.setattr(exchange, "count_missing", none_missing)
     model = model_of(checkpoint, "tp", 2, num_programs=3)
@@ -450,10 +450,10 @@ def test_a_rank_whose_packets_stay_away_is_named(number, checkpoint, monkeypatch
     )
     sum_packets = exchange.sum_packets
 
-    def without_packets(ctx, buffers, size, place, value, mask, when, build):
+    def without_packets(ctx, buffers, size, place, values, mask, when, build):
         if int(when[1]) == number and build.rank == 1:
             when = (0, when[1])
-        return sum_packets(ctx, buffers, size, place, value, mask, when, build)
+        return sum_packets(ctx, buffers, size, place, values, mask, when, build)
 
     monkeypatch.setattr(exchange, "sum_packets", without_packets)
     _, outcome = fed_twice(model)
