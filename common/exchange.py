@@ -4,14 +4,12 @@ Every rank multiplies its part of the O projection's and the experts' columns, s
 row. The programs of one number have the same rows on all ranks. Each stores its sums in the memory of the others as
 packets, reads theirs, and adds all in the order of ranks: what it hands on is the same, bit for bit, everywhere.
 
-    packet, int64           | float32 value | epoch |
     o_packets of a rank     | from rank 0: [hidden] | from rank 1: [hidden] | ...
     down_packets of a rank  | from rank 0: [top k, hidden] | from rank 1: [top k, hidden] | ...
 
-A packet is stored and read in one piece, so that a value is there when its epoch is: it needs no flag, no fence and no
-arrival of other programs. An epoch is the number of an exchange, counted through all launches, so that nothing is ever
-reset. A packet's place is written again a layer later, when packets of an exchange between the two have told that the
-reader's rank has passed a grid barrier since.
+An epoch is the number of an exchange, counted through all launches, so that nothing is ever reset. A packet's place is
+written again a layer later, when packets of an exchange between the two have told that the reader's rank has passed a
+grid barrier since.
 
 Where every program needs what all programs of another rank have stored, as at a token's beginning and end, ranks raise
 flags. The last program of a rank to arrive raises the rank's flag everywhere:
@@ -41,6 +39,7 @@ from common.barrier import (
     wait,
 )
 from common.experts import Choice, pick
+from common.packets import NO_EPOCH, count_missing, pack, receive, send, value_of
 
 LINE_WORDS = tl.constexpr(32)  # int32 words of a 128-byte cache line: polling one flag must not slow another
 RANK_UNIT = tl.constexpr(1 << 16)  # a record of a barrier that gave up: its number + RANK_UNIT * (1 + missing rank)
@@ -163,15 +162,15 @@ def exchange_number(layer, PHASE: tl.constexpr):
 
 @triton.jit
 def epoch_of(ctx, layer, PHASE: tl.constexpr, BUILD: tl.constexpr):
-    """Return the epoch of this program's packets of a phase; 0, which no rank waits for, after a wait that gave up.
+    """Return the epoch of this program's packets of a phase; NO_EPOCH after a wait of this rank that gave up.
 
     It is asked for at the phase's beginning, where the answer's way from memory is hidden.
     """
     if BUILD.n_ranks == 1:
-        return 0
+        return NO_EPOCH
     else:
         arrivals = BUILD.machine.load_now(ctx.s.sync + ARRIVALS)
-        return tl.where(arrivals < OPEN_ALL, ctx.peers.epoch + exchange_number(layer, PHASE), 0)
+        return tl.where(arrivals < OPEN_ALL, ctx.peers.epoch + exchange_number(layer, PHASE), NO_EPOCH)
 
 
 @triton.jit
@@ -207,60 +206,34 @@ def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, values, mask, when, BUI
     N_RANKS: tl.constexpr = BUILD.n_ranks
     N: tl.constexpr = len(values)
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
+    MACHINE: tl.constexpr = BUILD.machine
     epoch, number = when
-    own = ()
-    for n in tl.static_range(N):
-        word = values[n].to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        own = own + ((tl.cast(epoch, tl.int64) << 32) | word,)
+    pointers = ()
     for rank in tl.static_range(N_RANKS):
         if rank != BUILD.rank:
             for n in tl.static_range(N):
-                packet_ptr = buffers[rank] + BUILD.rank * SIZE + place + n
-                tl.store(packet_ptr, own[n], mask=mask, cache_modifier=".wt")
-    own_ptr = buffers[BUILD.rank] + tl.where(mask, place, 0)
-    received = own * N_RANKS
-    n_missing = tl.where(epoch == 0, 0, 1)
-    spins = 0
-    while (n_missing > 0) & (spins < SPINS):
-        received = load_packets(own_ptr, SIZE, own, BUILD)
-        n_missing = count_missing(received, mask, epoch)
-        spins += 1
+                send(buffers[rank] + BUILD.rank * SIZE + place + n, pack(values[n], epoch), mask)
+                pointers = pointers + (buffers[BUILD.rank] + rank * SIZE + tl.where(mask, place + n, 0),)
+    packets, n_missing = receive(pointers, mask, epoch, SPINS, MACHINE)
     if n_missing > 0:
         for rank in tl.static_range(N_RANKS):
-            if count_missing(received[rank * N : (rank + 1) * N], mask, epoch) > 0:
-                give_up(ctx.s.sync, number + (rank + 1) * RANK_UNIT)
+            if rank != BUILD.rank:
+                FIRST: tl.constexpr = N * (rank - (rank > BUILD.rank))
+                if count_missing(packets[FIRST : FIRST + N], mask, epoch) > 0:
+                    give_up(ctx.s.sync, number + (rank + 1) * RANK_UNIT)
     sums = ()
     for n in tl.static_range(N):
-        total = received[n].to(tl.int32).to(tl.float32, bitcast=True)
+        parts = ()
+        for rank in tl.static_range(N_RANKS):
+            if rank == BUILD.rank:
+                parts = parts + (values[n],)
+            else:
+                parts = parts + (value_of(packets[N * (rank - (rank > BUILD.rank)) + n]),)
+        total = parts[0]
         for rank in tl.static_range(1, N_RANKS):
-            total += received[rank * N + n].to(tl.int32).to(tl.float32, bitcast=True)
+            total += parts[rank]
         sums = sums + (total,)
     return sums
-
-
-@triton.jit
-def load_packets(packets_ptr, SIZE: tl.constexpr, own, BUILD: tl.constexpr):
-    """Return all ranks' packets, those of rank 0 from packets_ptr on; this rank's own, a tuple, are given."""
-    N_RANKS: tl.constexpr = BUILD.n_ranks
-    N: tl.constexpr = len(own)
-    received = ()
-    for rank in tl.static_range(N_RANKS):
-        for n in tl.static_range(N):
-            if rank == BUILD.rank:
-                received = received + (own[n],)
-            else:
-                received = received + (BUILD.machine.load_now(packets_ptr + rank * SIZE + n),)
-    return received
-
-
-@triton.jit
-def count_missing(packets, mask, epoch):
-    """Return at how many places of a tuple of packets one is not of this epoch."""
-    N: tl.constexpr = len(packets)
-    is_missing = mask & (packets[0] >> 32 != epoch)
-    for n in tl.static_range(1, N):
-        is_missing |= mask & (packets[n] >> 32 != epoch)
-    return tl.sum(is_missing.to(tl.int32), axis=0)
 
 
 # ---------------------------------------------------------------- values

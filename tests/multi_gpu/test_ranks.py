@@ -15,7 +15,7 @@ from tunings import ahead_tiles, ring_tiles, small_tiles
 
 import interpreter
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats
-from common import barrier, exchange
+from common import barrier, exchange, packets
 from common.barrier import ABORT
 from common.cpu import CPU
 from common.gfx950 import GFX950
@@ -429,12 +429,12 @@ def number_of(epoch) -> int:
 def test_each_wait_for_packets_is_needed(number, checkpoint, monkeypatch):
     """Without it programs take packets of the layer or token before."""
     expected = fed_logits(model_of(checkpoint, "tp", 2, num_programs=3), TOKENS[:2])
-    count_missing = exchange.count_missing
+    count_missing = packets.count_missing
 
-    def none_missing(packets, mask, epoch):
-        return 0 if number_of(epoch) == number else count_missing(packets, mask, epoch)
+    def none_missing(found, mask, epoch):
+        return 0 if number_of(epoch) == number else count_missing(found, mask, epoch)
 
-    monkeypatch.setattr(exchange, "count_missing", none_missing)
+    monkeypatch.setattr(packets, "count_missing", none_missing)
     model = model_of(checkpoint, "tp", 2, num_programs=3)
     outcomes = [fed_twice(model, seed)[1] for seed in range(3)]
     assert any(isinstance(outcome, str) or not torch.equal(outcome, expected) for outcome in outcomes)
@@ -444,15 +444,13 @@ def test_each_wait_for_packets_is_needed(number, checkpoint, monkeypatch):
 def test_a_rank_whose_packets_stay_away_is_named(number, checkpoint, monkeypatch):
     """The rank that waits gives up, and sends no packet from then on that the other would take for a value."""
     model = model_of(checkpoint, "tp", 2)
-    patient = model.ranks[1].build
-    model.ranks[1].build = dataclasses.replace(
-        patient, tuning=dataclasses.replace(patient.tuning, spin_limit=20 * SPINS)
-    )
+    build = model.ranks[1].build  # which waits longer, so that it would take a later packet for a value
+    model.ranks[1].build = dataclasses.replace(build, tuning=dataclasses.replace(build.tuning, spin_limit=4 * SPINS))
     sum_packets = exchange.sum_packets
 
     def without_packets(ctx, buffers, size, place, values, mask, when, build):
         if int(when[1]) == number and build.rank == 1:
-            when = (0, when[1])
+            when = (packets.NO_EPOCH, when[1])
         return sum_packets(ctx, buffers, size, place, values, mask, when, build)
 
     monkeypatch.setattr(exchange, "sum_packets", without_packets)
