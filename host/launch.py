@@ -25,6 +25,7 @@ from host.tuning import (
 from system.errors import InputError
 
 MIN_STAGES = 2  # of a ring: one is read while another is filled
+H200_UNITS = 132
 
 
 # 240 of 256 CUs: barriers get cheaper with fewer programs, and one launch must stay resident. The block sizes follow
@@ -208,6 +209,12 @@ def fit_ring(tuning: Tuning, config: ModelConfig) -> Tuning:
     if stages < MIN_STAGES:
         raise InputError(f"a tile of this model's weights takes {stage_bytes} bytes of shared memory: too much")
     ring = replace(ring.with_stages(stages), stage_bytes=stage_bytes)
+    if (
+        -(-2 * config.intermediate_size // tuning.experts.gate_up_rows) * config.experts_per_token
+        <= stages * H200_UNITS
+    ):
+        # No tile waits for another of its phase: two GPUs that share 120b took 1.386 ms for 1.402.
+        ring = replace(ring, prefetch_distance=stages)
     return replace(tuning, dense=replace(tuning.dense, **rows), attention=attention, ring=ring)
 
 
