@@ -38,6 +38,7 @@ from measure.conditions import axis_label, conditions, device_line, state_line
 from measure.plot import Line, plot_times
 from measure.report import check_report_files, display_name, markdown_table, progress, write_file
 from measure.timing import Spread, WallMarks, checksum, spread
+from multi_gpu.benchmark import add_gpus_arguments, described, load_model, open_group
 from system.errors import InputError, RunsDiffer
 
 GPU_CONFIGS, GPU_REPEATS = "100:100,1024:100,1024:1024,2048:2048,8192:128", 5
@@ -134,7 +135,7 @@ class Report:
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --configs, --repeats, --json and --plot."""
+    """Add --configs, --repeats, --gpus, --layout, --json and --plot."""
     parser.add_argument(
         "--configs",
         metavar="INPUT:OUTPUT,...",
@@ -147,6 +148,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         type=cli.positive_int,
         help=f"requests that count, after one that warms up; default: {GPU_REPEATS}, CPU {CPU_REPEATS}",
     )
+    add_gpus_arguments(parser)
     cli.add_report_arguments(parser, "TTFT over prompt length")
 
 
@@ -161,11 +163,15 @@ def plan_for(args: argparse.Namespace, on_gpu: bool) -> Plan:
     return Plan(shapes, args.repeats or (GPU_REPEATS if on_gpu else CPU_REPEATS))
 
 
-def check_fits(longest: Shape, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> None:
-    """Raise InputError if the model has too few positions for a shape, or the device too little memory."""
+def check_positions(longest: Shape, config: ModelConfig) -> None:
+    """Raise InputError if the model has too few positions for a shape."""
     limit = config.max_position_embeddings
     if longest.positions > limit:
         raise InputError(f"--configs {longest}: {longest.positions} positions, the model takes 1 to {limit}")
+
+
+def check_fits(longest: Shape, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> None:
+    """Raise InputError if a device has too little memory for a model and a shape."""
     weights = bytes_to_load(checkpoint, config, device, tuning_for(device, config))
     try:
         check_memory(config, longest.positions, torch.bfloat16, device, weights)
@@ -306,6 +312,7 @@ def main() -> None:
         add_benchmark_arguments,
     )
     check_report_files(args)
+    group = open_group(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
     inputs = files_of(checkpoint)
@@ -313,24 +320,25 @@ def main() -> None:
     dense = cli.dense_formats(args, checkpoint)
     config = dataclasses.replace(checkpoint.config, dense=dense)
     plan = plan_for(args, device.type != "cpu")
-    check_fits(plan.longest, checkpoint, config, device)
+    check_positions(plan.longest, config)
+    if group is None:  # else each rank checks its share
+        check_fits(plan.longest, checkpoint, config, device)
 
     name = display_name(checkpoint)
     progress(f"loading {name}")
-    model = MegaModel(
-        WithoutStopIds(checkpoint),
-        cli.paths_to_measure(args)[0],
-        plan.longest.positions,
-        show_progress=sys.stderr.isatty(),
-        dense=dense,
-    )
+    quant = cli.paths_to_measure(args)[0]
+    options = {"max_context": plan.longest.positions, "show_progress": sys.stderr.isatty(), "dense": dense}
+    model = load_model(group, args.layout, WithoutStopIds(checkpoint), quant, **options)
 
     def measure_shape(model: MegaModel, shape: Shape) -> Measurement:
         return measure(model, shape, make_prompts(shape, plan.repeats, config.vocab_size, config.stop_ids))
 
     results = measure_paths(args, model, plan.shapes, measure_shape)
+    name = described(name, group, args.layout)
     report = Report(name, conditions(device), model.num_programs, model.max_context, plan, results)
     write_reports(args, report, markdown, json_text, write_plot, inputs)
+    if group:
+        group.close()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ from measure.random_cache import fill_cache
 from measure.report import check_report_files, display_name, markdown_table, progress, write_file
 from measure.timing import DeviceMarks, Spread, WallMarks, checksum, spread
 from measure.traffic import bytes_per_token
-from multi_gpu.group import Group, restart_by_torchrun
-from multi_gpu.protocol import LAYOUTS, check_ranks
+from multi_gpu.benchmark import add_gpus_arguments, described, load_model, open_group
 from multi_gpu.ranks import RankModel
 from system.errors import InputError, RunsDiffer
 
@@ -104,7 +102,7 @@ class Report:
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --contexts, --steps, --repeats, --num-programs, --json and --plot."""
+    """Add --contexts, --steps, --repeats, --num-programs, --gpus, --layout, --json and --plot."""
     parser.add_argument(
         "--contexts",
         metavar="N,N,...",
@@ -126,10 +124,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-programs", metavar="N", type=cli.positive_int, help="default: all that are resident at once"
     )
-    parser.add_argument(
-        "--gpus", metavar="N", type=cli.positive_int, help="split the model over N GPUs of this machine"
-    )
-    parser.add_argument("--layout", choices=LAYOUTS, default="tp", help="how several GPUs share the model; default: tp")
+    add_gpus_arguments(parser)
     cli.add_report_arguments(parser, "time over context")
 
 
@@ -269,14 +264,7 @@ def main() -> None:
         add_benchmark_arguments,
     )
     check_report_files(args)
-    group = None
-    if args.gpus:
-        check_ranks(args.layout, args.gpus)
-        restart_by_torchrun(args.gpus)
-        group = Group()
-        if group.rank > 0:  # rank 0 reports
-            args.json = args.plot = None
-            sys.stdout = open(os.devnull, "w")  # errors of every rank are printed
+    group = open_group(args)
     device = usable_device(None)
     checkpoint, _ = open_model(args)
     inputs = files_of(checkpoint)
@@ -291,18 +279,16 @@ def main() -> None:
     progress(f"loading {name}")
     quant = cli.paths_to_measure(args)[0]
     options = {"num_programs": args.num_programs, "show_progress": sys.stderr.isatty(), "dense": dense}
-    if group:
-        name += f", {group.n_ranks} GPUs, layout {args.layout}"
-        model = RankModel.of_group(group, checkpoint, args.layout, quant, max_context=plan.max_context, **options)
-    else:
-        model = MegaModel(checkpoint, quant, plan.max_context, **options)
+    model = load_model(group, args.layout, checkpoint, quant, max_context=plan.max_context, **options)
 
     def measure_context(model: MegaModel, context: int) -> Measurement:
         progress(f"measuring {cli.path_name(model.quant, dense)} at context {context}")
         return measure(model, plan, context, bandwidth)
 
     results = measure_paths(args, model, plan.contexts, measure_context)
-    report = Report(name, conditions(device), model.num_programs, plan, bandwidth, results)
+    report = Report(
+        described(name, group, args.layout), conditions(device), model.num_programs, plan, bandwidth, results
+    )
     write_reports(args, report, markdown, json_text, write_plot, inputs)
     if group:
         group.close()

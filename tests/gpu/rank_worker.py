@@ -43,6 +43,8 @@ class Case:
     fp8: str | None = None  # format of QKV, O and the LM head
     n_layers: int | None = None  # of random weights
     twice: bool = False
+    context: int = CONTEXT
+    forced: tuple[int, ...] = FORCED
     dies_at: int | None = None  # the token at which rank 1 kills itself
 
     def checkpoint(self):
@@ -55,11 +57,11 @@ class Case:
     def options(self) -> dict:
         """Return the options of Decoder."""
         dense = DenseFormats(qkv=self.fp8, o=self.fp8, head=self.fp8) if self.fp8 else None
-        return {"quant": self.quant, "max_context": CONTEXT, "dense": dense}
+        return {"quant": self.quant, "max_context": self.context, "dense": dense}
 
 
 def answer_of(model: Decoder, case: Case, rank: int = 0) -> dict:
-    """Return a case's tokens, and the logits after each of FORCED behind the prompt: twice the same, if asked for."""
+    """Return a case's tokens, and the logits after each of `forced` behind the prompt: twice the same, if asked for."""
     runs = []
     for _ in range(1 + case.twice):
         model.reset()
@@ -68,7 +70,7 @@ def answer_of(model: Decoder, case: Case, rank: int = 0) -> dict:
             tokens.append(token)
             if len(tokens) == case.dies_at and rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        rows = [model.logits(token, len(case.prompt_ids) + n).cpu() for n, token in enumerate(FORCED)]
+        rows = [model.logits(token, len(case.prompt_ids) + n).cpu() for n, token in enumerate(case.forced)]
         runs.append({"tokens": tokens, "logits": torch.stack(rows)})
     if any(run["tokens"] != runs[0]["tokens"] or not torch.equal(run["logits"], runs[0]["logits"]) for run in runs):
         raise AssertionError(f"{case}: two runs differ")
