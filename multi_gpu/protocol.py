@@ -1,16 +1,19 @@
 """Who holds what, and what is sent when: the layouts of a model on several GPUs, as data.
 
 A rank is a process with a GPU. Every rank launches one persistent kernel per token. Ranks exchange values inside the
-kernel: a program stores its part in the memory of another rank, the last program of a rank to arrive raises a flag
-there, and the programs of that rank wait for the flag.
+kernel, by flags or by packets (common/exchange.py): a program stores its part in the memory of another rank. By flags,
+the last program of a rank to arrive raises a flag there, and the programs of that rank wait for the flag. By packets,
+each value comes with its epoch, and only the program of the same number waits for it.
 
 Layout "tp" (tensor parallel) splits every large matrix. All ranks run all phases; the residual is equal on all:
 
-    rank 0   embedding ══ QKV | attention | O ══ router | gate-up | down ══ ... ══ LM head ══ argmax
-                       ║                      ║                          ║      ║          ║
-    rank 1   embedding ══ QKV | attention | O ══ router | gate-up | down ══ ... ══ LM head ══ argmax
+    rank 0   embedding ══ QKV | attention | O ↕| router | gate-up | down ↕| ... | LM head ══ argmax
+                       ║                      │                          │                ║
+    rank 1   embedding ══ QKV | attention | O ↕| router | gate-up | down ↕| ... | LM head ══ argmax
 
-    | a grid barrier of one rank     ══ an exchange of all ranks, which is also a barrier of all their programs
+    | a grid barrier of one rank
+    ↕ an exchange by packets, at the end of the phase's work: of a program with those of its number on other ranks
+    ══ an exchange by flags, which is also a barrier of all ranks' programs
 
 Layout "roles" gives whole matrices to ranks. Rank 0 has attention, router and tail, the others the chosen experts in
 turn (expert rank i, counted from the largest weight, belongs to expert-holding rank i % (ranks - 1)):

@@ -91,15 +91,28 @@ def reports(target: str, layout: str, quant: bool) -> Iterator[dict]:
             yield name | {"kernel": kernel.__name__} | figures | system_scope(target, compiled)
 
 
+# What makes values visible to other GPUs, by target: releases of flags and acquires of their polls, stores and loads of
+# packets.
+SYSTEM_SCOPE = {
+    "gfx950": {
+        "system_releases": "buffer_wbl2 sc0 sc1",
+        "system_acquires": "buffer_inv sc0 sc1",
+        "packet_stores": "global_store_dwordx2 .* sc0 sc1",
+        "packet_loads": "global_load_dwordx2 .* sc0 sc1",
+    },
+    "sm_90": {
+        "system_releases": r"atom\.global\.sys\.release",
+        "system_acquires": r"ld\.acquire\.sys",
+        "packet_stores": r"st\.global\.wt\.b64",
+        "packet_loads": r"ld\.relaxed\.sys\.global\.b64",
+    },
+}
+
+
 def system_scope(target: str, compiled) -> dict[str, int]:
-    """Count what makes values visible to other GPUs: releases of flags, and acquires of their polls."""
-    if target == "gfx950":
-        code = compiled.asm["amdgcn"]
-        released, acquired = "buffer_wbl2 sc0 sc1", "buffer_inv sc0 sc1"
-    else:
-        code = compiled.asm["ptx"]
-        released, acquired = r"atom\.global\.sys\.release", r"ld\.acquire\.sys"
-    return {"system_releases": len(re.findall(released, code)), "system_acquires": len(re.findall(acquired, code))}
+    """Count the places of SYSTEM_SCOPE in a kernel's code."""
+    code = compiled.asm["amdgcn" if target == "gfx950" else "ptx"]
+    return {name: len(re.findall(pattern, code)) for name, pattern in SYSTEM_SCOPE[target].items()}
 
 
 def main() -> None:

@@ -44,7 +44,6 @@ class Case:
     n_layers: int | None = None  # of random weights
     twice: bool = False
     context: int = CONTEXT
-    forced: tuple[int, ...] = FORCED
     dies_at: int | None = None  # the token at which rank 1 kills itself
 
     def checkpoint(self):
@@ -61,7 +60,7 @@ class Case:
 
 
 def answer_of(model: Decoder, case: Case, rank: int = 0) -> dict:
-    """Return a case's tokens, and the logits after each of `forced` behind the prompt: twice the same, if asked for."""
+    """Return a case's tokens, and the logits after each of FORCED behind the prompt: twice the same, if asked for."""
     runs = []
     for _ in range(1 + case.twice):
         model.reset()
@@ -70,7 +69,7 @@ def answer_of(model: Decoder, case: Case, rank: int = 0) -> dict:
             tokens.append(token)
             if len(tokens) == case.dies_at and rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        rows = [model.logits(token, len(case.prompt_ids) + n).cpu() for n, token in enumerate(case.forced)]
+        rows = [model.logits(token, len(case.prompt_ids) + n).cpu() for n, token in enumerate(FORCED)]
         runs.append({"tokens": tokens, "logits": torch.stack(rows)})
     if any(run["tokens"] != runs[0]["tokens"] or not torch.equal(run["logits"], runs[0]["logits"]) for run in runs):
         raise AssertionError(f"{case}: two runs differ")
