@@ -357,11 +357,11 @@ def down_phase(ctx, layer, choice, feed, BUILD: tl.constexpr):
             odd_bias = load_expert_bias(w.down_bias, layer, choice, ranks, row + 1, MATRIX, BUILD)
             tiles = ExpertTiles(rank, first, tl.minimum(tl.cdiv(MATRIX.n_tiles - first, down.members), TILES))
             even, odd, feed = EXPERTS.multiply(ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD)
-            even, odd = weight * (even + even_bias), weight * (odd + odd_bias)
-            even, odd = exchange.sum_down(ctx, layer, rank, row, even, odd, epoch, BUILD)
+            rows, biases = (even, odd), (even_bias, odd_bias)
+            rows, biases = exchange.sum_down(ctx, layer, rank, row, rows, biases, epoch, BUILD)
             out_ptr = ctx.s.expert_out + rank * MATRIX.rows + row
-            tl.store(out_ptr, even, mask=row < MATRIX.rows)
-            tl.store(out_ptr + 1, odd, mask=row + 1 < MATRIX.rows)
+            tl.store(out_ptr, weight * (rows[0] + biases[0]), mask=row < MATRIX.rows)
+            tl.store(out_ptr + 1, weight * (rows[1] + biases[1]), mask=row + 1 < MATRIX.rows)
     return feed
 
 

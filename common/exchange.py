@@ -185,15 +185,19 @@ def sum_o(ctx, layer, row, y, mask, epoch, BUILD: tl.constexpr):
 
 
 @triton.jit
-def sum_down(ctx, layer, rank, row, even, odd, epoch, BUILD: tl.constexpr):
-    """Return the sums of all ranks' parts of rows `row` and row + 1 of the expert of this rank among the chosen."""
+def sum_down(ctx, layer, rank, row, rows, biases, epoch, BUILD: tl.constexpr):
+    """Return (rows `row` and row + 1 of the expert of this rank among the chosen, their biases).
+
+    Where several ranks have parts of the rows, each adds its part of the biases, and none is left.
+    """
     if BUILD.n_ranks == 1:
-        return even, odd
+        return rows, biases
     else:
+        parts = (rows[0] + biases[0], rows[1] + biases[1])
         H: tl.constexpr = BUILD.config.hidden_size
         SIZE: tl.constexpr = BUILD.config.experts_per_token * H
         when = (epoch, exchange_number(layer, DOWN))
-        return sum_packets(ctx, ctx.peers.down_packets, SIZE, rank * H + row, (even, odd), row < H, when, BUILD)
+        return sum_packets(ctx, ctx.peers.down_packets, SIZE, rank * H + row, parts, row < H, when, BUILD), (0.0, 0.0)
 
 
 @triton.jit
