@@ -9,8 +9,9 @@ from tunings import changed
 
 from checkpoints.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
 from common.sm90.ring import BARRIER_BYTES
-from host.launch import MIN_STAGES, SM_90, fit_ring, tuning_for
+from host.launch import LAUNCH_TABLE, MIN_STAGES, SM_90, fit_ring, tuning_for
 from host.tuning import Tuning
+from multi_gpu.protocol import shares_of
 from system.errors import InputError
 
 RING_BYTES = 8 * 25600
@@ -66,8 +67,18 @@ def test_a_stage_holds_every_tile(config):
     assert most <= tuning.ring.stage_bytes < most + 128
     assert tuning.ring.stage_bytes % 128 == 0
     assert MIN_STAGES <= tuning.ring.stages == min(7, RING_BYTES // tuning.ring.stage_bytes)
-    assert tuning.ring.prefetch_distance == min(5, tuning.ring.stages)
+    n_tiles = config.experts_per_token * config.intermediate_size // 8  # of gate-up
+    asked = tuning.ring.stages if n_tiles <= 132 * tuning.ring.stages else 5
+    assert tuning.ring.prefetch_distance == min(asked, tuning.ring.stages)
     assert tuning.ring.stages * 8 <= BARRIER_BYTES.value
+
+
+@pytest.mark.parametrize("n_ranks, prefetch_distance, max_splits", [(1, 5, 16), (2, 7, 32), (4, 7, 64), (8, 7, 128)])
+def test_a_share_of_120b_is_asked_for_and_attended_by_all_programs(n_ranks, prefetch_distance, max_splits):
+    """A program has 11 tiles of gate-up, 6, 3 or 2; a long cache is cut into 128 splits over all KV heads."""
+    share = shares_of(GPT_OSS_120B, "tp", n_ranks)[0]
+    tuning = LAUNCH_TABLE["sm_90"].tuning(share.config_of(GPT_OSS_120B))
+    assert (tuning.ring.prefetch_distance, tuning.attention.max_splits) == (prefetch_distance, max_splits)
 
 
 @each_config
