@@ -23,7 +23,7 @@ help:
 
 run:
 	$(set_up) run
-	@.venv/bin/python gpt_oss_megakernel.py --quant $(ARGS)
+	@.venv/bin/python gpt_oss_megakernel.py --quant $(ARGS) < /dev/null
 
 test:
 	$(set_up) test

@@ -270,12 +270,14 @@ def add_report_arguments(parser: argparse.ArgumentParser, drawing: str) -> None:
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one of --prompt, --chat or --prompt-ids, and --max-new-tokens, --max-context, --json and --logits-out."""
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--prompt", metavar="TEXT", help='text to continue; "-": what stdin holds')
     prompt.add_argument(
-        "--chat", metavar="TEXT", help=f"message to answer, in the harmony format; default: {DEMO_CHAT!r}"
+        "--chat",
+        metavar="TEXT",
+        help=f'message to answer, in the harmony format; "-": what stdin holds; default: that, or {DEMO_CHAT!r}',
     )
     prompt.add_argument("--prompt-ids", metavar="IDS", type=token_id_list, help="the prompt as token ids: 12,34,56")
-    parser.add_argument("--max-new-tokens", metavar="N", type=positive_int, default=256, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", metavar="N", type=positive_int, help="default: as the context has room for")
     parser.add_argument(
         "--max-context",
         metavar="N",

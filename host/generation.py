@@ -4,7 +4,10 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
+import select
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,11 +51,31 @@ def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]
     if args.prompt_ids is not None:
         return "--prompt-ids", args.prompt_ids
     if args.prompt is not None:
-        return "--prompt", _require_tokenizer(tokenizer, "--prompt").encode(args.prompt)
+        return "--prompt", _require_tokenizer(tokenizer, "--prompt").encode(_text_of("--prompt", args.prompt))
     if args.chat is None and tokenizer is None:
         return "--prompt-ids", list(RANDOM_WEIGHTS_PROMPT)
-    text = DEMO_CHAT if args.chat is None else args.chat
+    text = _piped_text() or DEMO_CHAT if args.chat is None else _text_of("--chat", args.chat)
     return "--chat", chat_ids(_require_tokenizer(tokenizer, "--chat"), text) if text.strip() else []
+
+
+def _text_of(flag: str, text: str) -> str:
+    """Return a flag's text, or what stdin holds if it is "-". Raise InputError if that is no UTF-8."""
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n") if sys.stdin else ""
+    except UnicodeDecodeError:
+        raise InputError(f"{flag} -: stdin is not valid UTF-8") from None
+
+
+def _piped_text() -> str:
+    """Return what is piped into stdin; nothing if it is no pipe, or one that nobody has written to so far."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # no stdin, a closed one, or one without a file
+        return ""
+    is_filled = stat.S_ISFIFO(mode) and select.select([sys.stdin], [], [], 0)[0]
+    return _text_of("stdin", "-") if is_filled else ""
 
 
 def _require_tokenizer(tokenizer, flag: str):
@@ -111,6 +134,7 @@ class Generation:
     tpot_ms: float | None  # mean time per output token after the first; None if there was none
     device: str
     path: str  # which implementation ran
+    finish: str  # "stop" behind a stop token, "length" at --max-new-tokens or the context's end
     temperature: float = 0.0
     seed: int | None = None  # with which the answer can be drawn again
 
@@ -125,13 +149,15 @@ def print_answer(
     sampling: Sampling = GREEDY,
 ) -> Generation:
     """Generate the answer that the command line requests, and print it; see stream_generation."""
+    room = context_length(model.config, args.max_context) - len(prompt_ids) + 1
+    limit = args.max_new_tokens or room
     options = {} if sampling == GREEDY else {"sampling": sampling}  # of which the reference knows nothing
     return stream_generation(
-        model.generate(prompt_ids, args.max_new_tokens, on_logits, **options),
+        model.generate(prompt_ids, limit, on_logits, **options),
         prompt_ids,
         tokenizer,
         model.config,
-        args.max_new_tokens,
+        limit_name="the context is full" if limit > room or not args.max_new_tokens else f"--max-new-tokens {limit}",
         device=device_name(model.device),
         path=path,
         as_json=args.json,
@@ -144,16 +170,16 @@ def stream_generation(
     prompt_ids: list[int],
     tokenizer,
     config: ModelConfig,
-    max_new_tokens: int,
+    limit_name: str,
     device: str,
     path: str,
     as_json: bool,
     sampling: Sampling = GREEDY,
 ) -> Generation:
-    """Consume the tokens and print them to stdout: text as it appears and a summary line, or one JSON object.
+    """Consume the tokens and print them to stdout: text as it appears, or one JSON object.
 
-    Without a tokenizer the ids are printed. Control characters in the text are escaped if stdout is a terminal. If the
-    sequence ends before max_new_tokens without a stop id, the context is full, and a line on stderr says so.
+    Without a tokenizer the ids are printed. Control characters in the text are escaped if stdout is a terminal. Unless
+    as_json, lines on stderr sum up the run and say what cut the answer if no stop id ended it: limit_name.
     """
     text, token_ids, arrivals = "", [], []
     stream = tokenizer.stream() if tokenizer else None
@@ -180,13 +206,15 @@ def stream_generation(
         tpot_ms=(arrivals[-1] - arrivals[0]) * 1e3 / (len(arrivals) - 1) if len(arrivals) > 1 else None,
         device=device,
         path=path,
+        finish="stop" if stopped else "length",
         temperature=sampling.temperature,
         seed=sampling.seed if sampling.temperature else None,
     )
-    print(json.dumps(generation.__dict__) if as_json else f"\n{summary(generation)}", flush=True)
-    if len(token_ids) < max_new_tokens and not stopped:
-        n_fed = len(prompt_ids) + len(token_ids) - 1  # the last token is not fed
-        print(f"context full: stopped after {n_fed} tokens", file=sys.stderr)
+    print(json.dumps(generation.__dict__) if as_json else "", flush=True)
+    if not as_json:
+        print(summary(generation), file=sys.stderr)
+    if not as_json and not stopped:
+        print(f"the answer was cut after {len(token_ids)} tokens: {limit_name}", file=sys.stderr)
     return generation
 
 

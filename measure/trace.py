@@ -225,8 +225,8 @@ def token_to_trace(args: argparse.Namespace, n_prompt: int, max_context: int) ->
         raise InputError(f"--trace {args.trace}: is --logits-out's file")
     room = max_context - n_prompt + 1
     if requested is None:
-        return min(DEFAULT_TRACE_TOKEN, args.max_new_tokens, room)
-    if requested > args.max_new_tokens:
+        return min(DEFAULT_TRACE_TOKEN, args.max_new_tokens or room, room)
+    if args.max_new_tokens and requested > args.max_new_tokens:
         raise InputError(f"--trace-token {requested}: --max-new-tokens is {args.max_new_tokens}")
     if requested > room:
         raise InputError(f"--trace-token {requested}: a context of {max_context} ends {room} tokens after the prompt")

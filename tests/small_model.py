@@ -23,6 +23,7 @@ REPORT_KEYS = [
     "tpot_ms",
     "device",
     "path",
+    "finish",
     "temperature",
     "seed",
 ]  # --json

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,10 +73,9 @@ def test_equal_seeds_draw_equal_answers(run, run_json):
     assert drawn["temperature"] == 1.5
     assert run_json(*words, "--seed", drawn["seed"]) == drawn | {name: ANY for name in ("ttft_ms", "tpot_ms")}
     assert run_json(*words)["seed"] != drawn["seed"]
-    code, out, _ = run(*words, "--seed", drawn["seed"])
-    assert code == 0
-    assert out.startswith(drawn["text"])
-    assert out.endswith(f"temperature 1.5, seed {drawn['seed']}]\n")
+    code, out, err = run(*words, "--seed", drawn["seed"])
+    assert (code, out) == (0, drawn["text"] + "\n")
+    assert err.splitlines()[0].endswith(f"temperature 1.5, seed {drawn['seed']}]")
 
 
 def test_unlikely_tokens_are_left_out(run_json):
@@ -101,13 +101,40 @@ def test_json_is_all_of_stdout(run_json, checkpoint, folder, words, path, quant)
     assert result["ttft_ms"] > result["tpot_ms"] > 0
 
 
-def test_text_comes_before_a_line_that_sums_up(run, run_json):
+def test_text_is_all_of_stdout_and_stderr_sums_up(run, run_json):
     text = run_json("--prompt", PROMPT, "--max-new-tokens", 9)["text"]
     code, out, err = run("--prompt", PROMPT, "--max-new-tokens", 9)
-    body, _, last = out.removesuffix("\n").rpartition("\n")
-    assert (code, body, err) == (0, text, "")
-    assert last.startswith("[5 prompt + 9 new tokens, TTFT ")
-    assert last.endswith(" per token, cpu, default]")
+    assert (code, out) == (0, text + "\n")
+    summary, cut = err.splitlines()
+    assert re.fullmatch(r"\[5 prompt \+ 9 new tokens, TTFT [\d.]+ ms, [\d.]+ ms per token, cpu, default\]", summary)
+    assert cut == "the answer was cut after 9 tokens: --max-new-tokens 9"
+
+
+def test_text_from_stdin(run_json, folder, monkeypatch):
+    def pipe(data: bytes) -> None:
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+
+    expected = {flag: run_json(flag, "h\u00e9", "--max-new-tokens", 2)["prompt_ids"] for flag in ("--chat", "--prompt")}
+    for flag, words in (("--chat", ["--chat", "-"]), ("--prompt", ["--prompt", "-"]), ("--chat", [])):
+        pipe("h\u00e9\n".encode())
+        assert run_json(*words, "--max-new-tokens", 2)["prompt_ids"] == expected[flag]
+
+
+def test_stdin_that_cannot_be_read(run, monkeypatch):
+    for data, text in ((b"\xff", "--chat -: stdin is not valid UTF-8"), (b"", "--chat: the prompt is empty")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert_rejected(run("--chat", "-"), text)
+
+
+def test_an_open_pipe_without_text_is_not_waited_for(run_json, monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
+    demo = run_json("--max-new-tokens", 1)["prompt_ids"]
+    os.close(writer)
+    assert run_json("--chat", cli.DEMO_CHAT, "--max-new-tokens", 1)["prompt_ids"] == demo
 
 
 def test_text_streams_token_by_token(run, monkeypatch):
@@ -180,21 +207,32 @@ def test_a_stop_token_ends_the_run_and_is_an_id_but_not_text(run_json, checkpoin
 def test_a_full_context_is_told_and_ends_cleanly(run, tmp_path, n_prompt):
     ids = ",".join(["65"] * n_prompt)
     code, out, err = run("--prompt-ids", ids, "--max-context", 6, "--json", "--logits-out", tmp_path / "l.npy")
-    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
-    assert len(json.loads(out)["token_ids"]) == 7 - n_prompt
+    assert (code, err) == (0, "")
+    assert (len(json.loads(out)["token_ids"]), json.loads(out)["finish"]) == (7 - n_prompt, "length")
     assert np.load(tmp_path / "l.npy").shape == (6, VOCAB)
 
 
 def test_the_default_context_is_no_longer_than_the_model_takes(run, own_folder):
     edit_config(own_folder, max_position_embeddings=6)
     code, out, err = run("--prompt-ids", "65,65", "--json", model=own_folder)
-    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
-    assert len(json.loads(out)["token_ids"]) == 5
+    assert (code, err) == (0, "")
+    assert (len(json.loads(out)["token_ids"]), json.loads(out)["finish"]) == (5, "length")
     assert_rejected(run("--prompt-ids", ",".join(["65"] * 7), model=own_folder), "do not fit in a context of 6")
 
 
-def test_all_tokens_asked_for_are_no_full_context(run):
-    assert run("--prompt-ids", "65,65", "--max-context", 6, "--max-new-tokens", 5)[2] == ""
+@pytest.mark.parametrize(
+    "words, cut", [(["--max-new-tokens", 5], "--max-new-tokens 5"), (["--max-new-tokens", 6], "the context is full")]
+)
+def test_what_cut_an_answer_is_told(run, words, cut):
+    err = run("--prompt-ids", "65,65", "--max-context", 6, *words)[2]
+    assert err.splitlines()[1] == f"the answer was cut after 5 tokens: {cut}"
+
+
+def test_a_whole_answer_is_not_said_to_be_cut(run_json, run, checkpoint, own_folder):
+    (own_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": greedy(checkpoint, [65], 5)[4]}))
+    words = ("--prompt-ids", 65, "--max-new-tokens", 9)
+    assert run_json(*words, model=own_folder)["finish"] == "stop"
+    assert "cut" not in run(*words, model=own_folder)[2]
 
 
 @pytest.fixture
@@ -453,8 +491,8 @@ def test_stdout_on_a_full_disk(folder):
 def test_stdout_that_cannot_show_the_text(folder):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = start("--model", folder, "--prompt-ids", 65, "--max-new-tokens", 12, env=environment)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
     assert "\\x" in out or "\\u" in out
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,13 +52,13 @@ def test_json_is_all_of_stdout(run, checkpoint, folder):
     assert result["tpot_ms"] > 0
 
 
-def test_text_streams_and_the_last_line_sums_up(run):
+def test_text_is_all_of_stdout_and_stderr_sums_up(run):
     text = json.loads(run("--prompt", PROMPT, "--max-new-tokens", 9, "--json")[1])["text"]
     code, out, err = run("--prompt", PROMPT, "--max-new-tokens", 9)
-    body, _, last = out.removesuffix("\n").rpartition("\n")
-    assert (code, body, err) == (0, text, "")
-    assert last.startswith("[5 prompt + 9 new tokens, TTFT ")
-    assert last.endswith(" per token, cpu, reference]")
+    assert (code, out) == (0, text + "\n")
+    summary, cut = err.splitlines()
+    assert re.fullmatch(r"\[5 prompt \+ 9 new tokens, TTFT [\d.]+ ms, [\d.]+ ms per token, cpu, reference\]", summary)
+    assert cut == "the answer was cut after 9 tokens: --max-new-tokens 9"
 
 
 def test_the_stop_token_is_an_id_but_not_text(run, checkpoint, folder, monkeypatch):
@@ -101,8 +102,8 @@ def test_logits_out_has_a_row_for_each_position_fed(run, checkpoint, tmp_path):
 
 def test_a_full_context_is_told_and_ends_cleanly(run):
     code, out, err = run("--prompt-ids", "65,66", "--max-context", 6, "--json")
-    assert (code, err) == (0, "context full: stopped after 6 tokens\n")
-    assert len(json.loads(out)["token_ids"]) == 5
+    assert (code, err) == (0, "")
+    assert (len(json.loads(out)["token_ids"]), json.loads(out)["finish"]) == (5, "length")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,14 +62,12 @@ def test_the_megakernels_tokens(run_json, checkpoint, words, path, num_programs)
     assert (result["device"], result["path"]) == ("cpu", path)
 
 
-def test_text_comes_before_a_line_that_sums_up(run, run_json):
+def test_text_is_all_of_stdout_and_stderr_sums_up(run, run_json):
     arguments = ("--prompt", PROMPT, "--max-new-tokens", 9)
     text = run_json(*arguments)[0]["text"]
     code, out, err = run(*arguments)
-    body, _, last = out.removesuffix("\n").rpartition("\n")
-    assert (code, body, err) == (0, text, "")
-    assert last.startswith("[5 prompt + 9 new tokens, TTFT ")
-    assert last.endswith(" per token, cpu, phased]")
+    assert (code, out) == (0, text + "\n")
+    assert re.match(r"\[5 prompt \+ 9 new tokens, TTFT [\d.]+ ms, [\d.]+ ms per token, cpu, phased\]\n", err)
 
 
 def test_layers_and_logits_out(run_json, checkpoint, tmp_path):
@@ -97,20 +96,20 @@ def test_times_with_json_are_a_second_object(run_json):
 
 def test_times_as_text(run):
     code, out, err = run("--prompt", PROMPT, "--max-new-tokens", 3, "--times")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err.startswith("[5 prompt + 3 new tokens")
     lines = out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("phase "))
     assert "no claim" in lines[start - 1]
     names = [*PHASE_NAMES, "sum", "as the host launches them", "megakernel, the same tokens"]
     assert all(line.startswith(f"{name} ") for line, name in zip(lines[start + 1 :], names, strict=True))
-    assert lines[start - 3].startswith("[5 prompt + 3 new tokens")
 
 
 @pytest.mark.parametrize(("max_context", "n_timed", "first"), [(5, 1, 4), (6, 1, 5), (7, 2, 5)])
 def test_times_near_the_end_of_the_context(run, max_context, n_timed, first):
     words = ("--prompt", PROMPT, "--max-context", max_context, "--times", "--json")
     code, out, err = run(*words)
-    assert (code, err) == (0, f"context full: stopped after {max_context} tokens\n")
+    assert (code, err) == (0, "")
     times = json.loads(out.splitlines()[1])
     assert (times["n_tokens"], times["first_position"]) == (n_timed, first)
 
