@@ -11,7 +11,6 @@ from system.errors import InputError
 INSTRUCTING = ("system", "developer")  # roles
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
-MAX_PROMPT_DEPTH = 2  # a list of one list of token ids
 
 
 def sampling_of(request: Request) -> Sampling:
@@ -103,9 +102,8 @@ def _result(message: ChatMessage, name_of: dict[str, str], param: str) -> Messag
 def prompt_of(request: CompletionRequest) -> str | list[int]:
     """Return a completion's prompt, as text or as token ids. Raise ApiError if it is neither, or several."""
     prompt = request.prompt
-    for _ in range(MAX_PROMPT_DEPTH):
-        if isinstance(prompt, list) and len(prompt) == 1 and not _is_id(prompt[0]):
-            prompt = prompt[0]
+    if isinstance(prompt, list) and len(prompt) == 1 and not _is_id(prompt[0]):
+        prompt = prompt[0]
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_id, prompt))):
         return prompt
     raise ApiError(400, "prompt: expected one text, or one list of token ids", "prompt")

@@ -45,17 +45,22 @@ class Worker:
         return self._is_closed
 
     @property
+    def n_jobs(self) -> int:
+        """The number of jobs that run or wait."""
+        with self._changed:
+            return len(self._waiting) + (self._running is not None)
+
+    @property
     def is_idle(self) -> bool:
         """Whether no job runs or waits."""
-        with self._changed:
-            return self._running is None and not self._waiting
+        return self.n_jobs == 0
 
     def submit(self, job: Job) -> None:
         """Put a job in line. Raise ApiError if the line is full or the worker is closed."""
         with self._changed:
             if self._is_closed:
                 raise draining()
-            if len(self._waiting) + (self._running is not None) > self._max_waiting:
+            if self.n_jobs > self._max_waiting:
                 raise self._too_many()
             self._waiting.append(job)
             self._changed.notify_all()
