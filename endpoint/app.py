@@ -23,6 +23,7 @@ from endpoint.translation import messages_of, prompt_of, sampling_of, setting_of
 from endpoint.worker import Job, Worker
 
 CLIENT_GONE = 499  # a status that nobody receives
+JSON = "application/json"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ class Endpoint:
 
     async def _read(self, request: Request, kind: type[RequestType]) -> RequestType:
         """Return the request's checked body."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != JSON:  # which a page of another site cannot make a browser send
+            raise ApiError(415, f"the Content-Type must be {JSON}", code="unsupported_media_type")
         try:
             body = await asyncio.wait_for(
                 read_body(request, self._settings.max_request_bytes), self._settings.body_seconds

@@ -100,10 +100,6 @@ class Worker:
         if running is not None:
             self.cancel(running, draining())
 
-    def join(self, seconds: float) -> None:
-        """Wait for the thread of a closed worker to end, but no longer than this."""
-        self._thread.join(seconds)
-
     def _run(self) -> None:
         while (job := self._next()) is not None:
             start = time.monotonic()

@@ -18,6 +18,7 @@ from host.sampling import Sampling
 
 SECONDS = 30  # that anything may take on a loaded machine
 KEY = "not-checked"
+JSON = {"Content-Type": "application/json"}
 
 
 def answer_ids(tokenizer, *messages: Message) -> list[int]:

@@ -1,11 +1,12 @@
 """The API as the openai client meets it, with a model that says what it is told to."""
 
 import json
+import urllib.error
 import urllib.request
 
 import openai
 import pytest
-from prepared_model import SECONDS, answer_ids, said, serving
+from prepared_model import JSON, SECONDS, answer_ids, said, serving
 
 from checkpoints.harmony import Function, Message, Setting, encode, prompt_parts
 from host.sampling import GREEDY, Sampling
@@ -78,7 +79,7 @@ def test_a_stream_is_the_answer_in_pieces(model, client):
 
 def test_a_stream_ends_with_done_and_has_usage_only_if_asked_for(model, server):
     body = json.dumps({"messages": HELLO, "stream": True}).encode()
-    request = urllib.request.Request(f"{server.url}/v1/chat/completions", body)
+    request = urllib.request.Request(f"{server.url}/v1/chat/completions", body, JSON)
     with urllib.request.urlopen(request, timeout=SECONDS) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         events = response.read().decode().split("\n\n")
@@ -335,13 +336,22 @@ def test_wrong_paths_and_methods(path, method, status, server):
 @pytest.mark.parametrize("has_length", [True, False])
 def test_a_request_that_is_too_long(has_length, model, server):
     data = json.dumps({"messages": [{"role": "user", "content": "a" * 100_000}]}).encode()
-    headers = {} if has_length else {"Transfer-Encoding": "chunked"}
+    headers = JSON if has_length else JSON | {"Transfer-Encoding": "chunked"}
     body = data if has_length else iter([data])
     request = urllib.request.Request(f"{server.url}/v1/chat/completions", body, headers)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=SECONDS)
     assert refused.value.code == 413
     assert json.load(refused.value)["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_what_a_page_of_another_site_could_send_is_refused(media_type, model, server):
+    body = json.dumps({"messages": HELLO}).encode()
+    request = urllib.request.Request(f"{server.url}/v1/chat/completions", body, {"Content-Type": media_type})
+    with pytest.raises(urllib.error.HTTPError, match="415"):
+        urllib.request.urlopen(request, timeout=SECONDS)
+    assert model.prompts == []
 
 
 FAILURES = {

@@ -8,7 +8,7 @@ import time
 import httpx
 import openai
 import pytest
-from prepared_model import SECONDS, PreparedModel, answer_ids, said, serving, until
+from prepared_model import JSON, SECONDS, PreparedModel, answer_ids, said, serving, until
 from threads import together
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -136,7 +136,7 @@ def test_a_client_that_does_not_read_does_not_hold_the_model(long):
 
 def post(server, body: dict) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
     return connection
 
 
@@ -183,6 +183,15 @@ def test_an_answer_that_takes_too_long_is_cut_when_the_server_ends(n_signals, dr
         start = time.monotonic()
         for _ in range(n_signals):
             server.drain()
-    thread.join(SECONDS)
+        thread.join(SECONDS)
     assert time.monotonic() - start < 5
     assert results["cut"].status_code == 503
+
+
+def test_a_body_that_does_not_arrive_is_refused(long):
+    with serving(long, body_seconds=0.2) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+        connection.request("POST", "/v1/completions", b"{", JSON | {"Content-Length": "10"})
+        response = connection.getresponse()
+        assert response.status == 408 and "in time" in json.load(response)["error"]["message"]
+        connection.close()

@@ -10,7 +10,7 @@ import random
 import socket
 
 import pytest
-from prepared_model import SECONDS
+from prepared_model import JSON, SECONDS
 
 N_REQUESTS = int(os.environ.get("MALFORMED_REQUESTS", "2000"))
 SEED = 20
@@ -133,7 +133,7 @@ def test_malformed_bodies(model, server):
     for n in range(N_REQUESTS):
         is_chat = rng.random() < 0.75
         body = body_of(rng, GOOD if is_chat else GOOD_COMPLETION)
-        connection.request("POST", "/v1/chat/completions" if is_chat else "/v1/completions", body)
+        connection.request("POST", "/v1/chat/completions" if is_chat else "/v1/completions", body, JSON)
         response = connection.getresponse()
         data = response.read()
         statuses[response.status] = statuses.get(response.status, 0) + 1
@@ -155,7 +155,9 @@ def test_malformed_connections(n_requests, model, server, client):
     """What is not HTTP, or ends too early, costs nothing that stays."""
     rng = random.Random(SEED)
     before = n_descriptors()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
     for _ in range(n_requests):
         data = rng.choice(
             (
