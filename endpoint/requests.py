@@ -48,6 +48,8 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("expected text, or a list of parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -171,7 +173,8 @@ def parse(body: bytes, kind: type[RequestType]) -> RequestType:
 def _explain(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     param = printable(".".join(map(str, first["loc"])), MAX_PARAM_CHARACTERS)
-    return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param or None)
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {message}" if param else message, param or None)
 
 
 def _check_supported(request: Request) -> None:

@@ -272,6 +272,8 @@ REFUSED = [
     ({"messages": []}, "messages", None),
     ({"messages": "Hello"}, "messages", None),
     ({"messages": [{"role": "user"}]}, "messages.0.content", None),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", None),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", None),
     ({"messages": [{"role": "assistant"}]}, "messages.0.content", None),
     ({"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role", None),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", None),

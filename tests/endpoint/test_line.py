@@ -1,11 +1,11 @@
 """Requests that come at once, clients that leave, and a server that ends."""
 
+import contextlib
 import http.client
 import json
 import threading
 import time
 
-import httpx
 import openai
 import pytest
 from prepared_model import JSON, SECONDS, PreparedModel, answer_ids, said, serving, until
@@ -88,7 +88,7 @@ def test_health_is_answered_while_the_model_is_busy(long):
         thread = threading.Thread(target=ask, args=(server,), daemon=True)
         thread.start()
         until(lambda: server.worker.n_jobs == 1)
-        assert httpx.get(f"{server.url}/health", timeout=SECONDS).json() == {"status": "ok"}
+        assert health(server) == (200, {"status": "ok"})
         long.may_go_on.set()
         thread.join(SECONDS)
 
@@ -134,6 +134,13 @@ def test_a_client_that_does_not_read_does_not_hold_the_model(long):
         connection.close()
 
 
+def health(server) -> tuple[int, dict]:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)) as connection:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        return response.status, json.load(response)
+
+
 def post(server, body: dict) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
@@ -150,7 +157,7 @@ def test_a_server_that_ends_lets_the_running_answer_finish(long):
         with pytest.raises(openai.InternalServerError) as refused:
             ask(server)
         assert (refused.value.status_code, refused.value.body["code"]) == (503, "server_ending")
-        assert httpx.get(f"{server.url}/health", timeout=SECONDS).status_code == 503
+        assert health(server) == (503, {"status": "ending"})
         long.may_go_on.set()
         for thread in threads:
             thread.join(SECONDS)
