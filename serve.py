@@ -44,7 +44,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that may wait while one is answered; default: %(default)s",
     )
     parser.add_argument(
-        "--max-request-bytes", metavar="N", type=cli.positive_int, default=4 << 20, help="default: %(default)s"
+        "--max-request-bytes", metavar="N", type=cli.positive_int, default=1 << 20, help="default: %(default)s"
     )
     parser.add_argument("--max-messages", metavar="N", type=cli.positive_int, default=1024, help="default: %(default)s")
     parser.add_argument(

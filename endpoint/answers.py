@@ -232,7 +232,7 @@ def _prompt_and_limit(model, tokenizer, order: Order) -> tuple[list[int], int]:
     """Return the prompt's tokens, and how many may follow. Raise ApiError if there is no prompt or no room."""
     try:
         prompt = order.encode(tokenizer)
-        for token_id in prompt:
+        for token_id in prompt[: model.max_context + 1]:  # a longer one is refused below
             check_token(token_id, model.config)
     except InputError as error:
         raise ApiError(400, str(error), order.param) from None

@@ -32,7 +32,7 @@ class Settings:
 
     model_name: str
     api_key: str | None = None
-    max_request_bytes: int = 4 << 20
+    max_request_bytes: int = 1 << 20
     max_messages: int = 1024
     body_seconds: float = 30.0  # that a request's body may take to arrive
     setting: Setting = DEFAULT_SETTING
@@ -110,7 +110,7 @@ class Endpoint:
     async def completion(self, request: Request) -> Response:
         """Continue a prompt."""
         asked = await self._read(request, CompletionRequest)
-        order = completion_order(prompt_of(asked), token_limit(asked), sampling_of(asked), asked.stop or ())
+        order = await run_in_threadpool(_completion_order, asked)
         return await self._answer(request, asked, order, CompletionForm(self._settings.model_name))
 
     async def _read(self, request: Request, kind: type[RequestType]) -> RequestType:
@@ -160,6 +160,10 @@ class Endpoint:
                     return
         finally:
             client.cancel()  # which calls `end`
+
+
+def _completion_order(asked: CompletionRequest) -> Order:
+    return completion_order(prompt_of(asked), token_limit(asked), sampling_of(asked), asked.stop or ())
 
 
 def _from_any_thread(loop: asyncio.AbstractEventLoop, put: Callable) -> Callable[[Event | ApiError], None]:
