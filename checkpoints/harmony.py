@@ -121,7 +121,8 @@ def typescript(schema: Any, indent: str = "") -> str:
         return " | ".join(f'"{value}"' for value in values) if values else "string"
     if kind == "array":
         return f"{typescript(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
-    return {"number": "number", "integer": "number", "boolean": "boolean"}.get(kind, "any")
+    names = {"number": "number", "integer": "number", "boolean": "boolean"}
+    return names.get(kind, "any") if isinstance(kind, str) else "any"
 
 
 def _schema(value: Any) -> dict:

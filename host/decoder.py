@@ -129,6 +129,7 @@ class Decoder:
         self._started = False
         self.state = self.prefill = None  # frees their memory before the new ones need it
         self.n_fed = 0  # positions that the cache holds; their tokens are the first of state.tokens
+        self.n_reused = 0  # positions of the last prompt of generate() that the cache held already
         self._in_flight: range | None = None  # positions whose launches have begun and not ended
         self._in_kernel: tuple[float, int] | None = GREEDY.in_kernel  # what the states say of sampling
         self._lost_end = 0  # interrupted launches may have written cache positions n_fed to _lost_end - 1; 0: none
@@ -359,7 +360,7 @@ class Decoder:
         """
         turn = self._begin_use(sampling)
         last = len(prompt_ids) - 1
-        start = min(self._shared_prefix_length(prompt_ids), last) if in_blocks else 0
+        start = self.n_reused = min(self._shared_prefix_length(prompt_ids), last) if in_blocks else 0
         self._write_tokens(prompt_ids[start:], start)
         if not in_blocks:
             return turn

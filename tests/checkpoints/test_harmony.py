@@ -134,7 +134,18 @@ def test_tokens_out_of_place_do_no_harm(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "schema", [None, 3, "x", [], {"type": 3}, {"type": []}, {"oneOf": [3, None]}, {"type": "object", "properties": 3}]
+    "schema",
+    [
+        None,
+        3,
+        "x",
+        [],
+        {"type": 3},
+        {"type": []},
+        {"type": {}},
+        {"oneOf": [3, None]},
+        {"type": "object", "properties": 3},
+    ],
 )
 def test_schemas_that_are_none_are_any(schema):
     parameters = {"type": "object", "properties": {"a": schema}, "required": 3}

@@ -14,10 +14,12 @@ MAY_IMPORT = {
     "interpreter": {"common", "system"},
     "host": {"checkpoints", "common", "interpreter", "system"},
     "measure": {"host", "checkpoints", "common", "interpreter", "system"},
+    "endpoint": {"host", "checkpoints", "common", "interpreter", "system"},
     "tools": {"multi_gpu", "measure", "host", "checkpoints", "common", "interpreter", "system", "root"},
     "multi_gpu": {"measure", "host", "checkpoints", "common", "interpreter", "system", "root"},
     "root": {
         "multi_gpu",
+        "endpoint",
         "measure",
         "host",
         "checkpoints",

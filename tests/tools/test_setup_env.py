@@ -137,6 +137,9 @@ def test_cpu_environment_takes_torch_first_and_alone(folder, pip_calls):
         "pytest",
         "pytest-xdist",
         "hypothesis",
+        "fastapi",
+        "uvicorn",
+        "openai",
     ]
     assert not (setup_env.site_packages(folder) / "shared-packages.pth").exists()
 

@@ -1,0 +1,258 @@
+"""Generate an answer and cut it into what a client gets: text, reasoning, tool calls, and why it ended."""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from checkpoints.config import check_token
+from checkpoints.harmony import CALL, RETURN, TOOLS_PREFIX, Message, Parser, Setting, encode, prompt_parts
+from endpoint.errors import ApiError
+from host.sampling import Sampling
+from system.errors import InputError
+
+CONTENT, REASONING = "content", "reasoning_content"
+
+
+@dataclass(frozen=True)
+class Text:
+    """More of an answer's text."""
+
+    field: str  # CONTENT or REASONING
+    text: str
+
+
+@dataclass(frozen=True)
+class CallStart:
+    """A tool call begins; its arguments follow."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of a tool call's arguments."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer's end, and the tokens that it took."""
+
+    reason: str  # "stop", "length" or "tool_calls"
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, that the model's cache held
+    answer_tokens: int
+    reasoning_tokens: int
+
+
+Event = Text | CallStart | CallArguments | Finished
+
+
+class Reader(Protocol):
+    """Turns an answer's tokens into events."""
+
+    is_reasoning: bool
+    n_calls: int
+
+    def push(self, token_id: int) -> Iterator[Event]:
+        """Read a token, and yield what it completes."""
+
+    def end(self) -> Iterator[Event]:
+        """Yield what was held back."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """An answer that is wanted."""
+
+    encode: Callable[..., list[int]]  # of a tokenizer, to the prompt
+    reader: Callable[..., Reader]  # of a tokenizer
+    param: str  # the request's field that the prompt comes from
+    limit: int | None  # of tokens
+    sampling: Sampling
+    stops: tuple[str, ...]
+    end_tokens: tuple[str, ...] = ()  # besides the model's own
+
+
+def chat_order(
+    setting: Setting, messages: Sequence[Message], limit: int | None, sampling: Sampling, stops: Sequence[str]
+) -> Order:
+    """Return the order of a conversation's next message."""
+    parts = prompt_parts(setting, messages)
+    return Order(
+        lambda tokenizer: encode(tokenizer, parts),
+        ChatReader,
+        "messages",
+        limit,
+        sampling,
+        tuple(stops),
+        (CALL, RETURN),
+    )
+
+
+def completion_order(prompt: str | list[int], limit: int | None, sampling: Sampling, stops: Sequence[str]) -> Order:
+    """Return the order of a prompt's continuation. Control tokens that a text spells are text."""
+    return Order(
+        lambda tokenizer: tokenizer.encode_plain(prompt) if isinstance(prompt, str) else prompt,
+        TextReader,
+        "prompt",
+        limit,
+        sampling,
+        tuple(stops),
+    )
+
+
+class ChatReader:
+    """Reads the harmony messages of an answer."""
+
+    def __init__(self, tokenizer):
+        self._parser = Parser(tokenizer)
+        self._called: int | None = None  # the message that the last call is in
+        self.n_calls = 0
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the next token belongs to reasoning."""
+        message = self._parser.current
+        return message is not None and _is_reasoning(message)
+
+    def push(self, token_id: int) -> Iterator[Event]:
+        n_before = len(self._parser.messages)
+        piece = self._parser.push(token_id)
+        message = self._message(n_before)
+        if message is not None:
+            yield from self._events(n_before, message, piece.text if piece else "")
+
+    def end(self) -> Iterator[Event]:
+        n_before, message = len(self._parser.messages), self._parser.current
+        self._parser.end()
+        if message is not None:
+            yield from self._events(n_before, message, self._message(n_before).content[len(message.content) :])
+
+    def _message(self, n: int) -> Message | None:
+        """Return message n of the answer, which may be open, or None if it has not begun."""
+        return self._parser.messages[n] if n < len(self._parser.messages) else self._parser.current
+
+    def _events(self, n: int, message: Message, text: str) -> Iterator[Event]:
+        if message.recipient is not None:
+            if self._called != n:
+                self._called, self.n_calls = n, self.n_calls + 1
+                name = message.recipient.removeprefix(TOOLS_PREFIX)
+                yield CallStart(self.n_calls - 1, f"call_{secrets.token_hex(12)}", name)
+            if text:
+                yield CallArguments(self.n_calls - 1, text)
+        elif text:
+            yield Text(REASONING if _is_reasoning(message) else CONTENT, text)
+
+
+def _is_reasoning(message: Message) -> bool:
+    return message.channel == "analysis" and message.recipient is None
+
+
+class TextReader:
+    """Reads plain text."""
+
+    is_reasoning = False
+    n_calls = 0
+
+    def __init__(self, tokenizer):
+        self._stream = tokenizer.stream()
+
+    def push(self, token_id: int) -> Iterator[Event]:
+        return self._events(self._stream.push(token_id))
+
+    def end(self) -> Iterator[Event]:
+        return self._events(self._stream.flush())
+
+    def _events(self, text: str) -> Iterator[Event]:
+        if text:
+            yield Text(CONTENT, text)
+
+
+class StopSearch:
+    """Passes text on until a stop string comes, of which nothing is passed on."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""  # may be the beginning of a stop string
+        self.is_found = False
+
+    def push(self, text: str) -> str:
+        """Return the text that surely stands before a stop string."""
+        text = self._held + text
+        starts = [start for start in (text.find(stop) for stop in self._stops) if start >= 0]
+        if starts:
+            self.is_found, self._held = True, ""
+            return text[: min(starts)]
+        n_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+    def flush(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of a text that a stop string begins with, shorter than the stop string."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def answer(model, tokenizer, order: Order) -> Iterator[list[Event]]:
+    """Yield the events of each token of an answer, possibly none; the last one is Finished.
+
+    model: host.decoder.Decoder. Raise ApiError if the prompt cannot be encoded or does not fit; later what
+    Decoder.generate raises.
+    """
+    prompt, limit = _prompt_and_limit(model, tokenizer, order)
+    reader, search = order.reader(tokenizer), StopSearch(order.stops)
+    end_ids = {*model.config.stop_ids, *map(tokenizer.token_id, order.end_tokens)}
+    reason, n_answer, n_reasoning = "length", 0, 0
+    for token_id in model.generate(prompt, limit, sampling=order.sampling):
+        n_answer, n_reasoning = n_answer + 1, n_reasoning + reader.is_reasoning
+        if token_id in end_ids:  # it has no text
+            reason = "tool_calls" if reader.n_calls else "stop"
+            break
+        yield list(_until_stop(reader.push(token_id), search))
+        if search.is_found:
+            break
+    last = [] if search.is_found else [*_until_stop(reader.end(), search), *_texts(search.flush())]
+    if search.is_found:  # in what the reader or the search had held back, too
+        reason = "stop"
+    yield [*last, Finished(reason, len(prompt), min(model.n_reused, len(prompt)), n_answer, n_reasoning)]
+
+
+def _prompt_and_limit(model, tokenizer, order: Order) -> tuple[list[int], int]:
+    """Return the prompt's tokens, and how many may follow. Raise ApiError if there is no prompt or no room."""
+    try:
+        prompt = order.encode(tokenizer)
+        for token_id in prompt[: model.max_context + 1]:  # a longer one is refused below
+            check_token(token_id, model.config)
+    except InputError as error:
+        raise ApiError(400, str(error), order.param) from None
+    if not prompt:
+        raise ApiError(400, "the prompt is empty", order.param)
+    room = model.max_context - len(prompt) + 1
+    if room < 1:
+        message = f"the prompt has {len(prompt)} tokens, and the context is {model.max_context}"
+        raise ApiError(400, message, order.param, "context_length_exceeded")
+    return prompt, room if order.limit is None else min(room, order.limit)
+
+
+def _until_stop(events: Iterator[Event], search: StopSearch) -> Iterator[Event]:
+    """Yield the events before a stop string in the content."""
+    for event in events:
+        if not isinstance(event, Text) or event.field != CONTENT:
+            yield event
+        elif not search.is_found:
+            yield from _texts(search.push(event.text))
+
+
+def _texts(text: str) -> list[Text]:
+    return [Text(CONTENT, text)] if text else []
