@@ -214,7 +214,8 @@ def stream_generation(
     if not as_json:
         print(summary(generation), file=sys.stderr)
     if not as_json and not stopped:
-        print(f"the answer was cut after {len(token_ids)} tokens: {limit_name}", file=sys.stderr)
+        n_tokens = "1 token" if len(token_ids) == 1 else f"{len(token_ids)} tokens"
+        print(f"the answer was cut after {n_tokens}: {limit_name}", file=sys.stderr)
     return generation
 
 
