@@ -200,6 +200,12 @@ def sum_down(ctx, layer, rank, row, rows, biases, epoch, BUILD: tl.constexpr):
         return sum_packets(ctx, ctx.peers.down_packets, SIZE, rank * H + row, parts, row < H, when, BUILD), (0.0, 0.0)
 
 
+@triton.constexpr_function
+def number_among_others(rank: int, own: int) -> int:
+    """Return a rank's number among the ranks but one's own."""
+    return rank - (rank > own)
+
+
 @triton.jit
 def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, values, mask, when, BUILD: tl.constexpr):
     """Return the sums of all ranks' values, which each stores as packets in the others' buffers.
@@ -222,7 +228,7 @@ def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, values, mask, when, BUI
     if n_missing > 0:
         for rank in tl.static_range(N_RANKS):
             if rank != BUILD.rank:
-                FIRST: tl.constexpr = N * (rank - (rank > BUILD.rank))
+                FIRST: tl.constexpr = N * number_among_others(rank, BUILD.rank)
                 if count_missing(packets[FIRST : FIRST + N], mask, epoch) > 0:
                     give_up(ctx.s.sync, number + (rank + 1) * RANK_UNIT)
     sums = ()
@@ -232,7 +238,7 @@ def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, values, mask, when, BUI
             if rank == BUILD.rank:
                 parts = parts + (values[n],)
             else:
-                parts = parts + (value_of(packets[N * (rank - (rank > BUILD.rank)) + n]),)
+                parts = parts + (value_of(packets[N * number_among_others(rank, BUILD.rank) + n]),)
         total = parts[0]
         for rank in tl.static_range(1, N_RANKS):
             total += parts[rank]

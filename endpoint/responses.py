@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ def _call_start(event: CallStart) -> dict:
 
 
 @dataclass
-class ResponseForm:
+class ResponseForm(ABC):
     """How an answer becomes a response, whole or in chunks."""
 
     model: str
@@ -66,13 +67,13 @@ class ResponseForm:
         choice = {"index": 0, **delta, "logprobs": None, "finish_reason": reason}
         return self._object(self.chunk_object, [choice], **({"usage": None} if includes_usage else {}))
 
+    @abstractmethod
     def _content(self, events: Sequence[Event]) -> dict:
         """Return a choice's field for a whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _delta(self, event: Event | None) -> dict:
         """Return a chunk's field for an event, or for none."""
-        raise NotImplementedError
 
 
 class ChatForm(ResponseForm):

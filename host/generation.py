@@ -51,21 +51,24 @@ def _encode_prompt(args: argparse.Namespace, tokenizer) -> tuple[str, list[int]]
     if args.prompt_ids is not None:
         return "--prompt-ids", args.prompt_ids
     if args.prompt is not None:
-        return "--prompt", _require_tokenizer(tokenizer, "--prompt").encode(_text_of("--prompt", args.prompt))
+        return "--prompt", _require_tokenizer(tokenizer, "--prompt").encode(_text_of(args.prompt))
     if args.chat is None and tokenizer is None:
         return "--prompt-ids", list(RANDOM_WEIGHTS_PROMPT)
-    text = _piped_text() or DEMO_CHAT if args.chat is None else _text_of("--chat", args.chat)
+    text = _piped_text() or DEMO_CHAT if args.chat is None else _text_of(args.chat)
     return "--chat", chat_ids(_require_tokenizer(tokenizer, "--chat"), text) if text.strip() else []
 
 
-def _text_of(flag: str, text: str) -> str:
-    """Return a flag's text, or what stdin holds if it is "-". Raise InputError if that is no UTF-8."""
-    if text != "-":
-        return text
+def _text_of(text: str) -> str:
+    """Return a flag's text, or what stdin holds if it is "-"."""
+    return _stdin_text() if text == "-" else text
+
+
+def _stdin_text() -> str:
+    """Return what stdin holds, nothing if it is closed. Raise InputError if that is no UTF-8."""
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n") if sys.stdin else ""
     except UnicodeDecodeError:
-        raise InputError(f"{flag} -: stdin is not valid UTF-8") from None
+        raise InputError("stdin is not valid UTF-8") from None
 
 
 def _piped_text() -> str:
@@ -75,7 +78,7 @@ def _piped_text() -> str:
     except (AttributeError, OSError, ValueError):  # no stdin, a closed one, or one without a file
         return ""
     is_filled = stat.S_ISFIFO(mode) and select.select([sys.stdin], [], [], 0)[0]
-    return _text_of("stdin", "-") if is_filled else ""
+    return _stdin_text() if is_filled else ""
 
 
 def _require_tokenizer(tokenizer, flag: str):

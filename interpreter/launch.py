@@ -7,6 +7,8 @@ import random
 import threading
 from contextvars import ContextVar
 
+import numpy as np
+import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
@@ -184,6 +186,12 @@ def _store(self, pointers, value, mask, *policy):
     return _stock_store(self, pointers, value, mask, *policy)
 
 
+def _store_all(self, pointers, value, *policy):
+    # Stock: forgets the policy of a store without a mask.
+    mask = interpreter.TensorHandle(np.ones_like(pointers.data, dtype=bool), tl.int1)
+    return self.create_masked_store(pointers, value, mask, *policy)
+
+
 def _atomic(grid, pointers, mask, semantics, operate, find_changes):
     if grid is None:
         return operate()
@@ -238,5 +246,6 @@ def install():
     interpreter.GridExecutor = _Executor
     Builder.create_masked_load = _load
     Builder.create_masked_store = _store
+    Builder.create_store = _store_all
     Builder.create_atomic_rmw = _atomic_rmw
     Builder.create_atomic_cas = _atomic_cas

@@ -352,3 +352,22 @@ def test_programs_keep_their_number_across_switches():
     out = torch.zeros(12, dtype=torch.int32)
     identify_kernel[lambda arguments: (2, 2, 3)](out, torch.zeros(1, dtype=torch.int32))
     assert out.tolist() == [100 * x + 10 * y + z for x, y, z in itertools.product(range(2), range(2), range(3))]
+
+
+@triton.jit
+def hand_over_kernel(place_ptr, WRITTEN_THROUGH: tl.constexpr, VOLATILE: tl.constexpr):
+    if tl.program_id(0) == 0:
+        if WRITTEN_THROUGH:
+            tl.store(place_ptr, 1, cache_modifier=".wt")
+        else:
+            tl.store(place_ptr, 1)
+    else:
+        tl.load(place_ptr, volatile=VOLATILE)
+
+
+@pytest.mark.parametrize("written_through, volatile", [(True, True), (True, False), (False, True), (False, False)])
+def test_stores_that_are_written_through_may_meet_volatile_loads(written_through, volatile):
+    """Any other pair of a store and a load that nothing orders is a race."""
+    with interpreter.simulate(seed=1, detect_races=True) as simulation:
+        hand_over_kernel[(2,)](torch.zeros(1, dtype=torch.int64), written_through, volatile)
+    assert bool(simulation.races) != (written_through and volatile)

@@ -107,8 +107,9 @@ def test_without_trace_nothing_is_timed(run, timed, monkeypatch):
         assert not build.trace, "a time"
 
     monkeypatch.setattr(gpt_oss_megakernel, "mark", mark)
-    code, _, _ = run(*PROMPT, "--max-new-tokens", 3)
+    code, _, err = run(*PROMPT, "--max-new-tokens", 3)
     assert (code, timed) == (0, [])
+    assert [line[:6] for line in err.splitlines()] == ["[3 pro", "the an"]
 
 
 def test_text_and_logits_are_the_same_with_a_trace(run, path, tmp_path):
@@ -136,7 +137,9 @@ def test_an_answer_that_ends_too_early(tmp_path, run, path, monkeypatch, words):
     path.write_text("old")
     code, out, err = run(*PROMPT, "--trace", path, "--logits-out", tmp_path / "l.npy", *words, model=own)
     asked = words[1] if words else 16
-    assert (code, err.splitlines()[-1]) == (2, f"error: --trace-token {asked}: the answer ended after 5 tokens")
+    summary, error = err.splitlines()
+    assert summary.startswith("[3 prompt + 5 new tokens")
+    assert (code, error) == (2, f"error: --trace-token {asked}: the answer ended after 5 tokens")
     assert out
     assert len(np.load(tmp_path / "l.npy")) == 3 + 4
     assert path.read_text() == "old"
