@@ -64,6 +64,11 @@ class Build:
         return tuple(range(self.n_ranks))
 
     @property
+    def others(self) -> tuple[int, ...]:
+        """All ranks but this one."""
+        return self.everyone[: self.rank] + self.everyone[self.rank + 1 :]
+
+    @property
     def attention_ranks(self) -> tuple[int, ...]:
         """The GPUs with attention and router, where GPUs have whole matrices."""
         return (0,)

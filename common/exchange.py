@@ -200,12 +200,6 @@ def sum_down(ctx, layer, rank, row, rows, biases, epoch, BUILD: tl.constexpr):
         return sum_packets(ctx, ctx.peers.down_packets, SIZE, rank * H + row, parts, row < H, when, BUILD), (0.0, 0.0)
 
 
-@triton.constexpr_function
-def number_among_others(rank: int, own: int) -> int:
-    """Return a rank's number among the ranks but one's own."""
-    return rank - (rank > own)
-
-
 @triton.jit
 def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, values, mask, when, BUILD: tl.constexpr):
     """Return the sums of all ranks' values, which each stores as packets in the others' buffers.
@@ -213,34 +207,30 @@ def sum_packets(ctx, buffers, SIZE: tl.constexpr, place, values, mask, when, BUI
     values: a tuple, of which the n-th has packets at place + n of SIZE. when: the packets' epoch, and the exchange's
     number, which a wait that gives up records.
     """
-    N_RANKS: tl.constexpr = BUILD.n_ranks
+    OTHERS: tl.constexpr = BUILD.others
+    N_OTHERS: tl.constexpr = len(OTHERS)
     N: tl.constexpr = len(values)
     SPINS: tl.constexpr = BUILD.tuning.spin_limit
     MACHINE: tl.constexpr = BUILD.machine
     epoch, number = when
     pointers = ()
-    for rank in tl.static_range(N_RANKS):
-        if rank != BUILD.rank:
-            for n in tl.static_range(N):
-                send(buffers[rank] + BUILD.rank * SIZE + place + n, pack(values[n], epoch), mask)
-                pointers = pointers + (buffers[BUILD.rank] + rank * SIZE + tl.where(mask, place + n, 0),)
+    for i in tl.static_range(N_OTHERS):
+        for n in tl.static_range(N):
+            send(buffers[OTHERS[i]] + BUILD.rank * SIZE + place + n, pack(values[n], epoch), mask)
+            pointers = pointers + (buffers[BUILD.rank] + OTHERS[i] * SIZE + tl.where(mask, place + n, 0),)
     packets, n_missing = receive(pointers, mask, epoch, SPINS, MACHINE)
     if n_missing > 0:
-        for rank in tl.static_range(N_RANKS):
-            if rank != BUILD.rank:
-                FIRST: tl.constexpr = N * number_among_others(rank, BUILD.rank)
-                if count_missing(packets[FIRST : FIRST + N], mask, epoch) > 0:
-                    give_up(ctx.s.sync, number + (rank + 1) * RANK_UNIT)
+        for i in tl.static_range(N_OTHERS):
+            if count_missing(packets[N * i : N * (i + 1)], mask, epoch) > 0:
+                give_up(ctx.s.sync, number + (OTHERS[i] + 1) * RANK_UNIT)
     sums = ()
     for n in tl.static_range(N):
         parts = ()
-        for rank in tl.static_range(N_RANKS):
-            if rank == BUILD.rank:
-                parts = parts + (values[n],)
-            else:
-                parts = parts + (value_of(packets[N * number_among_others(rank, BUILD.rank) + n]),)
+        for i in tl.static_range(N_OTHERS):
+            parts = parts + (value_of(packets[N * i + n]),)
+        parts = parts[: BUILD.rank] + (values[n],) + parts[BUILD.rank :]
         total = parts[0]
-        for rank in tl.static_range(1, N_RANKS):
+        for rank in tl.static_range(1, N_OTHERS + 1):
             total += parts[rank]
         sums = sums + (total,)
     return sums

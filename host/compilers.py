@@ -23,9 +23,16 @@ def compile_errors(device: torch.device) -> Iterator[None]:
     except (TritonError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in COMPILERS):
             raise
-        lines = str(error).splitlines() or [type(error).__name__]
+        lines = str(first_cause(error)).splitlines() or [type(error).__name__]
         line = next((line for line in lines if "; error" in line), lines[-1])
         raise InputError(f"device {device}: Triton cannot compile the kernels: {line.strip()}") from None
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error that a chain of errors began with: Triton raises one for each function that calls another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def quiet_compilers() -> None:

@@ -28,7 +28,7 @@ from multi_gpu.ranks import Rank, RankModel
 from prefill import Launch
 from tools.compile_report import TARGETS, UNITS, amd_report, compile_kernel, nvidia_report, print_reports
 
-RANKS = {"tp": 2, "roles": 3}
+COMPILED = {"tp": ((2, 0), (8, 3)), "roles": ((3, 0), (3, 1))}  # (ranks, the one whose kernels are compiled)
 PROMPT_TOKENS = 300
 META = torch.device("meta")
 
@@ -47,8 +47,8 @@ class MetaHeap:
 class MetaModel(RankModel):
     """One rank of 120b, whose tensors have no data."""
 
-    def __init__(self, target: str, layout: str, rank: int, quant: bool):
-        n_ranks, row = RANKS[layout], LAUNCH_TABLE[target]
+    def __init__(self, target: str, layout: str, n_ranks: int, rank: int, quant: bool):
+        row = LAUNCH_TABLE[target]
         self.config, self.layout, self.quant = GPT_OSS_120B.cut(2), layout, quant
         self.shares = shares_of(self.config, layout, n_ranks)
         self.tuning, self.blocks = row.tuning(self.config), row.blocks
@@ -78,17 +78,19 @@ def exchanging(launch: Launch) -> bool:
 
 def reports(target: str, layout: str, quant: bool) -> Iterator[dict]:
     """Report on each kernel of each role: registers, spills, and synchronization with other GPUs."""
-    for number in range(1 if layout == "tp" else 2):
+    for n_ranks, rank in COMPILED[layout]:
         seen = set()
-        for kernel, _, arguments, options in filter(exchanging, MetaModel(target, layout, number, quant).launches()):
+        model = MetaModel(target, layout, n_ranks, rank, quant)
+        for kernel, _, arguments, options in filter(exchanging, model.launches()):
             if kernel.__name__ in seen:
                 continue
             seen.add(kernel.__name__)
             named = dict(zip(kernel.arg_names, arguments)) | options
             compiled = compile_kernel(target, kernel, named, named, aligned=("max_context",))
             figures = amd_report(compiled) if target == "gfx950" else nvidia_report(compiled)
-            name = {"target": target, "path": path_name(quant, GPT_OSS_120B.dense), "layout": layout, "rank": number}
-            yield name | {"kernel": kernel.__name__} | figures | system_scope(target, compiled)
+            name = {"target": target, "path": path_name(quant, GPT_OSS_120B.dense), "layout": layout}
+            name |= {"n_ranks": n_ranks, "rank": rank, "kernel": kernel.__name__}
+            yield name | figures | system_scope(target, compiled)
 
 
 # What makes values visible to other GPUs, by target: releases of flags and acquires of their polls, stores and loads of

@@ -173,6 +173,7 @@ def test_scripts_told_to_compile_for_an_old_gpu_end_before_they_load():
 
 
 def test_compile_errors_are_one_line():
+    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     log = (
@@ -181,6 +182,9 @@ def test_compile_errors_are_one_line():
     )
     failures = {PTXASError(log): "requires .target sm_90", OutOfResources(3, 2, "shared memory"): "shared memory"}
     failures |= {RuntimeError(text): text for text in ("PassManager::run failed", "LLD failed to link hsaco source")}
+    caller = CompilationError(None, None, None)
+    caller.message, caller.__cause__ = "at 45:15:\n    ^", PTXASError("at 22:16:\n    ^\nFIRST is already defined")
+    failures[caller] = "FIRST is already defined"
     for failure, said in failures.items():
         with pytest.raises(InputError, match=f"device cuda: .*{said}") as found, compile_errors(torch.device("cuda")):
             raise failure

@@ -9,27 +9,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-N_RANKS, N_EXPERT_RANKS = 2, 2  # as tools/compile_ranks.py splits the model
-# (layout, rank, kernel) -> flags that it raises, flags that it waits for, as places in the code
+TP = ((2, 0), (8, 3))  # (ranks, the one that is compiled), as tools/compile_ranks.py splits the model
+N_EXPERT_RANKS = 2
+# (layout, ranks, rank, kernel) -> flags that it raises, flags that it waits for, as places in the code
 EXCHANGES = {
-    ("tp", 0, "megakernel"): (2 * N_RANKS, 2 * N_RANKS),  # behind the embedding and the LM head
-    ("tp", 0, "exchange_rows_kernel"): (N_RANKS, N_RANKS),
-    ("roles", 0, "attention_rank_kernel"): (2 * N_EXPERT_RANKS, N_EXPERT_RANKS),
-    ("roles", 0, "hand_out_kernel"): (N_EXPERT_RANKS, 0),
-    ("roles", 0, "await_kernel"): (0, N_EXPERT_RANKS),
-    ("roles", 1, "expert_rank_kernel"): (1, 2),
-    ("roles", 1, "await_kernel"): (0, 1),
-    ("roles", 1, "announce_kernel"): (1, 0),
+    **{("tp", n, rank, "megakernel"): (2 * n, 2 * n) for n, rank in TP},  # behind the embedding and the LM head
+    **{("tp", n, rank, "exchange_rows_kernel"): (n, n) for n, rank in TP},
+    ("roles", 3, 0, "attention_rank_kernel"): (2 * N_EXPERT_RANKS, N_EXPERT_RANKS),
+    ("roles", 3, 0, "hand_out_kernel"): (N_EXPERT_RANKS, 0),
+    ("roles", 3, 0, "await_kernel"): (0, N_EXPERT_RANKS),
+    ("roles", 3, 1, "expert_rank_kernel"): (1, 2),
+    ("roles", 3, 1, "await_kernel"): (0, 1),
+    ("roles", 3, 1, "announce_kernel"): (1, 0),
 }
-WITHOUT_EXCHANGE = {("tp", 0, "embed_share_kernel"), ("tp", 0, "sum_experts_kernel"), ("roles", 1, "keep_own_kernel")}
+WITHOUT_EXCHANGE = {
+    *(("tp", n, rank, name) for n, rank in TP for name in ("embed_share_kernel", "sum_experts_kernel")),
+    ("roles", 3, 1, "keep_own_kernel"),
+}
 CASES = [(target, *kernel) for target in ("gfx950", "sm_90") for kernel in EXCHANGES]
 
 
 @pytest.fixture(scope="module")
 def reports(once):
-    """Return (target, layout, rank, kernel) -> figures."""
+    """Return (target, layout, ranks, rank, kernel) -> figures."""
     found = once("ranks", compiled)
-    return {(r["target"], r["layout"], r["rank"], r["kernel"]): r for r in found}
+    return {(r["target"], r["layout"], r["n_ranks"], r["rank"], r["kernel"]): r for r in found}
 
 
 def compiled() -> list[dict]:
@@ -61,11 +65,12 @@ def test_flags_are_raised_and_awaited_at_system_scope(case, reports):
 
 @pytest.mark.parametrize("case", CASES)
 def test_packets_pass_caches_by(case, reports):
-    """In a layer of tp a thread stores and loads packets of a row of O, and of an even and an odd row of down."""
+    """In a layer of tp a thread has packets of a row of O, and of an even and an odd row of down, for each other GPU."""
     figures = reports[case]
+    _, layout, n_ranks, _, kernel = case
     found = figures["packet_stores"], figures["packet_loads"]
-    if case[1:] == ("tp", 0, "megakernel"):
-        assert min(found) >= 3
+    if (layout, kernel) == ("tp", "megakernel"):
+        assert min(found) >= 3 * (n_ranks - 1)
     else:
         assert found == (0, 0)
 
@@ -75,7 +80,8 @@ def test_nothing_spills(case, reports):
     figures = reports[case]
     if case[0] == "gfx950":
         assert figures["spilled_registers"] == figures["stack_bytes"] == 0
-        assert figures["spilled_scalars"] <= 3 * 64  # three vector registers
+        n_registers = 4 if case[2] == 8 else 3  # vector registers; seven other GPUs' pointers need more than one's
+        assert figures["spilled_scalars"] <= 64 * n_registers
         assert figures["shared_bytes"] <= 160 << 10
     else:
         assert figures["spills_in_a_loop"] == 0
