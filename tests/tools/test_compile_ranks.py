@@ -65,7 +65,7 @@ def test_flags_are_raised_and_awaited_at_system_scope(case, reports):
 
 @pytest.mark.parametrize("case", CASES)
 def test_packets_pass_caches_by(case, reports):
-    """In a layer of tp a thread has packets of a row of O, and of an even and an odd row of down, for each other GPU."""
+    """In a layer of tp a thread has packets of a row of O, and of two rows of down, for each other GPU."""
     figures = reports[case]
     _, layout, n_ranks, _, kernel = case
     found = figures["packet_stores"], figures["packet_loads"]
