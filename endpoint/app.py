@@ -4,14 +4,15 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from checkpoints.harmony import DEFAULT_SETTING, Setting
 from endpoint.answers import Event, Finished, Order, chat_order, completion_order
@@ -24,6 +25,9 @@ from endpoint.worker import Job, Worker
 
 CLIENT_GONE = 499  # a status that nobody receives
 JSON = "application/json"
+QUICK_BYTES = 1 << 14  # of a body that is parsed on the spot: a thread costs more, and others wait less than 1 ms
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,35 @@ class Endpoint:
         self._worker, self._settings = worker, settings
         self._created = int(time.time())
 
-    def app(self) -> FastAPI:
+    def app(self) -> Starlette:
         """Return the application."""
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        app.add_api_route("/health", self.health, methods=["GET"])
-        v1 = APIRouter(prefix="/v1", dependencies=[Depends(self.check_key)])
-        v1.add_api_route("/models", self.models, methods=["GET"])
-        v1.add_api_route("/models/{name:path}", self.model, methods=["GET"])
-        v1.add_api_route("/chat/completions", self.chat, methods=["POST"])
-        v1.add_api_route("/completions", self.completion, methods=["POST"])
-        app.include_router(v1)
-        app.add_exception_handler(ApiError, _api_error)
-        app.add_exception_handler(HTTPException, _http_error)
-        app.add_exception_handler(ClientDisconnect, _client_gone)
-        app.add_exception_handler(Exception, _internal_error)
+        routes = [
+            Route("/health", self.health, methods=["GET"]),
+            Route("/v1/models", self._keyed(self.models), methods=["GET"]),
+            Route("/v1/models/{name:path}", self._keyed(self.model), methods=["GET"]),
+            Route("/v1/chat/completions", self._keyed(self.chat), methods=["POST"]),
+            Route("/v1/completions", self._keyed(self.completion), methods=["POST"]),
+        ]
+        handlers = {
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _client_gone,
+            Exception: _internal_error,
+        }
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
         return app
 
-    async def check_key(self, request: Request) -> None:
+    def _keyed(self, handler: Handler) -> Handler:
+        """Return a handler that refuses requests without the key, if there is one."""
+
+        async def handle(request: Request) -> Response:
+            self._check_key(request)
+            return await handler(request)
+
+        return handle
+
+    def _check_key(self, request: Request) -> None:
         """Raise ApiError unless the request bears the key, if there is one."""
         if self._settings.api_key is None:
             return
@@ -72,18 +88,18 @@ class Endpoint:
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key", headers=headers)
 
-    async def health(self) -> Response:
+    async def health(self, _request: Request) -> Response:
         """Say whether requests are taken."""
         is_closed = self._worker.is_closed
         return JSONResponse({"status": "ending" if is_closed else "ok"}, 503 if is_closed else 200)
 
-    async def models(self) -> Response:
+    async def models(self, _request: Request) -> Response:
         """List the model."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """Describe the model."""
-        self._check_model(name)
+        self._check_model(request.path_params["name"])
         return JSONResponse(self._model())
 
     def _model(self) -> dict:
@@ -96,25 +112,25 @@ class Endpoint:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        asked = await self._read(request, ChatRequest)
+        form = ChatForm(self._settings.model_name)
+        return await self._answer(request, *await self._read(request, ChatRequest, self._chat_order), form)
+
+    def _chat_order(self, asked: ChatRequest) -> Order:
         if len(asked.messages) > self._settings.max_messages:
             message = f"{len(asked.messages)} messages are more than {self._settings.max_messages}"
             raise ApiError(400, message, "messages", "too_many_messages")
-        order = await run_in_threadpool(self._chat_order, asked)
-        return await self._answer(request, asked, order, ChatForm(self._settings.model_name))
-
-    def _chat_order(self, asked: ChatRequest) -> Order:
         setting, messages = setting_of(asked, self._settings.setting), messages_of(asked)
         return chat_order(setting, messages, token_limit(asked), sampling_of(asked), asked.stop or ())
 
     async def completion(self, request: Request) -> Response:
         """Continue a prompt."""
-        asked = await self._read(request, CompletionRequest)
-        order = await run_in_threadpool(_completion_order, asked)
-        return await self._answer(request, asked, order, CompletionForm(self._settings.model_name))
+        form = CompletionForm(self._settings.model_name)
+        return await self._answer(request, *await self._read(request, CompletionRequest, _completion_order), form)
 
-    async def _read(self, request: Request, kind: type[RequestType]) -> RequestType:
-        """Return the request's checked body."""
+    async def _read(
+        self, request: Request, kind: type[RequestType], order_of: Callable[[RequestType], Order]
+    ) -> tuple[RequestType, Order]:
+        """Return the request's checked body, and the order that it is."""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != JSON:  # which a page of another site cannot make a browser send
             raise ApiError(415, f"the Content-Type must be {JSON}", code="unsupported_media_type")
@@ -124,9 +140,13 @@ class Endpoint:
             )
         except asyncio.TimeoutError:
             raise ApiError(408, "the request's body did not arrive in time") from None
-        asked = await run_in_threadpool(parse, body, kind)
-        self._check_model(asked.model)
-        return asked
+
+        def read() -> tuple[RequestType, Order]:
+            asked = parse(body, kind)
+            self._check_model(asked.model)
+            return asked, order_of(asked)
+
+        return read() if len(body) <= QUICK_BYTES else await run_in_threadpool(read)
 
     async def _answer(self, request: Request, asked: ApiRequest, order: Order, form: ResponseForm) -> Response:
         events = self._events(request, order)

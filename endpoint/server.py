@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from endpoint.worker import Worker
 from system.errors import InputError
@@ -44,7 +44,7 @@ def address_of(bound: socket.socket) -> str:
 class Server(uvicorn.Server):
     """Serves one application. `drain` ends it."""
 
-    def __init__(self, app: FastAPI, worker: Worker, on_ready: Callable[[], None], drain_seconds: float):
+    def __init__(self, app: Starlette, worker: Worker, on_ready: Callable[[], None], drain_seconds: float):
         super().__init__(
             uvicorn.Config(
                 app,

@@ -213,7 +213,7 @@ def test_the_key_of_the_environment(monkeypatch):
         serve.api_key_of(parser.parse_args([]))
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "pydantic"])
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "pydantic"])
 def test_a_missing_package_is_one_line(package, tmp_path):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{package}'\")\n")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))

@@ -137,7 +137,8 @@ def test_cpu_environment_takes_torch_first_and_alone(folder, pip_calls):
         "pytest",
         "pytest-xdist",
         "hypothesis",
-        "fastapi",
+        "pydantic",
+        "starlette",
         "uvicorn",
         "openai",
     ]
