@@ -9,12 +9,13 @@ CHECK_PYTHON = import sys; v = sys.version_info; \
 # Before anything else, because an older Python could not even read setup_env.py.
 set_up = @$(PYTHON) -c '$(CHECK_PYTHON)' && $(PYTHON) tools/setup_env.py --torch-index '$(TORCH_INDEX)'
 
-.PHONY: help run test test-gpu lint clean
+.PHONY: help run test test-gpu test-gfx950 lint clean
 
 help:
 	@echo 'make run        recite a sonnet with the megakernel; ARGS="--chat ... --max-new-tokens N"'
 	@echo 'make test       all tests that need no GPU; PYTEST_ARGS="-k ...", -n 0 for one process'
 	@echo 'make test-gpu   the tests that need one'
+	@echo 'make test-gfx950 the gfx950 code of everything, executed in an emulator; long'
 	@echo 'make lint       ruff'
 	@echo 'make clean      remove .venv and caches'
 	@echo
@@ -32,6 +33,10 @@ test:
 test-gpu:
 	$(set_up) test
 	@.venv/bin/python -m pytest tests/gpu -n auto --durations=25 $(PYTEST_ARGS)
+
+test-gfx950:
+	$(set_up) test
+	@.venv/bin/python -m pytest tests/emulator -n auto --dist worksteal --durations=25 $(PYTEST_ARGS)
 
 lint:
 	$(set_up) lint

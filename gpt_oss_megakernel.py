@@ -38,7 +38,7 @@ from host.decoder import Decoder
 from host.limits import context_length
 from load_model import files_of, open_checkpoint, open_model
 from measure import trace
-from prefill import Prefill
+from prefill import Launch, Prefill
 from system.errors import InputError
 
 AMONG_RANKS = tl.constexpr(True)  # barriers of all GPUs that share the model
@@ -445,26 +445,22 @@ class MegaModel(Decoder):
         return Prefill(self.config, self.build, self.blocks, self.weights, self.state)
 
     def _launch(self, position: int, token: bool = False, logits: bool = False, n_layers: int | None = None) -> None:
+        kernel, grid, arguments, options = self._launch_of(position, token, logits, n_layers)
         try:
-            megakernel[self.grid](
-                self.weights,
-                self.state,
-                position,
-                int(token),
-                int(logits),
-                self.config.n_layers if n_layers is None else n_layers,
-                self.max_context,
-                self.num_programs,
-                BUILD=self.traced_build if position == self.trace_position else self.build,
-                BLOCK_P=triton.next_power_of_2(self.num_programs),
-                **self.tuning.options(),
-            )
+            kernel[grid](*arguments, **options)
         except RuntimeError as error:
             if "cooperative launch" not in str(error):
                 raise
             raise InputError(
                 f"--num-programs {self.num_programs}: more than can be resident on {self.device}"
             ) from None
+
+    def _launch_of(self, position: int, token: bool, logits: bool, n_layers: int | None) -> Launch:
+        last_layer = self.config.n_layers if n_layers is None else n_layers
+        numbers = (position, int(token), int(logits), last_layer, self.max_context, self.num_programs)
+        build = self.traced_build if position == self.trace_position else self.build
+        constants = {"BUILD": build, "BLOCK_P": triton.next_power_of_2(self.num_programs)}
+        return megakernel, self.grid, (self.weights, self.state, *numbers), constants | self.tuning.options()
 
 
 def main() -> None:

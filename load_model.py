@@ -7,6 +7,8 @@ import stat
 import sys
 from pathlib import Path
 
+import torch
+
 from checkpoints.checkpoint import Checkpoint, RandomCheckpoint
 from checkpoints.config import CONFIG_NAME, PRESETS
 from host.backend import usable_device
@@ -48,13 +50,13 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     return Tokenizer.from_checkpoint(checkpoint)
 
 
-def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
+def open_model(args: argparse.Namespace, device: torch.device | None = None) -> tuple[Checkpoint, Tokenizer | None]:
     """Open the checkpoint that a command line names, and its tokenizer. Random weights have no tokenizer or stop ids.
 
-    args: see host.cli.add_model_arguments. Raise InputError if the kernels cannot run here, before anything is opened,
-    or if the model cannot be opened.
+    args: see host.cli.add_model_arguments. device: that random weights are drawn on; default: the one that the kernels
+    run on. Raise InputError if they cannot run here, before anything is opened, or if the model cannot be opened.
     """
-    device = usable_device(None)
+    device = device or usable_device(None)
     if not args.random_weights:
         checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
         return checkpoint, open_tokenizer(checkpoint)

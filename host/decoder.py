@@ -95,7 +95,7 @@ class Decoder:
         one_of(kv_dtype, (torch.bfloat16, torch.float32), "kv_dtype")
         self.config: ModelConfig = dataclasses.replace(checkpoint.config, dense=held_formats(checkpoint, dense))
         self.compiled_config = self.config.compiled()
-        self.device = usable_device(device)
+        self.device = self._usable_device(device)
         self.quant = boolean(quant, "quant")
         self.max_context = context_length(self.config, max_context)
         self.trace_position = integer_or_none(trace_position, "trace_position", minimum=0)
@@ -114,6 +114,10 @@ class Decoder:
         self.checkpoint_bytes = checkpoint_bytes(checkpoint.config)
         self.turns = Turns()
         self._start()
+
+    @staticmethod
+    def _usable_device(device: torch.device | str | None) -> torch.device:
+        return usable_device(device)
 
     def _load(self, checkpoint, show_progress: bool) -> Weights:
         """Load the weights. Raise InputError if there is too little memory for them and for the state."""

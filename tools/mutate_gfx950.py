@@ -1,0 +1,160 @@
+"""Take instructions out of the megakernel's gfx950 code, one at a time, and say which losses the emulator notices.
+
+python tools/mutate_gfx950.py [--quant] [--kind s_waitcnt s_barrier buffer_wbl2 buffer_inv] [--every N] [--json FILE]
+
+Runs two tokens of a small random model under several orders of waves. A loss is noticed if the emulator reports
+something, if the launch does not end, or if it leaves another bit anywhere in the model's state.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "0")  # kernels are compiled
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import host.start
+
+import argparse
+import ctypes
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from checkpoints.checkpoint import RandomCheckpoint, WithoutStopIds
+from checkpoints.config import ModelConfig
+from host.cli import ArgumentParser, positive_int, run_main
+from measure.report import markdown_table, progress, write_file
+from system.errors import MegakernelAborted
+from system.output_file import output_path
+from tools.gfx950.decode import decode
+from tools.gfx950.emulator import STRICT, Conditions
+from tools.gfx950.layout import Instruction
+from tools.gfx950.model import EmulatedModel
+
+KINDS = ("s_waitcnt", "s_barrier", "buffer_wbl2", "buffer_inv")
+CONFIG = ModelConfig(
+    n_layers=2,
+    n_experts=8,
+    hidden_size=96,
+    intermediate_size=64,
+    n_heads=8,
+    n_kv_heads=2,
+    vocab_size=160,
+    sliding_window=20,
+    layer_is_sliding=(True, False),
+)
+TOKENS = (7, 11)
+N_PROGRAMS = 3
+CONTEXT = 64
+# Waves in turn and at random, in long and in short runs: a race shows only in some orders.
+ORDERS = (
+    dataclasses.replace(STRICT, seed=0),
+    dataclasses.replace(STRICT, seed=11, quantum=40),
+    dataclasses.replace(STRICT, seed=5, quantum=1),
+    dataclasses.replace(STRICT, seed=2, quantum=3000),
+)
+SLACK = 4  # instructions of a launch, at most, over those of the whole code
+REPORTED, HUNG, CHANGED, UNNOTICED = OUTCOMES = ("reported", "did not end", "left other bits", "unnoticed")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An instruction that was taken out, and what came of it."""
+
+    kind: str
+    number: int
+    text: str
+    place: str
+    outcome: str
+
+
+class Bench:
+    """A model that runs two tokens, with its code whole or changed."""
+
+    def __init__(self, quant: bool):
+        checkpoint = WithoutStopIds(RandomCheckpoint(CONFIG))
+        self.model = EmulatedModel(checkpoint, quant, CONTEXT, num_programs=N_PROGRAMS)
+        self.limit = Conditions().max_instructions
+        self.run(Conditions())  # compiles
+        (self.program,) = self.model.emulator.programs
+        self.executed = self.model.emulator.counts[self.program]
+        self.limit = SLACK * int(self.executed.sum())
+        self.expected = {order: self._expected(order) for order in ORDERS}
+
+    def _expected(self, order: Conditions) -> tuple[torch.Tensor, ...]:
+        state = self.run(order)
+        if self.model.emulator.log.findings:
+            raise AssertionError("the whole code is reported")
+        return state
+
+    def run(self, order: Conditions) -> tuple[torch.Tensor, ...]:
+        """Feed both tokens, and return copies of what the launches have left."""
+        emulator = self.model.emulator
+        emulator.conditions = dataclasses.replace(order, max_instructions=self.limit)
+        emulator.log.findings.clear()
+        self.model.reset()
+        for position, token in enumerate(TOKENS):
+            self.model.logits(token, position)
+        state = self.model.state
+        return tuple(t.clone() for t in (state.logits, state.k_cache, state.v_cache, state.x, state.expert_out))
+
+    def outcome_without(self, number: int) -> str:
+        """Return what comes of the code without one instruction."""
+        code = self.program.code
+        whole = Instruction.from_buffer_copy(code[number])
+        code[number] = decode("s_nop 0", number, {})
+        try:
+            return next(filter(None, map(self._noticed, ORDERS)), UNNOTICED)
+        finally:
+            ctypes.memmove(ctypes.addressof(code[number]), ctypes.addressof(whole), ctypes.sizeof(whole))
+
+    def _noticed(self, order: Conditions) -> str | None:
+        try:
+            state = self.run(order)
+        except MegakernelAborted:
+            return HUNG
+        if self.model.emulator.log.findings:
+            return REPORTED
+        same = all(map(torch.equal, state, self.expected[order]))
+        return None if same else CHANGED
+
+
+def losses(bench: Bench, kinds: list[str], every: int) -> Iterator[Loss]:
+    """Yield what comes of each loss: of every n-th instruction of these kinds that a launch executes."""
+    program = bench.program
+    places = [n for n, text in enumerate(program.texts) if bench.executed[n] and text.split()[0] in kinds]
+    for n in places[::every]:
+        text = program.texts[n]
+        progress(f"without instruction {n} of {len(program.texts)}: {text}")
+        yield Loss(text.split()[0], n, text, program.places[n], bench.outcome_without(n))
+
+
+def table(found: list[Loss]) -> str:
+    """Return a table of outcomes by kind, and the losses that nothing noticed."""
+    counts = Counter((loss.kind, loss.outcome) for loss in found)
+    kinds = dict.fromkeys(loss.kind for loss in found)
+    rows = [(kind, *(str(counts[kind, outcome]) for outcome in OUTCOMES)) for kind in kinds]
+    unnoticed = [f"- {x.text} (instruction {x.number}, {x.place})" for x in found if x.outcome == UNNOTICED]
+    return "\n".join([*markdown_table(("taken out", *OUTCOMES), rows), "", *unnoticed])
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quant", action="store_true", help="the path with FP4 x FP8 experts")
+    parser.add_argument("--kind", nargs="*", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--every", metavar="N", type=positive_int, default=1, help="of each N, the first only")
+    parser.add_argument("--json", metavar="FILE", type=output_path, help="write all losses as JSON")
+    args = parser.parse_args()
+    found = list(losses(Bench(args.quant), args.kind, args.every))
+    print(table(found))
+    if args.json:
+        data = json.dumps([dataclasses.asdict(loss) for loss in found], indent=2) + "\n"
+        write_file("--json", args.json, data.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
