@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import host.start
 
 import argparse
-import ctypes
 import dataclasses
 import json
 from collections import Counter
@@ -28,11 +27,9 @@ from checkpoints.checkpoint import RandomCheckpoint, WithoutStopIds
 from checkpoints.config import ModelConfig
 from host.cli import ArgumentParser, positive_int, run_main
 from measure.report import markdown_table, progress, write_file
-from system.errors import MegakernelAborted
+from system.errors import LogitsNotFinite, MegakernelAborted
 from system.output_file import output_path
-from tools.gfx950.decode import decode
 from tools.gfx950.emulator import STRICT, Conditions
-from tools.gfx950.layout import Instruction
 from tools.gfx950.model import EmulatedModel
 
 KINDS = ("s_waitcnt", "s_barrier", "buffer_wbl2", "buffer_inv")
@@ -104,19 +101,16 @@ class Bench:
 
     def outcome_without(self, number: int) -> str:
         """Return what comes of the code without one instruction."""
-        code = self.program.code
-        whole = Instruction.from_buffer_copy(code[number])
-        code[number] = decode("s_nop 0", number, {})
-        try:
+        with self.program.without(number):
             return next(filter(None, map(self._noticed, ORDERS)), UNNOTICED)
-        finally:
-            ctypes.memmove(ctypes.addressof(code[number]), ctypes.addressof(whole), ctypes.sizeof(whole))
 
     def _noticed(self, order: Conditions) -> str | None:
         try:
             state = self.run(order)
         except MegakernelAborted:
             return HUNG
+        except LogitsNotFinite:
+            return CHANGED
         if self.model.emulator.log.findings:
             return REPORTED
         same = all(map(torch.equal, state, self.expected[order]))

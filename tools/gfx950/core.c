@@ -486,6 +486,7 @@ static int move(Machine *m, Wave *w, const Instruction *ins) {
     case OP_buffer_wbl2: return memory(m, w, ins); /* is over when it was waited for */
     case OP_buffer_inv:
       if (m->launch->mode & MODE_CACHES && ins->scope) invalidate(m, &m->caches[w->workgroup]);
+      if (ins->scope) race_invalidate(&m->races, wave_index(m, w));
       return 1;
     case OP_s_setreg_imm32_b32: w->saturates = ins->offset; return 1; /* decode.py lets MODE.FP16_OVFL alone pass */
     case OP_s_memtime:
@@ -563,6 +564,7 @@ static int open_barrier(Machine *m, int workgroup) {
   for (int i = 0; i < n; i++)
     if (first[i].state == AT_BARRIER) first[i].state = READY;
   m->lds[workgroup].epoch++;
+  if (any) race_barrier(&m->races, workgroup * n, n);
   return any;
 }
 /* Run all waves in turn, or in a random order, some instructions each. Return an OUTCOME. */
@@ -633,7 +635,8 @@ static void fill_cache(Machine *m, Cache *c) {
 int run(Launch *launch) {
   int n = launch->n_workgroups * launch->waves_per_workgroup;
   Machine machine = {launch, launch->code, launch->regions, calloc(n, sizeof(Wave)), calloc(launch->n_workgroups, sizeof(Lds)),
-                     calloc(launch->n_workgroups, sizeof(Cache)), 0}, *m = &machine;
+                     calloc(launch->n_workgroups, sizeof(Cache)), 0, {0}}, *m = &machine;
+  start_races(&m->races, launch, m->regions);
   fill_element_values();
   for (int i = 0; i < n; i++) start_wave(launch, &m->waves[i], i);
   for (int i = 0; i < launch->n_workgroups; i++) {
@@ -651,6 +654,7 @@ int run(Launch *launch) {
     Wave *w = &m->waves[i];
     free(w->vector), free(w->accumulator), free(w->vector_queue), free(w->lds_queue);
   }
+  end_races(&m->races, launch);
   free(m->waves), free(m->lds), free(m->caches);
   return outcome;
 }

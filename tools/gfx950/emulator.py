@@ -7,6 +7,7 @@ core.c executes it: waves of 64 lanes, all workgroups side by side, so that grid
 is modelled, and what not.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tools.gfx950.decode import UnknownInstruction, decode
 from tools.gfx950.layout import PROBLEM_TEXT, Instruction, Launch, Mode, Outcome, Problem, Region, c_files
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("core.c", "memory.h", "matrix.h", "numbers.h")
+SOURCES = ("core.c", "memory.h", "races.h", "matrix.h", "numbers.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
 LANES = 64
 KERNARG_ALIGNMENT = 64
@@ -104,6 +105,7 @@ class Conditions:
     late: memory is read and written as late as the waits allow.
     caches: workgroups see each other's stores only after buffer_wbl2 sc1 and buffer_inv sc1.
     stall: with a seed, a wave may fall far behind the others.
+    check_races: report what no barrier orders, whatever the order of waves was; up to 64 waves.
     seed: 0 lets waves run in turn, another number at random, up to `quantum` instructions at a time.
     """
 
@@ -111,6 +113,7 @@ class Conditions:
     caches: bool = False
     stall: bool = False
     check_lds: bool = True
+    check_races: bool = False
     seed: int = 0
     quantum: int = 1000
     poison: int = POISON
@@ -118,11 +121,17 @@ class Conditions:
 
     @property
     def mode(self) -> int:
-        flags = {Mode.LATE: self.late, Mode.CACHES: self.caches, Mode.STALL: self.stall, Mode.CHECK_LDS: self.check_lds}
+        flags = {
+            Mode.LATE: self.late,
+            Mode.CACHES: self.caches,
+            Mode.STALL: self.stall,
+            Mode.CHECK_LDS: self.check_lds,
+            Mode.CHECK_RACES: self.check_races,
+        }
         return sum(flag for flag, is_set in flags.items() if is_set)
 
 
-STRICT = Conditions(late=True, caches=True, stall=True, seed=1, quantum=100)
+STRICT = Conditions(late=True, caches=True, stall=True, check_races=True, seed=1, quantum=100)
 
 
 class Program:
@@ -233,6 +242,16 @@ class Program:
         n = report.number
         place = (self.texts[n], self.places[n], report.workgroup, report.wave, report.detail, report.address)
         return Finding(Problem(report.problem), n, *place, report.count)
+
+    @contextlib.contextmanager
+    def without(self, number: int) -> Iterator[None]:
+        """Leave an instruction out in the body: s_nop stands in its place."""
+        whole = Instruction.from_buffer_copy(self.code[number])
+        self.code[number] = decode("s_nop 0", number, {})
+        try:
+            yield
+        finally:
+            self.code[number] = whole
 
     def mnemonics(self, result: Result) -> Counter:
         """Return name -> how often instructions of that name were executed."""

@@ -147,6 +147,7 @@ class Mode(IntEnum):
     CACHES = 2
     CHECK_LDS = 4
     STALL = 8
+    CHECK_RACES = 16
 
 
 class Problem(IntEnum):
@@ -161,6 +162,7 @@ class Problem(IntEnum):
     UNKNOWN = 7
     FELL_OFF = 8
     MISALIGNED = 9
+    RACE = 10
 
 
 PROBLEM_TEXT = {
@@ -173,6 +175,7 @@ PROBLEM_TEXT = {
     Problem.UNKNOWN: "unknown instruction",
     Problem.FELL_OFF: "ran off the end",
     Problem.MISALIGNED: "misaligned access",
+    Problem.RACE: "race between workgroups",
 }
 
 

@@ -35,6 +35,8 @@ typedef struct {
   u32 *write_epoch, *read_epoch, epoch;
 } Lds;
 
+#include "races.h"
+
 typedef struct {
   Launch *launch;
   const Instruction *code;
@@ -43,6 +45,7 @@ typedef struct {
   Lds *lds;
   Cache *caches;
   int last_region;
+  Races races;
 } Machine;
 
 static void report(Machine *m, const Wave *w, const Instruction *ins, int problem, int detail, u64 address) {
@@ -225,6 +228,21 @@ static u8 *place_of(Machine *m, const Wave *w, const Instruction *ins, int lane,
   if (at % (n > 4 ? 4 : n)) report(m, w, ins, PROBLEM_MISALIGNED, lane, at);
   return (u8 *)at;
 }
+static int wave_index(const Machine *m, const Wave *w) {
+  return w->workgroup * m->launch->waves_per_workgroup + w->number;
+}
+/* What an access says about the order of waves: scoped ones and atomics order them, others must be ordered. */
+static void check_order(Machine *m, const Wave *w, const Instruction *ins, u64 at) {
+  if (!m->races.n_waves) return;
+  int wave = wave_index(m, w), is_atomic = ins->access == ACCESS_ATOMIC;
+  if (is_atomic || ins->scope) {
+    synchronize(&m->races, wave, at, is_atomic);
+    return;
+  }
+  Region *r = region_of(m, at, ins->bytes);
+  int other = record_access(&m->races, r, r - m->regions, wave, at, ins->bytes, ins->access == ACCESS_STORE);
+  if (other >= 0 && other / m->launch->waves_per_workgroup != w->workgroup) report(m, w, ins, PROBLEM_RACE, other, at);
+}
 static void access_lane(Machine *m, Wave *w, Pending *p, int lane, int piece, u32 *loaded) {
   const Instruction *ins = p->ins;
   int is_lds = ins->space == SPACE_LDS, n = ins->bytes;
@@ -236,6 +254,7 @@ static void access_lane(Machine *m, Wave *w, Pending *p, int lane, int piece, u3
   if (ins->half == 2) stored[0] >>= 16;
   if (is_lds && m->launch->mode & MODE_CHECK_LDS)
     check_lds(m, w, ins, at, n, ins->access == ACCESS_STORE ? (u8 *)stored : NULL);
+  if (!is_lds) check_order(m, w, ins, at);
   u8 *to = (u8 *)loaded + piece * n;
   if (ins->access == ACCESS_LOAD) {
     if (is_lds) memcpy(to, place, n);
@@ -258,6 +277,7 @@ static void perform(Machine *m, Wave *w, Pending *p) { /* the access itself; loa
   if (ins->access == ACCESS_PERMUTE) return;
   if (ins->access == ACCESS_WRITE_BACK) {
     if (m->launch->mode & MODE_CACHES && ins->scope) write_back(&m->caches[w->workgroup]);
+    if (ins->scope) race_write_back(&m->races, wave_index(m, w));
     return;
   }
   if (ins->space == SPACE_SCALAR_CACHE) {

@@ -1,5 +1,6 @@
 """Small kernels: what the emulator makes of Triton's gfx950 code, against torch, under every model of memory."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from small_kernels import DOT_SIZES, DOT_TYPES, N_PROGRAMS, N_WARPS, SCALED_SIZES
 
 from tools.gfx950.emulator import STRICT, Conditions, Program
+from tools.gfx950.layout import Problem
 
 ROOT = Path(__file__).parents[3]
 MODELS = {
@@ -140,9 +142,30 @@ def test_dot_scaled(size, run):
     assert ((out - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
-def test_grid_barrier(run):
+def barrier_arguments() -> tuple:
     x, part, out = torch.randn(N_PROGRAMS, 256), torch.zeros(N_PROGRAMS), torch.zeros(N_PROGRAMS)
-    sync = torch.zeros(32, dtype=torch.int32)
-    run("sum_of_all", N_PROGRAMS, x, part, out, sync, N_PROGRAMS)
+    return x, part, out, torch.zeros(32, dtype=torch.int32), N_PROGRAMS
+
+
+@pytest.mark.parametrize("name", ["buffer_wbl2", "buffer_inv", "s_waitcnt vmcnt(0)"])
+def test_each_part_of_a_grid_barrier_is_needed(name, kernels):
+    """Without it some memory is accessed in no order: a race that is reported in any order of waves."""
+    kernel = kernels["sum_of_all"]
+    program = Program(kernel["asm"])
+    conditions = dataclasses.replace(STRICT, stall=False, seed=0, max_instructions=200_000)
+    found = set()
+    for n, text in enumerate(program.texts):
+        if text.startswith(name):
+            with program.without(n):
+                result = program.launch(N_PROGRAMS, N_WARPS, kernel["shared"], barrier_arguments(), conditions)
+            found |= {finding.problem for finding in result.findings}
+    assert found & {Problem.RACE, Problem.PENDING}
+    if name != "s_waitcnt vmcnt(0)":
+        assert Problem.RACE in found
+
+
+def test_grid_barrier(run):
+    x, _, out, sync, _ = arguments = barrier_arguments()
+    run("sum_of_all", N_PROGRAMS, *arguments)
     torch.testing.assert_close(out, x.sum().expand(N_PROGRAMS), rtol=1e-5, atol=1e-4)
     assert sync[0] == N_PROGRAMS
