@@ -51,8 +51,8 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 def open_model(args: argparse.Namespace) -> tuple[Checkpoint, Tokenizer | None]:
     """Open the checkpoint that a command line names, and its tokenizer. Random weights have no tokenizer or stop ids.
 
-    args: see host.cli.add_model_arguments. Raise InputError if the kernels cannot run here, before anything is opened,
-    or if the model cannot be opened.
+    args: see command_line.options.add_model_arguments. Raise InputError if the kernels cannot run here, before anything
+    is opened, or if the model cannot be opened.
     """
     device = usable_device(None)
     if not args.random_weights:
