@@ -1,4 +1,4 @@
-"""host.cli.run_main: how a script ends."""
+"""command_line.run.run_main: how a script ends; host.start: what goes wrong before its main."""
 
 import io
 import json
