@@ -113,7 +113,7 @@ def add_phased_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    """--layout and --ranks."""
+    """Add --layout and --ranks."""
     parser.add_argument("--layout", choices=LAYOUTS, default="tp", help="how ranks share the model; default: tp")
     parser.add_argument(
         "--ranks", metavar="N", type=positive_int, help="run N ranks in the CPU interpreter, without torchrun"
@@ -121,7 +121,7 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_exchange_arguments(parser: argparse.ArgumentParser) -> None:
-    """--ranks and --bytes."""
+    """Add --ranks and --bytes."""
     parser.add_argument("--ranks", metavar="N", type=positive_int, help="run N ranks in the CPU interpreter")
     parser.add_argument(
         "--bytes", metavar="N", type=positive_int, nargs="+", default=EXCHANGE_SIZES, help="multiples of 4"
@@ -132,82 +132,54 @@ def add_exchange_arguments(parser: argparse.ArgumentParser) -> None:
 SCRIPTS = {
     "gpt_oss_megakernel.py": (
         "GPT-OSS decoded by one persistent kernel launch per token.",
-        add_model_arguments,
-        add_prompt_arguments,
-        add_kernel_arguments,
-        add_sampling_arguments,
-        add_trace_arguments,
+        [add_model_arguments, add_prompt_arguments, add_kernel_arguments, add_sampling_arguments, add_trace_arguments],
     ),
     "chat.py": (
         "Chat with GPT-OSS.",
-        add_model_arguments,
-        add_chat_arguments,
-        add_kernel_arguments,
-        add_sampling_arguments,
+        [add_model_arguments, add_chat_arguments, add_kernel_arguments, add_sampling_arguments],
     ),
     "serve.py": (
         "Serve GPT-OSS over HTTP, as the OpenAI API.",
-        add_model_arguments,
-        add_server_arguments,
-        add_kernel_arguments,
+        [add_model_arguments, add_server_arguments, add_kernel_arguments],
     ),
     "bench_tpot.py": (
         "Time per output token at several contexts, and the fraction of the floor.",
-        add_model_arguments,
-        add_fp8_arguments,
-        add_path_arguments,
-        add_context_arguments,
+        [add_model_arguments, add_fp8_arguments, add_path_arguments, add_context_arguments],
     ),
     "bench_islosl.py": (
         "Time to first token, time per token and throughput of whole requests.",
-        add_model_arguments,
-        add_fp8_arguments,
-        add_path_arguments,
-        add_request_arguments,
+        [add_model_arguments, add_fp8_arguments, add_path_arguments, add_request_arguments],
     ),
     "acc_eval.py": (
         "Compares the logits of two configurations on the same tokens.",
-        add_model_arguments,
-        add_comparison_arguments,
-        add_output_arguments,
+        [add_model_arguments, add_comparison_arguments, add_output_arguments],
     ),
     "convert_to_iris.py": (
         "Convert a checkpoint to an .iris archive, one file that is enough to run the model; verify or list archives.",
-        add_conversion_arguments,
-        add_fp8_arguments,
+        [add_conversion_arguments, add_fp8_arguments],
     ),
     "run_reference.py": (
         "Generate text with the reference implementation, which is slow and right by definition.",
-        add_checkpoint_arguments,
-        add_prompt_arguments,
-        add_reference_arguments,
-        add_fp8_arguments,
+        [add_checkpoint_arguments, add_prompt_arguments, add_reference_arguments, add_fp8_arguments],
     ),
     "run_triton_phased.py": (
         "GPT-OSS decoded by a launch for each phase: the megakernel's tokens, slower.",
-        add_model_arguments,
-        add_prompt_arguments,
-        add_kernel_arguments,
-        add_phased_arguments,
+        [add_model_arguments, add_prompt_arguments, add_kernel_arguments, add_phased_arguments],
     ),
     "multi_gpu/run_multi_gpu.py": (
         "GPT-OSS decoded by one persistent kernel launch per token and GPU.",
-        add_model_arguments,
-        add_prompt_arguments,
-        add_kernel_arguments,
-        add_sampling_arguments,
-        add_rank_arguments,
+        [add_model_arguments, add_prompt_arguments, add_kernel_arguments, add_sampling_arguments, add_rank_arguments],
     ),
     "multi_gpu/bench_exchange.py": (
         "Time an exchange between GPUs.",
-        add_exchange_arguments,
+        [add_exchange_arguments],
     ),
 }
 
 
 def arguments(script: str) -> argparse.Namespace:
     """Parse the command line of a script of SCRIPTS. Raise InputError if it is wrong, SystemExit after --help."""
-    description, *groups = SCRIPTS[script]
+    description, groups = SCRIPTS[script]
     parser = ArgumentParser(f"python {script}", description=description)
     for add_arguments in groups:
         add_arguments(parser)

@@ -25,7 +25,6 @@ from command_line.comparison import METRICS, SIDE_NAMES, Side
 from command_line.options import DEFAULT_MODEL, DEMO_CHAT
 from host import decoder
 from reference import Reference
-from system.errors import InputError
 from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -470,7 +469,7 @@ def test_sides_with_fp8():
     assert Side.parse("default+fp8-qkv+fp8-router").dense == DenseFormats(qkv="fp8-row", router="fp8-row")
     assert Side.parse("default").dense == DenseFormats()
     for text in ("default+fp8", "default+scale-32", "default+", "fp8-attn", "quant+fp8-attn+x", "+fp8-attn", ""):
-        with pytest.raises(InputError, match="is not one of the sides"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not one of the sides"):
             Side.parse(text)
 
 
