@@ -23,8 +23,20 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.config import FP8_GROUPS, FP8_ROWS, DenseFormats, ModelConfig, check_token, held_formats
+from checkpoints.config import ModelConfig, check_token, held_formats
 from checkpoints.harmony import chat_ids
+from command_line.comparison import (
+    CPU_WINDOWS,
+    DEFAULT_WINDOW,
+    DEFAULT_WINDOWS,
+    METRICS,
+    MIN_WINDOWS,
+    SHIPPED_TEXTS,
+    Side,
+)
+from command_line.options import DEFAULT_MODEL, FP8_COMPONENTS
+from command_line.run import EXIT_FAILURE, run_main
+from command_line.scripts import arguments
 from gpt_oss_megakernel import MegaModel
 from host import cli
 from host.backend import usable_device
@@ -34,8 +46,6 @@ from host.weights import Weights
 from load_model import files_of, open_checkpoint, open_model, open_tokenizer
 from measure.accuracy import (
     CONFIDENCE,
-    METRIC_OF,
-    METRICS,
     Bin,
     Interval,
     Positions,
@@ -55,45 +65,13 @@ from measure.report import check_report_files, display_name, markdown_table, wri
 from reference import Reference
 from system.errors import InputError
 from system.files import read_small
-from system.output_file import output_path
 from tokenizer_util import Tokenizer
 
-SIDE_NAMES = ("reference", "reference-quant", "default", "quant")
-FP8_NAMES = {"fp8-attn": ("qkv", "o"), "fp8-head": ("head",)} | {f"fp8-{name}": (name,) for name in cli.FP8_COMPONENTS}
-GROUPS_NAME = "scale-32"  # rather than a scale for each row
-SIDE_HELP = (
-    f"one of the sides {', '.join(SIDE_NAMES)}, each with any of {', '.join(FP8_NAMES)}, {GROUPS_NAME} after a +"
-)
-SHIPPED_TEXTS = 154  # sonnets
 LONGEST_ANSWER = 400  # tokens of the shipped model
-SOURCES = ("shipped", "greedy", "random")
-MIN_WINDOWS = 4  # fewer give no meaningful confidence interval
-DEFAULT_WINDOW, DEFAULT_WINDOWS = 256, 5
-CPU_WINDOWS = 8
 CPU_CHUNK, GPU_CHUNK = 32, 256  # positions at a time; a large reference reads its experts once per chunk
 MAX_TEXT_BYTES = 64 << 20
 SEED = 0  # for random tokens
 LEAST_KL = 1e-12  # the plot clamps smaller values to this
-
-
-@dataclass(frozen=True)
-class Side:
-    """An implementation with its number formats, as the command line names it."""
-
-    name: str
-    kernel: bool  # False: reference.py, in float32 with a float32 KV cache
-    quant: bool  # experts' inputs rounded to MXFP8
-    dense: DenseFormats
-
-    @classmethod
-    def parse(cls, text: str) -> "Side":
-        """Parse a side's name, for argparse. Raises InputError, which lists the valid names."""
-        name, *formats = text.split("+")
-        matrices = {matrix for word in formats for matrix in FP8_NAMES.get(word, ())}
-        if name not in SIDE_NAMES or not {*formats} <= {*FP8_NAMES, GROUPS_NAME} or bool(formats) != bool(matrices):
-            raise InputError(f"{text!r} is not {SIDE_HELP}")
-        dense = DenseFormats(**dict.fromkeys(matrices, FP8_GROUPS if GROUPS_NAME in formats else FP8_ROWS))
-        return cls(text, kernel=not name.startswith("reference"), quant=name.endswith("quant"), dense=dense)
 
 
 @dataclass(frozen=True)
@@ -220,97 +198,15 @@ class Report:
         return lines + failures(self.values, self.thresholds)
 
 
-def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the sides and the text that they are compared on."""
-    parser.add_argument("--test-model", metavar="MODEL", help="of the test side; default: the same as the reference's")
-    for flag, default in (("--ref", "reference"), ("--test", "default")):
-        parser.add_argument(
-            flag, metavar="SIDE", type=Side.parse, default=default, help=f"{SIDE_HELP}; default: %(default)s"
-        )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", type=Path, help="a text in UTF-8; special tokens in it are tokens")
-    source.add_argument(
-        "--streams",
-        choices=SOURCES,
-        help=f"shipped: the {SHIPPED_TEXTS} sonnets that the shipped model recites, as answers in a chat, which alone "
-        "count; greedy: what the reference side says to a prompt; random: token ids; default: shipped, or random for "
-        "random weights",
-    )
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="of --streams greedy, to continue; default: the demo's chat")
-    prompt.add_argument("--prompt-ids", metavar="IDS", type=cli.token_id_list, help="the prompt as token ids: 12,34,56")
-    parser.set_defaults(chat=None, max_context=None)  # prompt_ids_from reads them
-    parser.add_argument(
-        "--tokens",
-        metavar="N",
-        type=cli.positive_int,
-        help=f"of --streams greedy (stop ids end nothing) or random; default: {DEFAULT_WINDOWS} windows",
-    )
-    parser.add_argument(
-        "--window",
-        metavar="N",
-        type=cli.positive_int,
-        help="positions a window; a stream is cut into windows, each fed to an empty cache, and what is left over is "
-        f"dropped; default: {DEFAULT_WINDOW}, of the shipped texts each a whole one",
-    )
-    parser.add_argument(
-        "--max-windows",
-        metavar="N",
-        type=cli.positive_int,
-        help=f"the first N windows only, {MIN_WINDOWS} or more; default: all, CPU {CPU_WINDOWS}",
-    )
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --fail-under, --json and --plot."""
-    parser.add_argument(
-        "--fail-under",
-        metavar="KEY=VALUE,...",
-        type=threshold_list,
-        default={},
-        help="exit with 1 unless each metric is at least its value ("
-        f"{', '.join(metric.key for metric in METRICS if metric.higher_is_better)}), or at most ("
-        f"{', '.join(metric.key for metric in METRICS if not metric.higher_is_better)})",
-    )
-    parser.add_argument("--json", metavar="FILE", type=output_path, help="write everything found as JSON")
-    parser.add_argument(
-        "--plot", metavar="FILE.png", type=output_path, help="draw divergence and agreement; needs matplotlib"
-    )
-
-
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line and set args.streams. Raises InputError if options are wrong or do not go together."""
-    description = "Compares the logits of two configurations on the same tokens."
-    args = cli.parse_arguments(description, cli.add_model_arguments, add_comparison_arguments, add_output_arguments)
+    args = arguments("acc_eval.py")
     args.streams = args.streams or ("text" if args.text else "random" if args.random_weights else "shipped")
     if args.streams != "greedy" and (args.prompt is not None or args.prompt_ids is not None):
         raise InputError("--prompt and --prompt-ids go with --streams greedy")
     if args.tokens and args.streams not in ("greedy", "random"):
         raise InputError("--tokens goes with --streams greedy or random")
     return args
-
-
-def threshold_list(text: str) -> dict[str, float]:
-    """Parse KEY=VALUE pairs separated by commas, for argparse. Each key is a metric's and stands once."""
-    thresholds = {}
-    for word in text.split(","):
-        key, _, number = (part.strip() for part in word.partition("="))
-        if key not in METRIC_OF:
-            raise argparse.ArgumentTypeError(f"{key!r} is not one of {', '.join(METRIC_OF)}")
-        if key in thresholds:
-            raise argparse.ArgumentTypeError(f"{key} is there twice")
-        thresholds[key] = _number(number)
-        if not math.isfinite(thresholds[key]):
-            raise argparse.ArgumentTypeError(f"{word.strip()!r} is not of the form KEY=VALUE, such as {key}=0.5")
-    return thresholds
-
-
-def _number(text: str) -> float:
-    """Parse a number; NaN if the text is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def plan_for(args: argparse.Namespace, on_cpu: bool) -> Plan:
@@ -362,7 +258,7 @@ def shipped_streams(tokenizer: Tokenizer, device: torch.device, show_progress: b
     The shipped model knows the texts by heart and recites them, by reference.py on a CPU and by the faster kernel on a
     GPU. The texts are equal on all machines, because a right token's logit leads by at least 4.
     """
-    shipped = open_checkpoint(cli.DEFAULT_MODEL)
+    shipped = open_checkpoint(DEFAULT_MODEL)
     shipped_tokenizer = open_tokenizer(shipped)
     model = (Reference if device.type == "cpu" else MegaModel)(shipped, max_context=1024)
     numbers = range(1, SHIPPED_TEXTS + 1)
@@ -601,14 +497,14 @@ def open_test_model(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpo
 
 def input_files(args: argparse.Namespace, *checkpoints: Checkpoint) -> list[Path]:
     """Return the paths of all files that are read, which no report may replace."""
-    opened = [*checkpoints, open_checkpoint(cli.DEFAULT_MODEL)] if args.streams == "shipped" else checkpoints
+    opened = [*checkpoints, open_checkpoint(DEFAULT_MODEL)] if args.streams == "shipped" else checkpoints
     return [path for checkpoint in opened for path in files_of(checkpoint)] + [args.text] * bool(args.text)
 
 
 def check_formats(flag: str, side: Side, checkpoint: Checkpoint) -> None:
     """Raise InputError if an archive's FP8 matrices are not those that the side's name says."""
     source = f"{flag} {side.name}"
-    held = held_formats(checkpoint, side.dense, dict.fromkeys(cli.FP8_COMPONENTS, source))
+    held = held_formats(checkpoint, side.dense, dict.fromkeys(FP8_COMPONENTS, source))
     if held != side.dense:
         has = f"{checkpoint.name} holds {cli.formats_text(checkpoint.config.dense)}"
         raise InputError(f"{source}: {has}, of which no bfloat16 can be had: name it, as in default+fp8-attn")
@@ -625,7 +521,7 @@ def check_context(windows: Sequence[Window], generated: int, *configs: ModelConf
 
 
 def main() -> None:
-    """Run the comparison that the command line describes; SystemExit with cli.EXIT_FAILURE after a failure."""
+    """Run the comparison that the command line describes; SystemExit with EXIT_FAILURE after a failure."""
     args = parse_arguments()
     check_report_files(args)
     device, on_terminal = usable_device(None), sys.stderr.isatty()
@@ -661,8 +557,8 @@ def main() -> None:
         print(f"acc_eval: {line}", file=sys.stderr)
     if report.failures:
         sys.stdout.flush()
-        sys.exit(cli.EXIT_FAILURE)
+        sys.exit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

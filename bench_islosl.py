@@ -26,6 +26,9 @@ import torch
 
 from checkpoints.checkpoint import Checkpoint, WithoutStopIds
 from checkpoints.config import ModelConfig
+from command_line.benchmarks import CPU_CONFIGS, CPU_REPEATS, GPU_CONFIGS, GPU_REPEATS, Shape, shape_list
+from command_line.run import run_main
+from command_line.scripts import arguments
 from gpt_oss_megakernel import MegaModel
 from host import cli
 from host.backend import usable_device
@@ -38,11 +41,9 @@ from measure.conditions import axis_label, conditions, device_line, state_line
 from measure.plot import Line, plot_times
 from measure.report import check_report_files, display_name, markdown_table, progress, write_file
 from measure.timing import Spread, WallMarks, checksum, spread
-from multi_gpu.benchmark import add_gpus_arguments, described, load_model, open_group
+from multi_gpu.benchmark import described, load_model, open_group
 from system.errors import InputError, RunsDiffer
 
-GPU_CONFIGS, GPU_REPEATS = "100:100,1024:100,1024:1024,2048:2048,8192:128", 5
-CPU_CONFIGS, CPU_REPEATS = "16:8,64:8", 2
 HEADER = (
     "path",
     "input",
@@ -56,30 +57,6 @@ HEADER = (
     "output tokens/s (median)",
     "ids CRC-32",
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The size of a request: 1024:100 stands for 1024 input and 100 output tokens."""
-
-    input_tokens: int
-    output_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.input_tokens}:{self.output_tokens}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """Parse INPUT:OUTPUT, for argparse."""
-        words = text.split(":")
-        if len(words) != 2:
-            raise argparse.ArgumentTypeError(f"{text!r} is not INPUT:OUTPUT, such as 1024:100")
-        return cls(*map(cli.positive_int, words))
-
-    @property
-    def positions(self) -> int:
-        """The number of positions that the KV cache needs."""
-        return self.input_tokens + self.output_tokens
 
 
 @dataclass(frozen=True)
@@ -132,29 +109,6 @@ class Report:
     max_context: int
     plan: Plan
     results: tuple[Measurement, ...]
-
-
-def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --configs, --repeats, --gpus, --layout, --json and --plot."""
-    parser.add_argument(
-        "--configs",
-        metavar="INPUT:OUTPUT,...",
-        type=shape_list,
-        help=f"tokens of a prompt and of its answer; default: {GPU_CONFIGS}, CPU {CPU_CONFIGS}",
-    )
-    parser.add_argument(
-        "--repeats",
-        metavar="N",
-        type=cli.positive_int,
-        help=f"requests that count, after one that warms up; default: {GPU_REPEATS}, CPU {CPU_REPEATS}",
-    )
-    add_gpus_arguments(parser)
-    cli.add_report_arguments(parser, "TTFT over prompt length")
-
-
-def shape_list(text: str) -> tuple[Shape, ...]:
-    """Parse shapes separated by commas, without repetitions, for argparse."""
-    return tuple(dict.fromkeys(Shape.parse(word.strip()) for word in text.split(",")))
 
 
 def plan_for(args: argparse.Namespace, on_gpu: bool) -> Plan:
@@ -304,13 +258,7 @@ def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
 
 def main() -> None:
     """Run the benchmark that the command line describes."""
-    args = cli.parse_arguments(
-        "Time to first token, time per token and throughput of whole requests.",
-        cli.add_model_arguments,
-        cli.add_fp8_arguments,
-        cli.add_path_arguments,
-        add_benchmark_arguments,
-    )
+    args = arguments("bench_islosl.py")
     check_report_files(args)
     group = open_group(args)
     device = usable_device(None)
@@ -342,4 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

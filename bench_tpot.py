@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.config import ModelConfig
+from command_line.benchmarks import CPU_CONTEXTS, CPU_REPEATS, CPU_STEPS, GPU_CONTEXTS, GPU_REPEATS, GPU_STEPS
+from command_line.run import run_main
+from command_line.scripts import arguments
 from gpt_oss_megakernel import MegaModel
 from host import cli
 from host.backend import usable_device
@@ -30,14 +33,10 @@ from measure.random_cache import fill_cache
 from measure.report import check_report_files, display_name, markdown_table, progress, write_file
 from measure.timing import DeviceMarks, Spread, WallMarks, checksum, spread
 from measure.traffic import bytes_per_token
-from multi_gpu.benchmark import add_gpus_arguments, described, load_model, open_group
+from multi_gpu.benchmark import described, load_model, open_group
 from multi_gpu.ranks import RankModel
 from system.errors import InputError, RunsDiffer
 
-GPU_CONTEXTS = (128, 2048, 8192, 32768, 131072)
-CPU_CONTEXTS = (64,)
-GPU_STEPS, GPU_REPEATS = 64, 5
-CPU_STEPS, CPU_REPEATS = 12, 2
 FIRST_TOKEN = 0
 SEED = 0  # for the random keys and values
 HEADER = (
@@ -99,38 +98,6 @@ class Report:
     plan: Plan
     bandwidth: Bandwidth | None  # None on a CPU
     results: tuple[Measurement, ...]
-
-
-def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --contexts, --steps, --repeats, --num-programs, --gpus, --layout, --json and --plot."""
-    parser.add_argument(
-        "--contexts",
-        metavar="N,N,...",
-        type=context_list,
-        help=f"default: of {','.join(map(str, GPU_CONTEXTS))} those that fit; {CPU_CONTEXTS[0]} on a CPU",
-    )
-    parser.add_argument(
-        "--steps",
-        metavar="N",
-        type=cli.positive_int,
-        help=f"tokens a run, 2 or more; default: {GPU_STEPS}, CPU {CPU_STEPS}",
-    )
-    parser.add_argument(
-        "--repeats",
-        metavar="N",
-        type=cli.positive_int,
-        help=f"runs that count, after one that warms up; default: {GPU_REPEATS}, CPU {CPU_REPEATS}",
-    )
-    parser.add_argument(
-        "--num-programs", metavar="N", type=cli.positive_int, help="default: all that are resident at once"
-    )
-    add_gpus_arguments(parser)
-    cli.add_report_arguments(parser, "time over context")
-
-
-def context_list(text: str) -> tuple[int, ...]:
-    """Parse positive integers separated by commas, without repetitions, for argparse."""
-    return tuple(dict.fromkeys(cli.positive_int(word.strip()) for word in text.split(",")))
 
 
 def plan_for(args: argparse.Namespace, config: ModelConfig, on_gpu: bool, free_bytes: int) -> Plan:
@@ -256,13 +223,7 @@ def write_plot(path: Path, report: Report, inputs: Sequence[Path] = ()) -> None:
 
 def main() -> None:
     """Run the benchmark that the command line describes."""
-    args = cli.parse_arguments(
-        "Time per output token at several contexts, and the fraction of the floor.",
-        cli.add_model_arguments,
-        cli.add_fp8_arguments,
-        cli.add_path_arguments,
-        add_benchmark_arguments,
-    )
+    args = arguments("bench_tpot.py")
     check_report_files(args)
     group = open_group(args)
     device = usable_device(None)
@@ -295,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

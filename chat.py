@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoints.harmony import REASONING_EFFORTS, Piece, Setting
+from checkpoints.harmony import Piece, Setting
+from command_line.run import run_main
+from command_line.scripts import arguments
 from gpt_oss_megakernel import MegaModel
 from host import cli
 from host.conversation import FINAL, Conversation, Turn
@@ -39,23 +41,6 @@ HELP = """\
 /time                        show or hide each answer's times
 /save FILE                   write the conversation as JSON
 /quit                        end; Ctrl-D too"""
-
-
-def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the first message's setting is, how reasoning is shown, and limits."""
-    parser.add_argument("--reasoning", choices=REASONING_EFFORTS, default="medium", help="default: %(default)s")
-    parser.add_argument("--system", metavar="TEXT", help="who the model is; default: as it was trained")
-    parser.add_argument("--developer", metavar="TEXT", help="instructions")
-    parser.add_argument("--date", metavar="YYYY-MM-DD", help="today's date, if the model is to know it")
-    parser.add_argument(
-        "--show-reasoning",
-        choices=("dim", "hide", "raw"),
-        default="dim",
-        help="reasoning in dim letters, not at all, or like the answer; on a terminal. Default: %(default)s",
-    )
-    parser.add_argument("--max-new-tokens", metavar="N", type=cli.positive_int, help="of an answer; default: no limit")
-    parser.add_argument("--max-context", metavar="N", type=cli.positive_int, help=cli.MAX_CONTEXT_HELP)
-    parser.add_argument("--time", action="store_true", help="show each answer's times on stderr")
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
@@ -224,13 +209,7 @@ def typed_line() -> str | None:
 
 
 def main() -> None:
-    args = cli.parse_arguments(
-        "Chat with GPT-OSS.",
-        cli.add_model_arguments,
-        add_chat_arguments,
-        cli.add_kernel_arguments,
-        cli.add_sampling_arguments,
-    )
+    args = arguments("chat.py")
     sampling = cli.sampling_of(args)
     setting = setting_of(args)
     if sys.stdin is None:
@@ -248,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

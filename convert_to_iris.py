@@ -16,41 +16,21 @@ from checkpoints.config import PRESETS, held_formats
 from checkpoints.fp8 import QuantizedCheckpoint
 from checkpoints.iris_compare import first_difference
 from checkpoints.iris_writer import write_archive
+from command_line.options import FP8_COMPONENTS
+from command_line.run import run_main
+from command_line.scripts import arguments
 from host import cli
 from load_iris import IrisArchive, open_archive
 from load_model import files_of, open_checkpoint
 from system.errors import InputError
-from system.output_file import check_output, output_path
+from system.output_file import check_output
 from system.program import signals_deferred
 from tokenizer_util import Tokenizer
 
 
-def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the source, the task, --layers and --force."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="MODEL", help="folder, hub id or archive to convert or compare with")
-    source.add_argument("--random-weights", choices=PRESETS, help="full-size weights of random values, for timing")
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--out", metavar="FILE.iris", type=output_path, help="the archive to write")
-    task.add_argument(
-        "--verify",
-        metavar="FILE.iris",
-        type=Path,
-        help="compare an archive's checksums, and all it holds with --model if that is given",
-    )
-    task.add_argument("--info", metavar="FILE.iris", type=Path, help="list what is in an archive")
-    parser.add_argument(
-        "--layers",
-        metavar="N",
-        type=cli.positive_int,
-        help="convert, or compare with, the first N layers of --model only",
-    )
-    parser.add_argument("--force", action="store_true", help="replace what is there already, but no file of --model")
-
-
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line. Raises InputError if options are wrong or do not go together."""
-    args = cli.parse_arguments(__doc__, add_conversion_arguments, cli.add_fp8_arguments)
+    args = arguments("convert_to_iris.py")
     if args.out and not (args.model or args.random_weights):
         raise InputError("--out: what to convert? --model or --random-weights says so")
     if not args.out and (args.random_weights or args.force):
@@ -120,7 +100,7 @@ def verify(path: Path, model: str | None, n_layers: int | None) -> None:
         print(f"{path}: {len(archive.header.entries)} checksums match")
     if model is not None:
         checkpoint = open_checkpoint(model, n_layers)
-        dense = held_formats(checkpoint, archive.config.dense, dict.fromkeys(cli.FP8_COMPONENTS, str(path)))
+        dense = held_formats(checkpoint, archive.config.dense, dict.fromkeys(FP8_COMPONENTS, str(path)))
         checkpoint = QuantizedCheckpoint(checkpoint, dense)
         difference = first_difference(archive, checkpoint, show_progress=sys.stderr.isatty())
         if difference:
@@ -163,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from command_line.run import run_main
+from command_line.scripts import arguments
 from common import barrier as barriers
 from common import exchange
 from common.argmax import expose_doubt, keep_finite, keep_larger, reduce_argmax
@@ -465,14 +467,7 @@ class MegaModel(Decoder):
 
 def main() -> None:
     """Run the command line that docs/using.md describes."""
-    args = cli.parse_arguments(
-        "GPT-OSS decoded by one persistent kernel launch per token.",
-        cli.add_model_arguments,
-        cli.add_prompt_arguments,
-        cli.add_kernel_arguments,
-        cli.add_sampling_arguments,
-        trace.add_trace_arguments,
-    )
+    args = arguments("gpt_oss_megakernel.py")
     sampling = cli.sampling_of(args)
     generation.check_outputs(args)
     checkpoint, tokenizer = open_model(args)
@@ -490,4 +485,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

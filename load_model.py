@@ -53,8 +53,9 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 def open_model(args: argparse.Namespace, device: torch.device | None = None) -> tuple[Checkpoint, Tokenizer | None]:
     """Open the checkpoint that a command line names, and its tokenizer. Random weights have no tokenizer or stop ids.
 
-    args: see host.cli.add_model_arguments. device: that random weights are drawn on; default: the one that the kernels
-    run on. Raise InputError if they cannot run here, before anything is opened, or if the model cannot be opened.
+    args: see command_line.options.add_model_arguments. device: that random weights are drawn on; default: the one that
+    the kernels run on. Raise InputError if they cannot run here, before anything is opened, or if the model cannot be
+    opened.
     """
     device = device or usable_device(None)
     if not args.random_weights:

@@ -2,11 +2,12 @@
 
 import host.start
 
-import argparse
 import sys
 
 import torch
 
+from command_line.run import run_main
+from command_line.scripts import arguments
 from host import cli, generation
 from host.devices import torch_device
 from host.limits import check_memory, context_length
@@ -14,21 +15,9 @@ from load_model import files_of, open_checkpoint, open_tokenizer
 from reference import Reference
 
 
-def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --quant and --device."""
-    parser.add_argument("--quant", action="store_true", help="round the experts' inputs to MXFP8")
-    parser.add_argument("--device", help="torch device of the arithmetic; default: the GPU if there is one")
-
-
 def main() -> None:
     """Generate the text that the command line asks for."""
-    args = cli.parse_arguments(
-        __doc__,
-        cli.add_checkpoint_arguments,
-        cli.add_prompt_arguments,
-        add_reference_arguments,
-        cli.add_fp8_arguments,
-    )
+    args = arguments("run_reference.py")
     generation.check_outputs(args)
     device = torch_device(args.device)
     checkpoint = open_checkpoint(args.model, args.layers, args.verify, show_progress=sys.stderr.isatty())
@@ -46,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

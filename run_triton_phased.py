@@ -2,7 +2,6 @@
 
 import host.start
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from command_line.run import run_main
+from command_line.scripts import arguments
 from gpt_oss_megakernel import MegaModel
 from host import cli, generation
 from host.phases import PHASE_NAMES, phases_of_token
@@ -45,15 +46,6 @@ class Times:
     first_position: int
     n_tokens: int
     on_device: bool  # device time; False: the host's wall clock
-
-
-def add_phased_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --times."""
-    parser.add_argument(
-        "--times",
-        action="store_true",
-        help="then time each phase, and the megakernel on the same weights; with --json a second JSON object",
-    )
 
 
 def compare(phased: PhasedModel, mega: MegaModel, prompt_ids: list[int], generated: list[int]) -> Times:
@@ -152,13 +144,7 @@ def table_text(times: Times) -> str:
 
 def main() -> None:
     """Generate the text that the command line asks for, and time it with --times."""
-    args = cli.parse_arguments(
-        "GPT-OSS decoded by a launch for each phase: the megakernel's tokens, slower.",
-        cli.add_model_arguments,
-        cli.add_prompt_arguments,
-        cli.add_kernel_arguments,
-        add_phased_arguments,
-    )
+    args = arguments("run_triton_phased.py")
     generation.check_outputs(args)
     checkpoint, tokenizer = open_model(args)
     config = checkpoint.config
@@ -178,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

@@ -14,59 +14,15 @@ import signal
 import sys
 from pathlib import Path
 
-from checkpoints.harmony import REASONING_EFFORTS, Setting
+from checkpoints.harmony import Setting
+from command_line.run import run_main
+from command_line.scripts import KEY_VARIABLE, arguments
 from gpt_oss_megakernel import MegaModel
 from host import cli
 from load_model import open_model
 from system.errors import InputError
 
 REQUIREMENTS = "requirements-serve.txt"
-KEY_VARIABLE = "SERVE_API_KEY"
-MAX_PORT = 65535
-
-
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where to listen, whom to answer, and limits."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: %(default)s, this machine")
-    parser.add_argument(
-        "--port", metavar="N", type=port_number, default=8000, help="default: %(default)s; 0: a free one"
-    )
-    parser.add_argument("--api-key", metavar="KEY", help=f"that clients must send; default: ${KEY_VARIABLE}, or none")
-    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model; default: from --model")
-    parser.add_argument("--reasoning", choices=REASONING_EFFORTS, default="medium", help="default: %(default)s")
-    parser.add_argument("--date", metavar="YYYY-MM-DD", help="today's date, if the model is to know it")
-    parser.add_argument("--max-context", metavar="N", type=cli.positive_int, help=cli.MAX_CONTEXT_HELP)
-    parser.add_argument(
-        "--max-queue",
-        metavar="N",
-        type=natural_number,
-        default=32,
-        help="requests that may wait while one is answered; default: %(default)s",
-    )
-    parser.add_argument(
-        "--max-request-bytes", metavar="N", type=cli.positive_int, default=1 << 20, help="default: %(default)s"
-    )
-    parser.add_argument("--max-messages", metavar="N", type=cli.positive_int, default=1024, help="default: %(default)s")
-    parser.add_argument(
-        "--drain-seconds",
-        metavar="N",
-        type=natural_number,
-        default=30,
-        help="that the running answer may take after a signal; default: %(default)s",
-    )
-
-
-def natural_number(text: str) -> int:
-    """Parse an argparse argument as an integer from 0 to 2^31 - 1."""
-    return 0 if text == "0" else cli.positive_int(text)
-
-
-def port_number(text: str) -> int:
-    """Parse an argparse argument as a port; 0 is any free one."""
-    port = natural_number(text)
-    if port > MAX_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: at most {MAX_PORT}")
-    return port
 
 
 def api_key_of(args: argparse.Namespace) -> str | None:
@@ -101,12 +57,7 @@ def import_endpoint():
 
 
 def main() -> None:
-    args = cli.parse_arguments(
-        "Serve GPT-OSS over HTTP, as the OpenAI API.",
-        cli.add_model_arguments,
-        add_server_arguments,
-        cli.add_kernel_arguments,
-    )
+    args = arguments("serve.py")
     setting, api_key = Setting(args.reasoning, args.date), api_key_of(args)
     app, server, worker = import_endpoint()
     bound = server.bound_socket(args.host, args.port)
@@ -132,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

@@ -19,7 +19,7 @@ import torch
 
 from checkpoints.config import ModelConfig, check_token
 from checkpoints.harmony import chat_ids
-from host.cli import DEMO_CHAT
+from command_line.options import DEMO_CHAT
 from host.devices import device_name
 from host.limits import context_length
 from host.sampling import GREEDY, Sampling

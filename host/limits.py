@@ -1,6 +1,5 @@
 """Memory limits of devices and of this process, checked before anything is allocated."""
 
-import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -9,16 +8,14 @@ from pathlib import Path
 import torch
 
 from checkpoints.config import ModelConfig
+from command_line.options import DEFAULT_CONTEXT
 from host.buffers import buffer_bytes
 from host.weights import weight_bytes
 from system.errors import InputError
 
-DEFAULT_CONTEXT = 4096  # positions
 WORKSPACE_BYTES = 256 << 20  # generous for a token's activations, logits, rotary tables and the compiled kernels
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# RuntimeErrors that mean out of memory without a type of their own: on a CPU, for pinned memory, files and threads.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "can't start new thread")
 
 
 def context_length(config: ModelConfig, requested: int | None) -> int:
@@ -115,19 +112,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, says that memory could not be allocated."""
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY):
-            return True
-        error = error.__cause__
-    return False
 
 
 def check_memory(

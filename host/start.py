@@ -1,8 +1,9 @@
 """Prepare the process for NumPy, PyTorch and Triton; scripts import this module before anything else.
 
 It sets what these libraries read when they are imported or define a kernel. In a script of this project it also
-reports a failing import in one line, and lets Ctrl-C end the imports quietly. A process that only imports the project
-keeps its own hooks. host.cli.run_main takes over once a script's main begins.
+answers --help and refuses a wrong command line before these libraries, which take seconds, are imported; it reports a
+failing import in one line, and lets Ctrl-C end the imports quietly. A process that only imports the project keeps its
+own hooks. command_line.run.run_main takes over once a script's main begins.
 """
 
 import os
@@ -11,16 +12,20 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from command_line.run import run_main
+from command_line.scripts import SCRIPTS, arguments
 from system.errors import EXIT_INPUT_ERROR
 from system.program import open_descriptors
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _runs_project_script() -> bool:
-    """Return whether this process runs a file of the project's root, of tools/ or of multi_gpu/."""
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    return path is not None and Path(path).resolve().parent in (ROOT, ROOT / "tools", ROOT / "multi_gpu")
+def _running_script() -> str | None:
+    """Return the path below the root of the file of the root, of tools/ or of multi_gpu/ that this process runs."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    path = None if file is None else Path(file).resolve()
+    is_script = path is not None and path.parent in (ROOT, ROOT / "tools", ROOT / "multi_gpu")
+    return path.relative_to(ROOT).as_posix() if is_script else None
 
 
 def _report(error_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -52,9 +57,11 @@ def _prepare_libraries() -> None:
     shared_memory.install()
 
 
-if _runs_project_script():
+if script := _running_script():
     open_descriptors()
     sys.excepthook = _report
     # A shell may start background scripts with SIGINT ignored. run_main later installs its own handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if script in SCRIPTS and (code := run_main(lambda: arguments(script))):  # main parses the same words again
+        sys.exit(code)
 _prepare_libraries()

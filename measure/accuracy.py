@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CONFIDENT = 0.9
+from command_line.comparison import CONFIDENT, METRIC_OF, METRICS
+
 BIN_EDGES = (0.0, 0.25, 0.5, 0.75, CONFIDENT, 0.99, 1.0)
 CONFIDENCE = 0.95  # of the intervals
 BLOCK_ROWS = 16  # compared at a time; with a large vocabulary their float64 values take 26 MB
@@ -106,32 +107,6 @@ def _compare_block(ref: Tensor, test: Tensor, next_ids: Tensor) -> Positions:
 def join(blocks: Iterable[Positions]) -> Positions:
     """Concatenate the metrics of one or more blocks of positions."""
     return Positions(*map(torch.cat, zip(*blocks)))
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A row of the table of metrics, and the direction of its threshold."""
-
-    key: str
-    meaning: str  # without "|", as it is printed in a Markdown table
-    higher_is_better: bool  # a threshold is a minimum; else a maximum
-
-
-METRICS = (
-    Metric("top1", "share of positions where both sides' first choice is the same", True),
-    Metric("top1_confident", f"top1 where the reference's probability is above {CONFIDENT}", True),
-    Metric("top5", "share of the reference's first 5 among the test's first 5", True),
-    Metric("top10", "share of the reference's first 10 among the test's first 10", True),
-    Metric("kl", "mean KL divergence of the test side from the reference, nats", False),
-    Metric("cosine", "mean cosine of the logits", True),
-    Metric("rms", "root mean square difference of the logits", False),
-    Metric("rank", "mean rank of the reference's first choice at the test side; 1 is best", False),
-    Metric("ppl_ref", "perplexity of the reference", False),
-    Metric("ppl_test", "perplexity of the test side", False),
-    Metric("nll_difference", "test - ref, nats per token: mean of the windows", False),
-    Metric("ppl_ratio", "test / ref: exp of nll_difference", False),
-)
-METRIC_OF = {metric.key: metric for metric in METRICS}
 
 
 def nll_differences(windows: Iterable[Positions]) -> list[float]:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from host.cli import positive_int
+from command_line.options import DEFAULT_TRACE_TOKEN
 from host.generation import Generation
 from host.phases import PHASE_NAMES, Phase, phases_of_token
 from measure.traffic import bytes_by_phase
 from system.errors import InputError
-from system.output_file import check_output, output_path, replacing
+from system.output_file import check_output, replacing
 
-DEFAULT_TRACE_TOKEN = 16  # by then the caches are warm
 SLICES = 20  # equal parts of the token's time in which bytes are counted
 HEADER = ("phase", "calls", "span us", "work us", "longest", "wait us", "total us", "share", "MB", "GB/s")
 LEGEND = (
@@ -192,22 +191,6 @@ def launch_of(model) -> Launch:
     """Return a Decoder's finished launch at its trace_position. Raise ValueError if there was none."""
     n_bytes = bytes_by_phase(model.config, model.trace_position or 0)
     return Launch.from_events(model.state.trace.cpu().numpy(), model.config.n_layers, n_bytes)
-
-
-def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --trace and --trace-token, which token_to_trace reads."""
-    parser.add_argument(
-        "--trace",
-        metavar="FILE.json",
-        type=output_path,
-        help="time the phases of one token, as a Chrome trace and a table",
-    )
-    parser.add_argument(
-        "--trace-token",
-        metavar="N",
-        type=positive_int,
-        help=f"time the Nth generated token; default: {DEFAULT_TRACE_TOKEN}, or the last one",
-    )
 
 
 def token_to_trace(args: argparse.Namespace, n_prompt: int, max_context: int) -> int | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import host.start
 
-import argparse
 import math
 import time
 from typing import Any, NamedTuple
@@ -24,11 +23,12 @@ import triton.language as tl
 
 import interpreter
 from checkpoints.config import GPT_OSS_120B
+from command_line.run import run_main
+from command_line.scripts import arguments
 from common.barrier import ABORT, SYNC_WORDS, leave_grid
 from common.build import Build
 from common.context import Context
 from common.exchange import LINE_WORDS, advance, raise_flags, store, sum_packets, wait_for_flags
-from host import cli
 from host.backend import usable_device
 from host.launch import program_count, tuning_for
 from measure.report import markdown_table
@@ -39,7 +39,6 @@ from multi_gpu.protocol import FIRST_EPOCH, epoch_after
 from prefill import Launch
 from system.errors import InputError, MegakernelAborted
 
-SIZES = (4, 1 << 10, 5760, 11520, 46080, 1 << 17, 1 << 20)  # bytes; 11,520: a float32 vector of 2,880
 KINDS = ("packets", "flags")
 BLOCK = 256  # elements that a program stores at a time
 GPU_ROUNDS, CPU_ROUNDS = 1000, 4
@@ -189,15 +188,9 @@ def microseconds(exchange: Exchange, by: str, n_bytes: int) -> float:
     return (many - one) / (rounds - 1) * 1e6
 
 
-def add_exchange_arguments(parser: argparse.ArgumentParser) -> None:
-    """--ranks and --bytes."""
-    parser.add_argument("--ranks", metavar="N", type=cli.positive_int, help="run N ranks in the CPU interpreter")
-    parser.add_argument("--bytes", metavar="N", type=cli.positive_int, nargs="+", default=SIZES, help="multiples of 4")
-
-
 def main() -> None:
     """Run the benchmark, and print a table on rank 0."""
-    args = cli.parse_arguments("Time an exchange between GPUs.", add_exchange_arguments)
+    args = arguments("multi_gpu/bench_exchange.py")
     if any(n_bytes % 4 for n_bytes in args.bytes):
         raise InputError("--bytes: multiples of 4, as values are float32")
     group = Group(args.ranks)
@@ -218,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

@@ -6,16 +6,9 @@ import sys
 
 from checkpoints.checkpoint import Checkpoint
 from gpt_oss_megakernel import MegaModel
-from host.cli import positive_int
 from multi_gpu.group import Group, restart_by_torchrun
-from multi_gpu.protocol import LAYOUTS, check_ranks
+from multi_gpu.protocol import check_ranks
 from multi_gpu.ranks import RankModel
-
-
-def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --gpus and --layout, which open_group reads."""
-    parser.add_argument("--gpus", metavar="N", type=positive_int, help="split the model over N GPUs of this machine")
-    parser.add_argument("--layout", choices=LAYOUTS, default="tp", help="how several GPUs share the model; default: tp")
 
 
 def open_group(args: argparse.Namespace) -> Group | None:

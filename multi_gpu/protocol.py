@@ -30,7 +30,6 @@ from dataclasses import dataclass, replace
 from checkpoints.config import MXFP4_GROUP, ModelConfig
 from system.errors import InputError
 
-LAYOUTS = ("roles", "tp")
 TP_RANKS = (1, 2, 4, 8)
 ROLES_RANKS = (2, 3, 5)  # one for attention, router and tail; 1, 2 or 4 for the experts
 

@@ -17,22 +17,16 @@ import contextlib
 import os
 
 from checkpoints.config import held_formats
+from command_line.run import run_main
+from command_line.scripts import arguments
 from host import cli, generation
 from host.limits import context_length
 from host.sampling import Sampling
 from load_model import files_of, open_model
 from multi_gpu.group import Group
-from multi_gpu.protocol import LAYOUTS, check_ranks
+from multi_gpu.protocol import check_ranks
 from multi_gpu.ranks import RankModel
 from system.errors import InputError
-
-
-def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    """--layout and --ranks."""
-    parser.add_argument("--layout", choices=LAYOUTS, default="tp", help="how ranks share the model; default: tp")
-    parser.add_argument(
-        "--ranks", metavar="N", type=cli.positive_int, help="run N ranks in the CPU interpreter, without torchrun"
-    )
 
 
 def facts_of(args: argparse.Namespace, checkpoint) -> dict:
@@ -44,14 +38,7 @@ def facts_of(args: argparse.Namespace, checkpoint) -> dict:
 
 
 def main() -> None:
-    args = cli.parse_arguments(
-        "GPT-OSS decoded by one persistent kernel launch per token and GPU.",
-        cli.add_model_arguments,
-        cli.add_prompt_arguments,
-        cli.add_kernel_arguments,
-        cli.add_sampling_arguments,
-        add_rank_arguments,
-    )
+    args = arguments("multi_gpu/run_multi_gpu.py")
     sampling = cli.sampling_of(args)
     if sampling.leaves_out and args.layout == "roles":
         raise InputError("--layout roles: a rank with experts has no logits to leave tokens out of; use --layout tp")
@@ -105,4 +92,4 @@ def run(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

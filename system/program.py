@@ -1,6 +1,6 @@
 """Handle the signals that end a program, and standard streams that may be closed, full or disconnected.
 
-host.cli.run_main does both around a script's main. This module imports nothing that is slow or may be missing.
+command_line.run.run_main does both around a script's main. This module imports nothing that is slow or may be missing.
 """
 
 import contextlib

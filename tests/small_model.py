@@ -9,7 +9,7 @@ import tokenizers
 from made_up_models import MemoryCheckpoint, loud_checkpoint, small_config
 
 from checkpoints.checkpoint import write_checkpoint
-from host.cli import run_main
+from command_line.run import run_main
 from tokenizer_util import BYTE_OF_CHARACTER
 
 SPECIALS = ("<|start|>", "<|message|>", "<|end|>")

@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
+from command_line.parser import ArgumentParser, positive_int
+from command_line.run import EXIT_FAILURE, run_main
 from system.errors import InputError
 from tools.machine_code import ERROR, VERSION
 

@@ -21,8 +21,10 @@ from triton.compiler import CompiledKernel
 
 import prefill
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
+from command_line.parser import ArgumentParser, positive_int
+from command_line.run import run_main
 from common.build import Build
-from host.cli import ArgumentParser, path_name, positive_int, run_main
+from host.cli import path_name
 from host.launch import LAUNCH_TABLE
 from tools.compile_report import (
     PATHS,

@@ -17,13 +17,16 @@ import torch
 
 from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import GPT_OSS_120B
-from host.cli import ArgumentParser, path_name, run_main
+from command_line.options import LAYOUTS
+from command_line.parser import ArgumentParser
+from command_line.run import run_main
+from host.cli import path_name
 from host.launch import LAUNCH_TABLE, programs_on
 from host.weights import Weights, held_fields, weight_shapes
 from multi_gpu.checkpoint import ShareCheckpoint
 from multi_gpu.heap import Buffer, PeerPointer
 from multi_gpu.prompts import prefill_of
-from multi_gpu.protocol import FIRST_EPOCH, LAYOUTS, shares_of
+from multi_gpu.protocol import FIRST_EPOCH, shares_of
 from multi_gpu.ranks import Rank, RankModel
 from prefill import Launch
 from tools.compile_report import TARGETS, UNITS, amd_report, compile_kernel, nvidia_report, print_reports

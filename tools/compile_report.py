@@ -30,9 +30,11 @@ from triton.compiler import ASTSource, CompiledKernel
 
 import gpt_oss_megakernel as mega
 from checkpoints.config import BF16, FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats, ModelConfig
+from command_line.parser import ArgumentParser
+from command_line.run import run_main
 from common.build import Build, Matrix, Operand
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
-from host.cli import ArgumentParser, path_name, run_main
+from host.cli import path_name
 from host.launch import GFX950, LAUNCH_TABLE, programs_on
 from host.state import State, new_state
 from host.tuning import Tuning

@@ -51,7 +51,7 @@ from checkpoints.iris_format import (
     seal,
 )
 from checkpoints.iris_writer import write_archive
-from host.cli import run_main
+from command_line.run import run_main
 from load_iris import open_archive
 from tools.fuzzing import JSON_VALUES, MOST_SECONDS, count, outcome, parse_arguments
 

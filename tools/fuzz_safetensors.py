@@ -24,7 +24,7 @@ import torch
 
 from checkpoints.checkpoint import WEIGHTS_NAME, RandomCheckpoint, write_checkpoint
 from checkpoints.config import ModelConfig, expected_tensors
-from host.cli import run_main
+from command_line.run import run_main
 from load_hf import open_checkpoint
 from tools.fuzzing import JSON_VALUES, MOST_SECONDS, count, outcome, parse_arguments
 

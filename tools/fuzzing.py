@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from huggingface_hub.utils import tqdm
 
-from host.cli import EXIT_FAILURE, ArgumentParser, positive_int
+from command_line.parser import ArgumentParser, positive_int
+from command_line.run import EXIT_FAILURE
 from system.errors import InputError
 
 MOST_SECONDS = 2.0

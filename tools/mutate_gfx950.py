@@ -25,7 +25,8 @@ import torch
 
 from checkpoints.checkpoint import RandomCheckpoint, WithoutStopIds
 from checkpoints.config import ModelConfig
-from host.cli import ArgumentParser, positive_int, run_main
+from command_line.parser import ArgumentParser, positive_int
+from command_line.run import run_main
 from measure.report import markdown_table, progress, write_file
 from system.errors import LogitsNotFinite, MegakernelAborted
 from system.output_file import output_path

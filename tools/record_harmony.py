@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from checkpoints.harmony import REASONING_EFFORTS
-from host.cli import run_main
+from command_line.run import run_main
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "checkpoints" / "harmony_conversations.json.gz"
 CONVERSATIONS, SCHEMAS = 200, 200

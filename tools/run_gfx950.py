@@ -22,10 +22,11 @@ import time
 
 import torch
 
+from command_line.run import EXIT_FAILURE, run_main
+from command_line.scripts import arguments
 from host import cli, generation
 from load_model import files_of, open_model
 from measure.report import write_file
-from system.output_file import output_path
 from tools.gfx950.emulator import STRICT, Conditions
 from tools.gfx950.model import TARGET, EmulatedModel, Log
 
@@ -33,22 +34,8 @@ N_PROGRAMS = 4
 N_NAMES = 12  # of instructions in the report
 
 
-def add_emulator_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --plain, --wave-seed, --quantum and --log."""
-    parser.add_argument("--plain", action="store_true", help="memory without delays and caches, waves in turn: faster")
-    parser.add_argument("--wave-seed", metavar="N", type=int, default=STRICT.seed, help="order of waves; 0: in turn")
-    parser.add_argument(
-        "--quantum",
-        metavar="N",
-        type=cli.positive_int,
-        default=STRICT.quantum,
-        help="instructions that a wave runs at a time, at most; default: %(default)s",
-    )
-    parser.add_argument("--log", metavar="FILE", type=output_path, help="write what was executed as JSON")
-
-
 def conditions_of(args: argparse.Namespace) -> Conditions:
-    """Return what the options of add_emulator_arguments ask for."""
+    """Return the conditions that the command line asks for."""
     if args.plain:
         return Conditions()
     return dataclasses.replace(STRICT, seed=args.wave_seed, quantum=args.quantum)
@@ -77,14 +64,7 @@ def log_text(log: Log, seconds: float) -> str:
 
 
 def main() -> None:
-    args = cli.parse_arguments(
-        "The megakernel's gfx950 machine code, executed on a CPU.",
-        cli.add_model_arguments,
-        cli.add_prompt_arguments,
-        cli.add_kernel_arguments,
-        cli.add_sampling_arguments,
-        add_emulator_arguments,
-    )
+    args = arguments("tools/run_gfx950.py")
     sampling = cli.sampling_of(args)
     generation.check_outputs(args)
     checkpoint, tokenizer = open_model(args, torch.device("cpu"))
@@ -100,8 +80,8 @@ def main() -> None:
     if args.log:
         write_file("--log", args.log, log_text(log, seconds).encode(), files_of(checkpoint))
     if log.findings:
-        raise SystemExit(cli.EXIT_FAILURE)
+        raise SystemExit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_main(main))
+    sys.exit(run_main(main))

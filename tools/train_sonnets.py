@@ -36,7 +36,8 @@ except ImportError:
     transformers = None  # --help needs none
 
 from checkpoints.harmony import chat_ids, chat_text
-from host.cli import EXIT_FAILURE, ArgumentParser, positive_int, run_main
+from command_line.parser import ArgumentParser, positive_int
+from command_line.run import EXIT_FAILURE, run_main
 from system.errors import InputError
 from tokenizer_util import Tokenizer
 

@@ -634,7 +634,7 @@ FORKS = """
 import json, os, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 import convert_to_iris
-from host.cli import run_main
+from command_line.run import run_main
 
 def figures(pid):
     with open(f"/proc/{pid}/status") as status:

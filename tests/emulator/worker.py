@@ -22,7 +22,7 @@ from shipped import FOLDER
 
 from checkpoints.checkpoint import RandomCheckpoint, WithoutStopIds
 from checkpoints.config import GPT_OSS_120B, DenseFormats
-from host.cli import run_main
+from command_line.run import run_main
 from host.decoder import Decoder
 from load_model import open_checkpoint
 from measure.random_cache import fill_cache

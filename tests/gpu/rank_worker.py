@@ -21,7 +21,7 @@ import torch
 
 from checkpoints.checkpoint import RandomCheckpoint, WithoutStopIds
 from checkpoints.config import PRESETS, DenseFormats
-from host.cli import run_main
+from command_line.run import run_main
 from host.decoder import Decoder
 from load_model import open_checkpoint
 from multi_gpu.group import Group

@@ -17,10 +17,11 @@ import bench_islosl
 import bench_tpot
 from checkpoints.checkpoint import TOKENIZER_NAME, RandomCheckpoint, WithoutStopIds
 from checkpoints.config import GPT_OSS_120B, ModelConfig
+from command_line.options import DEFAULT_MODEL
+from command_line.run import run_main
 from endpoint import app, server, worker
 from gpt_oss_megakernel import MegaModel
 from host.backend import usable_device
-from host.cli import DEFAULT_MODEL, run_main
 from tokenizer_util import Tokenizer
 
 OUTPUT_TOKENS = 65

@@ -18,8 +18,8 @@ from test_megakernel_on_gpu import (
 from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
 from checkpoints.fp8 import quantize_fp8
+from command_line.options import DEFAULT_MODEL
 from gpt_oss_megakernel import MegaModel
-from host.cli import DEFAULT_MODEL
 from load_hf import open_checkpoint
 from reference import Reference
 

@@ -8,8 +8,8 @@ from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import FP8_GROUPS, FP8_ROWS, GPT_OSS_120B, DenseFormats
 from checkpoints.fp8 import QuantizedCheckpoint
 from checkpoints.iris_writer import write_archive
+from command_line.options import DEFAULT_MODEL
 from gpt_oss_megakernel import MegaModel
-from host.cli import DEFAULT_MODEL
 from host.launch import tuning_for
 from host.upload import Uploader
 from host.weights import Weights, load_weights

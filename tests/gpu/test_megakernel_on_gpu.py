@@ -13,8 +13,8 @@ from made_up_models import ODD_SIZES, loud_checkpoint, random_token_ids, small_c
 from checkpoints.checkpoint import RandomCheckpoint
 from checkpoints.config import GPT_OSS_120B, ModelConfig
 from checkpoints.harmony import chat_ids
+from command_line.options import DEFAULT_MODEL, DEMO_CHAT
 from gpt_oss_megakernel import MegaModel
-from host.cli import DEFAULT_MODEL, DEMO_CHAT
 from host.launch import tuning_for
 from load_hf import open_checkpoint
 from reference import Reference

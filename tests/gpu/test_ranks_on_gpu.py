@@ -17,8 +17,8 @@ from test_megakernel_on_gpu import QUANT_TOLERANCE, TOLERANCE
 
 from checkpoints.config import FP8_GROUPS, FP8_ROWS
 from checkpoints.harmony import chat_ids
+from command_line.options import DEMO_CHAT
 from gpt_oss_megakernel import MegaModel
-from host.cli import DEMO_CHAT
 from tokenizer_util import Tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("iris") is None, reason="Iris is not installed")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import gpt_oss_megakernel
+from command_line.options import DEFAULT_MODEL
 from gpt_oss_megakernel import MegaModel
-from host import backend, cli, devices
+from host import backend, devices
 from host.compilers import compile_errors, quiet_compilers
 from system.errors import InputError
 
@@ -113,7 +114,7 @@ def test_nothing_is_loaded_for_a_gpu_that_is_refused(device, gpus, monkeypatch):
     monkeypatch.setattr(gpt_oss_megakernel, "open_checkpoint", opened)
     gpus(nvidia("A100"))
     with pytest.raises(InputError, match=r"compute capability 8\.0") as error:
-        MegaModel.from_pretrained(cli.DEFAULT_MODEL, device=device)
+        MegaModel.from_pretrained(DEFAULT_MODEL, device=device)
     assert len(str(error.value).splitlines()) == 1
 
 

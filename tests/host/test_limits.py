@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_model import assert_rejected
 
+from command_line.run import run_main
 from host import limits
-from host.cli import run_main
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
+from command_line.comparison import METRICS
 from measure import accuracy
 from measure.accuracy import (
     BLOCK_ROWS,
-    METRICS,
     Positions,
     compare,
     confidence_bins,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import gpt_oss_megakernel
+from command_line.options import DEFAULT_MODEL
 from gpt_oss_megakernel import MegaModel
-from host.cli import DEFAULT_MODEL
 from host.phases import PHASE_NAMES, barrier_name, phases_of_token
 from load_hf import open_checkpoint
 from measure.trace import (

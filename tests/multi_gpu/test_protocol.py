@@ -7,12 +7,12 @@ import pytest
 from made_up_models import small_config
 
 from checkpoints.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
+from command_line.options import LAYOUTS
 from host.phases import PHASE_NAMES, PHASES
 from multi_gpu.protocol import (
     EPOCH_STEP,
     FIRST_EPOCH,
     LAST_EPOCH,
-    LAYOUTS,
     ROLES_RANKS,
     TP_RANKS,
     check_ranks,

@@ -62,7 +62,10 @@ def test_logits_are_written_once(run, tmp_path):
         (["--layout", "roles", "--ranks", 4], "--layout roles: 4 ranks; it takes 2, 3, 5"),
         ([], "no GPU is available: --ranks N runs N ranks in the CPU interpreter"),
         (["--layout", "tp", "--ranks", 8], "--layout tp: 2 scale groups of the experts cannot be split over 8 ranks"),
-        (["--ranks", 0], "argument --ranks: '0' is not a positive integer"),
+        (
+            ["--ranks", 0],
+            "argument --ranks: '0' is not a positive integer (see python multi_gpu/run_multi_gpu.py --help)",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(words, text, run):

@@ -1,5 +1,6 @@
 """acc_eval.py: what it feeds, reports and refuses, and that it finds mistakes and nothing else."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -16,15 +17,14 @@ from torch.nn.functional import cross_entropy
 
 import acc_eval
 import gpt_oss_megakernel
-from acc_eval import OpenSide, Plan, Side, Stream, Window, cut, cut_all, evaluate, greedy_stream, open_side
+from acc_eval import OpenSide, Plan, Stream, Window, cut, cut_all, evaluate, greedy_stream, open_side
 from checkpoints.checkpoint import write_checkpoint
 from checkpoints.config import PRESETS, DenseFormats
 from checkpoints.harmony import chat_ids
+from command_line.comparison import METRICS, SIDE_NAMES, Side
+from command_line.options import DEFAULT_MODEL, DEMO_CHAT
 from host import decoder
-from host.cli import DEFAULT_MODEL, DEMO_CHAT
-from measure.accuracy import METRICS
 from reference import Reference
-from system.errors import InputError
 from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -469,11 +469,11 @@ def test_sides_with_fp8():
     assert Side.parse("default+fp8-qkv+fp8-router").dense == DenseFormats(qkv="fp8-row", router="fp8-row")
     assert Side.parse("default").dense == DenseFormats()
     for text in ("default+fp8", "default+scale-32", "default+", "fp8-attn", "quant+fp8-attn+x", "+fp8-attn", ""):
-        with pytest.raises(InputError, match="is not one of the sides"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not one of the sides"):
             Side.parse(text)
 
 
-@pytest.mark.parametrize("name", [*acc_eval.SIDE_NAMES, *FP8_SIDES])
+@pytest.mark.parametrize("name", [*SIDE_NAMES, *FP8_SIDES])
 def test_sides_are_what_their_names_say(checkpoint, name):
     side = Side.parse(name)
     opened = open_side(side, checkpoint, 16, CPU)
@@ -703,6 +703,6 @@ def test_the_exit_code_of_the_program(folder, text):
     assert "| top1 |" in done.stdout
 
 
-def test_an_unknown_side_is_an_input_error():
-    with pytest.raises(InputError, match="'' is not one of the sides"):
+def test_an_unknown_side_is_a_usage_error():
+    with pytest.raises(argparse.ArgumentTypeError, match="'' is not one of the sides"):
         Side.parse("")

@@ -12,8 +12,8 @@ from small_model import assert_rejected, run_script
 import bench_tpot
 from bench_tpot import Measurement, Plan, Report, json_text, markdown, plan_for, write_plot
 from checkpoints.config import GPT_OSS_120B
+from command_line.options import DEFAULT_MODEL
 from gpt_oss_megakernel import MegaModel
-from host.cli import DEFAULT_MODEL
 from host.limits import required_bytes
 from load_hf import open_checkpoint
 from measure.bandwidth import Bandwidth

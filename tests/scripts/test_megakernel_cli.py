@@ -21,9 +21,10 @@ import gpt_oss_megakernel
 from checkpoints.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from checkpoints.config import PRESETS
 from checkpoints.harmony import chat_ids
+from command_line.options import DEMO_CHAT
 from common.barrier import ABORT
 from gpt_oss_megakernel import MegaModel
-from host import cli, limits
+from host import limits
 from host.state import State
 from load_hf import open_checkpoint
 from reference import Reference
@@ -134,7 +135,7 @@ def test_an_open_pipe_without_text_is_not_waited_for(run_json, monkeypatch):
     monkeypatch.setattr(sys, "stdin", os.fdopen(reader))
     demo = run_json("--max-new-tokens", 1)["prompt_ids"]
     os.close(writer)
-    assert run_json("--chat", cli.DEMO_CHAT, "--max-new-tokens", 1)["prompt_ids"] == demo
+    assert run_json("--chat", DEMO_CHAT, "--max-new-tokens", 1)["prompt_ids"] == demo
 
 
 def test_text_streams_token_by_token(run, monkeypatch):
@@ -151,7 +152,7 @@ def test_text_streams_token_by_token(run, monkeypatch):
     assert len(set(n_seen)) > 4, "the text came in few pieces"
 
 
-@pytest.mark.parametrize(("words", "message"), [(["--chat", "Hi"], "Hi"), ([], cli.DEMO_CHAT)])
+@pytest.mark.parametrize(("words", "message"), [(["--chat", "Hi"], "Hi"), ([], DEMO_CHAT)])
 def test_chat_wraps_the_message_and_the_demo_is_the_default(run_json, folder, monkeypatch, words, message):
     monkeypatch.setattr(MegaModel, "generate", lambda *args: iter([65]))  # hundreds of bytes make a slow prompt
     result = run_json(*words, "--max-new-tokens", 1)

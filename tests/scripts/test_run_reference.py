@@ -15,8 +15,8 @@ from small_model import REPORT_KEYS, assert_rejected, run_script
 
 import run_reference
 from checkpoints.harmony import chat_ids
+from command_line.options import DEMO_CHAT
 from host import limits
-from host.cli import DEMO_CHAT
 from reference import Reference
 from tokenizer_util import Tokenizer
 

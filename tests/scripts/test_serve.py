@@ -21,7 +21,9 @@ from threads import together
 
 import serve
 from checkpoints.harmony import chat_ids
-from host.cli import DEFAULT_MODEL
+from command_line.options import DEFAULT_MODEL
+from command_line.parser import ArgumentParser
+from command_line.scripts import add_server_arguments
 from tokenizer_util import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -202,8 +204,8 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch, capsys):
 
 
 def test_the_key_of_the_environment(monkeypatch):
-    parser = serve.cli.ArgumentParser()
-    serve.add_server_arguments(parser)
+    parser = ArgumentParser()
+    add_server_arguments(parser)
     assert serve.api_key_of(parser.parse_args([])) is None
     monkeypatch.setenv(serve.KEY_VARIABLE, "secret")
     assert serve.api_key_of(parser.parse_args([])) == "secret"

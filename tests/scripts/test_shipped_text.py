@@ -5,8 +5,8 @@ import torch
 import transformers_model
 
 from checkpoints.harmony import chat_ids
+from command_line.options import DEFAULT_MODEL, DEMO_CHAT
 from gpt_oss_megakernel import MegaModel
-from host.cli import DEFAULT_MODEL, DEMO_CHAT
 from tokenizer_util import Tokenizer
 
 SONNET_18 = """\

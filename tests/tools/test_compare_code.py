@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.config import PRESETS
-from host.cli import run_main
+from command_line.run import run_main
 from tools import compare_code, launches
 from tools.compile_report import PATHS, TARGETS
 from tools.machine_code import amd_code, amd_figures, nvidia_code, nvidia_figures, ttir_key

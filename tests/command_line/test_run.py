@@ -1,4 +1,4 @@
-"""host.cli.run_main: how a script ends."""
+"""command_line.run.run_main: how a script ends; host.start: what goes wrong before its main."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from host.cli import run_main
+from command_line.run import run_main
 from host.generation import stream_generation
 from system import program
 from system.errors import InputError, RunsDiffer, printable
@@ -197,7 +197,7 @@ def test_deferred_signals_interrupt_only_where_it_is_asked_for():
 FORKS = """
 import argparse, json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
-from host.cli import run_main
+from command_line.run import run_main
 from system.errors import InputError
 from huggingface_hub.utils import tqdm
 
