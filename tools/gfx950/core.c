@@ -408,7 +408,9 @@ static int memory(Machine *m, Wave *w, const Instruction *ins) { /* issue: the q
     for (int k = 0; k < ins->bytes / 4; k++) w->scalar_pending[ins->dst.value + k]++;
   } else if (ins->access == ACCESS_PERMUTE) {
     permute(w, ins, p);
-  } else if (ins->access != ACCESS_WRITE_BACK) {
+  } else if (ins->access == ACCESS_WRITE_BACK) {
+    if (ins->scope) race_issue_write_back(&m->races, wave_index(m, w));
+  } else {
     set_addresses(w, ins, p);
     if (ins->access != ACCESS_STORE) memset(p->data2, 0, sizeof p->data2);
     if (ins->src[1].kind)

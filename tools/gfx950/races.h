@@ -4,11 +4,11 @@
  * each barrier and each write-back. Clocks are passed on
  *
  *     at s_barrier          between the waves of a workgroup
- *     by buffer_wbl2 sc1    to atomics of this wave that follow: what it had seen then is now written back
+ *     by buffer_wbl2 sc1    to atomics of this wave behind the wait for it: what it had seen when that was issued
  *     by an atomic          to whoever accesses the same word by an atomic, or loads it past all caches
  *     by buffer_inv sc1     from these to the wave: only now are they of use
  *
- * A store counts when it is performed, so that one still in flight at a barrier comes after it.
+ * A store counts when it is performed, so that one still in flight at a barrier or a write-back comes after it.
  */
 enum { GRANULE = 16, MAX_CLOCK_WAVES = 64 }; /* bytes whose last reads are kept together */
 
@@ -18,7 +18,7 @@ typedef struct { u64 address; Clock clock; } Sync;                           /* 
 typedef struct {
   int n_waves;
   Shadow *shadows; /* of each region */
-  Clock *now, *released, *offered;
+  Clock *now, *issued, *released, *offered; /* issued: when the last write-back was */
   Sync *syncs;
   int n_syncs;
 } Races;
@@ -32,7 +32,7 @@ static void start_races(Races *r, const Launch *launch, const Region *regions) {
   int n = launch->n_workgroups * launch->waves_per_workgroup;
   if (!(launch->mode & MODE_CHECK_RACES) || n > MAX_CLOCK_WAVES) return;
   *r = (Races){n, calloc(launch->n_regions, sizeof(Shadow)), calloc(n, sizeof(Clock)), calloc(n, sizeof(Clock)),
-               calloc(n, sizeof(Clock)), calloc(MAX_SYNCS, sizeof(Sync)), 0};
+               calloc(n, sizeof(Clock)), calloc(n, sizeof(Clock)), calloc(MAX_SYNCS, sizeof(Sync)), 0};
   for (int i = 0; i < n; i++) r->now[i][i] = 1;
   for (int i = 0; i < launch->n_regions; i++) {
     u64 size = regions[i].size + 1;
@@ -43,7 +43,7 @@ static void start_races(Races *r, const Launch *launch, const Region *regions) {
 static void end_races(Races *r, const Launch *launch) {
   for (int i = 0; r->n_waves && i < launch->n_regions; i++)
     free(r->shadows[i].writer), free(r->shadows[i].written), free(r->shadows[i].read);
-  free(r->shadows), free(r->now), free(r->released), free(r->offered), free(r->syncs);
+  free(r->shadows), free(r->now), free(r->issued), free(r->released), free(r->offered), free(r->syncs);
 }
 
 /* Record an access by wave number `wave` of all. Return a wave whose access it races with, or -1. */
@@ -78,10 +78,13 @@ static void synchronize(Races *r, int wave, u64 address, int passes_on) {
   join(r->offered[wave], clock, r->n_waves);
   if (passes_on) join(clock, r->released[wave], r->n_waves);
 }
-static void race_write_back(Races *r, int wave) {
+static void race_issue_write_back(Races *r, int wave) {
   if (!r->n_waves) return;
-  memcpy(r->released[wave], r->now[wave], sizeof(Clock));
+  memcpy(r->issued[wave], r->now[wave], sizeof(Clock));
   r->now[wave][wave]++;
+}
+static void race_write_back(Races *r, int wave) {
+  if (r->n_waves) memcpy(r->released[wave], r->issued[wave], sizeof(Clock));
 }
 static void race_invalidate(Races *r, int wave) {
   if (r->n_waves) join(r->now[wave], r->offered[wave], r->n_waves);

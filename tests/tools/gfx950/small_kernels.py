@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import triton
 import triton.language as tl
 
+from common.gfx950.asm import publish
+
 N_WARPS = 4
 N_PROGRAMS = 6  # of the grid barrier
 
@@ -93,11 +95,16 @@ def atomics(x_ptr, sum_ptr, max_ptr, last_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_of_all(x_ptr, part_ptr, out_ptr, sync_ptr, n_programs, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr):
+def sum_of_all(
+    x_ptr, part_ptr, out_ptr, sync_ptr, n_programs, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, DRAINS: tl.constexpr
+):
     """Each program sums a part, passes a grid barrier, and sums the parts."""
     program, i = tl.program_id(0), tl.arange(0, BLOCK)
     tl.store(part_ptr + program, tl.sum(tl.load(x_ptr + program * BLOCK + i), 0))
-    tl.debug_barrier()
+    if DRAINS:
+        publish()
+    else:
+        tl.debug_barrier()
     tl.atomic_add(sync_ptr, 1, sem="release", scope="gpu")
     arrived = 0
     while arrived < n_programs:
@@ -132,7 +139,10 @@ CASES = {
     "convert": Case(convert, "*fp32 *fp16 *bf16 *fp8e4nv *i32", {"BLOCK": 1024}),
     "integers": Case(integers, "*i32 *i32 *i32", {"BLOCK": 256}),
     "atomics": Case(atomics, "*i32 *i32 *i32 *i32", {"BLOCK": 256}),
-    "sum_of_all": Case(sum_of_all, "*fp32 *fp32 *fp32 *i32 i32", {"BLOCK": 256, "PROGRAMS": 8}),
+    **{
+        name: Case(sum_of_all, "*fp32 *fp32 *fp32 *i32 i32", {"BLOCK": 256, "PROGRAMS": 8, "DRAINS": drains})
+        for name, drains in (("sum_of_all", 1), ("sum_of_all, undrained", 0))
+    },
     **{
         f"dot {dtype} {m} {n} {k}": Case(dot, f"*{dtype} *{dtype} *fp32", sizes(m, n, k))
         for dtype in DOT_TYPES
