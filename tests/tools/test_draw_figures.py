@@ -10,7 +10,7 @@ from host.phases import PHASE_NAMES, barrier_name, phases_of_token
 from tools import draw_figures
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("system", "checkpoints", "common", "interpreter", "host", "measure", "multi_gpu", "tools")
+ROOMS = ("system", "command_line", "checkpoints", "common", "interpreter", "host", "measure", "multi_gpu", "tools")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SVG = "{http://www.w3.org/2000/svg}"
 TIMES = """
