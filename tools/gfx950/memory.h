@@ -232,7 +232,7 @@ static int wave_index(const Machine *m, const Wave *w) {
   return w->workgroup * m->launch->waves_per_workgroup + w->number;
 }
 /* What an access says about the order of waves: scoped ones and atomics order them, others must be ordered. */
-static void check_order(Machine *m, const Wave *w, const Instruction *ins, u64 at) {
+static void check_order(Machine *m, const Wave *w, const Instruction *ins, u64 at, const u8 *stored) {
   if (!m->races.n_waves) return;
   int wave = wave_index(m, w), is_atomic = ins->access == ACCESS_ATOMIC;
   if (is_atomic || ins->scope) {
@@ -240,7 +240,7 @@ static void check_order(Machine *m, const Wave *w, const Instruction *ins, u64 a
     return;
   }
   Region *r = region_of(m, at, ins->bytes);
-  int other = record_access(&m->races, r, r - m->regions, wave, at, ins->bytes, ins->access == ACCESS_STORE);
+  int other = record_access(&m->races, r, r - m->regions, wave, at, ins->bytes, stored);
   if (other >= 0 && other / m->launch->waves_per_workgroup != w->workgroup) report(m, w, ins, PROBLEM_RACE, other, at);
 }
 static void access_lane(Machine *m, Wave *w, Pending *p, int lane, int piece, u32 *loaded) {
@@ -254,7 +254,7 @@ static void access_lane(Machine *m, Wave *w, Pending *p, int lane, int piece, u3
   if (ins->half == 2) stored[0] >>= 16;
   if (is_lds && m->launch->mode & MODE_CHECK_LDS)
     check_lds(m, w, ins, at, n, ins->access == ACCESS_STORE ? (u8 *)stored : NULL);
-  if (!is_lds) check_order(m, w, ins, at);
+  if (!is_lds) check_order(m, w, ins, at, ins->access == ACCESS_STORE ? (u8 *)stored : NULL);
   u8 *to = (u8 *)loaded + piece * n;
   if (ins->access == ACCESS_LOAD) {
     if (is_lds) memcpy(to, place, n);

@@ -13,7 +13,7 @@
 enum { GRANULE = 16, MAX_CLOCK_WAVES = 64 }; /* bytes whose last reads are kept together */
 
 typedef u32 Clock[MAX_CLOCK_WAVES];
-typedef struct { u8 *writer; u32 *written, (*read)[MAX_CLOCK_WAVES]; } Shadow; /* of a region: the last accesses' counts */
+typedef struct { u8 *writer, *value; u32 *written, (*read)[MAX_CLOCK_WAVES]; } Shadow; /* of a region: the last accesses' counts */
 typedef struct { u64 address; Clock clock; } Sync;                           /* a word of atomics */
 typedef struct {
   int n_waves;
@@ -37,29 +37,34 @@ static void start_races(Races *r, const Launch *launch, const Region *regions) {
   for (int i = 0; i < launch->n_regions; i++) {
     u64 size = regions[i].size + 1;
     if (regions[i].is_writable)
-      r->shadows[i] = (Shadow){calloc(size, 1), calloc(size, 4), calloc(size / GRANULE + 2, sizeof(Clock))};
+      r->shadows[i] = (Shadow){calloc(size, 1), calloc(size, 1), calloc(size, 4), calloc(size / GRANULE + 2, sizeof(Clock))};
   }
 }
 static void end_races(Races *r, const Launch *launch) {
   for (int i = 0; r->n_waves && i < launch->n_regions; i++)
-    free(r->shadows[i].writer), free(r->shadows[i].written), free(r->shadows[i].read);
+    free(r->shadows[i].writer), free(r->shadows[i].value), free(r->shadows[i].written), free(r->shadows[i].read);
   free(r->shadows), free(r->now), free(r->issued), free(r->released), free(r->offered), free(r->syncs);
 }
 
-/* Record an access by wave number `wave` of all. Return a wave whose access it races with, or -1. */
-static int record_access(Races *r, const Region *region, int index, int wave, u64 at, int n, int is_store) {
+/* Record an access by wave number `wave` of all. Return a wave whose access it races with, or -1.
+ *
+ * stored: the bytes of a store, NULL of a load. Several waves may store the same value in any order.
+ */
+static int record_access(Races *r, const Region *region, int index, int wave, u64 at, int n, const u8 *stored) {
   Shadow *s = &r->shadows[index];
   if (!r->n_waves || !s->writer) return -1;
   const u32 *now = r->now[wave];
   int other = -1;
   for (u64 k = at - region->base, end = k + n; k < end; k++) {
-    if (s->written[k] > now[s->writer[k]]) other = s->writer[k];
-    if (!is_store) {
+    int is_same = stored && s->value[k] == stored[k - (at - region->base)];
+    if (s->written[k] > now[s->writer[k]] && !is_same) other = s->writer[k];
+    if (!stored) {
       s->read[k / GRANULE][wave] = now[wave];
       continue;
     }
     for (int i = 0; i < r->n_waves; i++)
       if (i != wave && s->read[k / GRANULE][i] > now[i]) other = i;
+    s->value[k] = stored[k - (at - region->base)];
     s->writer[k] = wave;
     s->written[k] = now[wave];
   }
