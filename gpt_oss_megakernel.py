@@ -437,9 +437,9 @@ class MegaModel(Decoder):
         device: torch.device | str | None = None,
         **options,
     ) -> "MegaModel":
-        """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id.
+        """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id, with its tokenizer if it has one.
 
-        The model gets the tokenizer, if there is one. See Decoder for the options and for the errors that are raised.
+        See Decoder for the options and for the errors that are raised.
         """
         device = usable_device(device)  # before anything is loaded
         checkpoint = open_checkpoint(path)

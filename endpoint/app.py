@@ -15,13 +15,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from checkpoints.harmony import DEFAULT_SETTING, Setting
+from host.answers import Event, Finished, Order, chat_order, completion_order
 from endpoint.errors import SERVER, ApiError
 from endpoint.requests import ChatRequest, CompletionRequest, RequestType, parse
 from endpoint.requests import Request as ApiRequest
 from endpoint.responses import DONE, ChatForm, CompletionForm, ResponseForm, server_sent
 from endpoint.translation import messages_of, prompt_of, sampling_of, setting_of, token_limit
 from endpoint.worker import Job, Worker
-from host.answers import Event, Finished, Order, chat_order, completion_order
 
 CLIENT_GONE = 499  # a status that nobody receives
 JSON = "application/json"

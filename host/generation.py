@@ -140,9 +140,6 @@ class Generation:
     finish: str  # "stop" behind a stop token, "length" at --max-new-tokens or the context's end
     temperature: float = 0.0
     seed: int | None = None  # with which the answer can be drawn again
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
 
 
 def print_answer(
@@ -215,9 +212,6 @@ def stream_generation(
         finish="stop" if stopped else "length",
         temperature=sampling.temperature,
         seed=sampling.seed if sampling.temperature else None,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
     )
     print(json.dumps(generation.__dict__) if as_json else "", flush=True)
     if not as_json:

@@ -26,9 +26,6 @@ REPORT_KEYS = [
     "finish",
     "temperature",
     "seed",
-    "top_k",
-    "top_p",
-    "min_p",
 ]  # --json
 
 
