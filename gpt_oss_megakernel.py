@@ -42,7 +42,6 @@ from load_model import files_of, open_checkpoint, open_model
 from measure import trace
 from prefill import Launch, Prefill
 from system.errors import InputError
-from tokenizer_util import Tokenizer
 
 AMONG_RANKS = tl.constexpr(True)  # barriers of all GPUs that share the model
 
@@ -437,16 +436,12 @@ class MegaModel(Decoder):
         device: torch.device | str | None = None,
         **options,
     ) -> "MegaModel":
-        """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id, with its tokenizer if it has one.
+        """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id.
 
         See Decoder for the options and for the errors that are raised.
         """
         device = usable_device(device)  # before anything is loaded
-        checkpoint = open_checkpoint(path)
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        model = cls(checkpoint, quant, max_context, device, **options)
-        model.tokenizer = tokenizer
-        return model
+        return cls(open_checkpoint(path), quant, max_context, device, **options)
 
     def _new_prefill(self) -> Prefill:
         return Prefill(self.config, self.build, self.blocks, self.weights, self.state)

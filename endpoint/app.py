@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from checkpoints.harmony import DEFAULT_SETTING, Setting
-from host.answers import Event, Finished, Order, chat_order, completion_order
+from endpoint.answers import Event, Finished, Order, chat_order, completion_order
 from endpoint.errors import SERVER, ApiError
 from endpoint.requests import ChatRequest, CompletionRequest, RequestType, parse
 from endpoint.requests import Request as ApiRequest

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from host.answers import CONTENT, CallArguments, CallStart, Event, Finished, Text
+from endpoint.answers import CONTENT, CallArguments, CallStart, Event, Finished, Text
 
 DONE = b"data: [DONE]\n\n"
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from checkpoints.config import DenseFormats, ModelConfig, check_token, checkpoin
 from common.argmax import NOT_FINITE
 from common.barrier import ABORT
 from common.build import Build
-from host import talk
 from host.backend import usable_device
 from host.compilers import compile_errors
 from host.launch import blocks_for, check_program_count, program_count, tuning_for, with_shorter_ring
@@ -26,7 +25,6 @@ from host.limits import check_memory, context_length
 from host.phases import PHASES, barrier_name
 from host.sampling import GREEDY, Sampling
 from host.state import State, new_state
-from host.talk import Answer
 from host.tuning import BlockTuning, Tuning
 from host.weights import Weights, bytes_to_load, load_weights, weights_in_place
 from system.arguments import boolean, function_or_none, instance, integer, integer_or_none, integers, one_of
@@ -50,7 +48,6 @@ class Decoder:
     again until reset() is called.
     """
 
-    tokenizer = None  # tokenizer_util.Tokenizer, for chat and complete
     _last_stream = None  # the GPU stream that a model used last, whichever model it was
 
     def __init__(
@@ -334,46 +331,6 @@ class Decoder:
             raise InputError("the prompt is empty")
         self._check_fit(prompt_ids, 0)
         return self._generate(prompt_ids, max_new_tokens, on_logits, sampling or GREEDY)
-
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        reasoning: str = "medium",
-        date: str | None = None,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        **drawing,
-    ) -> Answer:
-        """Return the answer to a conversation, which is generated as it is read; see host.talk.Answer.
-
-        messages: dictionaries with a role (system, developer, user, assistant) and a content, as the OpenAI API has
-        them. reasoning: low, medium or high. date: today's, YYYY-MM-DD, if the model is to know it. max_tokens: of the
-        answer, reasoning included; default: as the context has room for. stop: texts that end the answer.
-        drawing: temperature, seed, top_k, top_p and min_p, see host.talk.drawing; default: the likeliest tokens.
-
-        Raise TypeError for an argument of the wrong type; InputError if the model has no tokenizer, or one that knows
-        no harmony tokens, for a value out of range, or if the conversation does not fit the context.
-        """
-        order = talk.chat_order_of(messages, reasoning, date, self._limit(max_tokens), talk.drawing(**drawing), stop)
-        return Answer(self, self._known_tokenizer(), order)
-
-    def complete(self, text: str, *, max_tokens: int | None = None, stop: Sequence[str] = (), **drawing) -> Answer:
-        """Return the continuation of a text, which is generated as it is read; see host.talk.Answer.
-
-        Control tokens that the text spells are text. For the other arguments, and what is raised, see chat.
-        """
-        order = talk.completion_order_of(text, self._limit(max_tokens), talk.drawing(**drawing), stop)
-        return Answer(self, self._known_tokenizer(), order)
-
-    @staticmethod
-    def _limit(max_tokens: int | None) -> int | None:
-        return integer_or_none(max_tokens, "max_tokens", minimum=1)
-
-    def _known_tokenizer(self):
-        if self.tokenizer is None:
-            raise InputError("the model has no tokenizer: see from_pretrained")
-        return self.tokenizer
 
     def _generate(
         self,

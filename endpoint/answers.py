@@ -7,6 +7,7 @@ from typing import Protocol
 
 from checkpoints.config import check_token
 from checkpoints.harmony import CALL, RETURN, TOOLS_PREFIX, Message, Parser, Setting, encode, prompt_parts
+from endpoint.errors import ApiError
 from host.sampling import Sampling
 from system.errors import InputError
 
@@ -65,17 +66,13 @@ class Reader(Protocol):
         """Yield what was held back."""
 
 
-class PromptTooLong(InputError):
-    """A prompt leaves no room in the context."""
-
-
 @dataclass(frozen=True)
 class Order:
     """An answer that is wanted."""
 
     encode: Callable[..., list[int]]  # of a tokenizer, to the prompt
     reader: Callable[..., Reader]  # of a tokenizer
-    param: str  # what the prompt comes from, for errors
+    param: str  # the request's field that the prompt comes from
     limit: int | None  # of tokens
     sampling: Sampling
     stops: tuple[str, ...]
@@ -208,16 +205,12 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def answer(model, tokenizer, order: Order) -> Iterator[list[Event]]:
-    """Return an iterator over the events of each token of an answer, possibly none; the last one is Finished.
+    """Yield the events of each token of an answer, possibly none; the last one is Finished.
 
-    model: host.decoder.Decoder. Raise InputError if the prompt cannot be encoded, PromptTooLong if it does not fit; at
-    a token what Decoder.generate raises.
+    model: host.decoder.Decoder. Raise ApiError if the prompt cannot be encoded or does not fit; later what
+    Decoder.generate raises.
     """
     prompt, limit = _prompt_and_limit(model, tokenizer, order)
-    return _events(model, tokenizer, order, prompt, limit)
-
-
-def _events(model, tokenizer, order: Order, prompt: list[int], limit: int) -> Iterator[list[Event]]:
     reader, search = order.reader(tokenizer), StopSearch(order.stops)
     end_ids = {*model.config.stop_ids, *map(tokenizer.token_id, order.end_tokens)}
     reason, n_answer, n_reasoning = "length", 0, 0
@@ -236,15 +229,19 @@ def _events(model, tokenizer, order: Order, prompt: list[int], limit: int) -> It
 
 
 def _prompt_and_limit(model, tokenizer, order: Order) -> tuple[list[int], int]:
-    """Return the prompt's tokens, and how many may follow. Raise InputError if there is no prompt or no room."""
-    prompt = order.encode(tokenizer)
-    for token_id in prompt[: model.max_context + 1]:  # a longer one is refused below
-        check_token(token_id, model.config)
+    """Return the prompt's tokens, and how many may follow. Raise ApiError if there is no prompt or no room."""
+    try:
+        prompt = order.encode(tokenizer)
+        for token_id in prompt[: model.max_context + 1]:  # a longer one is refused below
+            check_token(token_id, model.config)
+    except InputError as error:
+        raise ApiError(400, str(error), order.param) from None
     if not prompt:
-        raise InputError("the prompt is empty")
+        raise ApiError(400, "the prompt is empty", order.param)
     room = model.max_context - len(prompt) + 1
     if room < 1:
-        raise PromptTooLong(f"the prompt has {len(prompt)} tokens, and the context is {model.max_context}")
+        message = f"the prompt has {len(prompt)} tokens, and the context is {model.max_context}"
+        raise ApiError(400, message, order.param, "context_length_exceeded")
     return prompt, room if order.limit is None else min(room, order.limit)
 
 
