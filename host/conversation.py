@@ -37,7 +37,12 @@ class Conversation:
         self.turn: Turn | None = None  # of the last answer
 
     def reset(self) -> None:
-        """Forget all messages; the setting stays."""
+        """Forget all messages and what the model's cache holds of them; the setting stays.
+
+        So a conversation that begins then is answered as by a new model. A prompt that goes on from a cache is fed in
+        other blocks, whose sums differ in their last bits.
+        """
+        self._model.reset()
         self.messages = []
 
     def change(self, **fields) -> None:

@@ -1,14 +1,19 @@
 """host.conversation with a model that says what it is told to."""
 
 import contextlib
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 from shipped import FOLDER
 
 from checkpoints.harmony import Message, Setting, encode, parts_of, prompt_parts
+from gpt_oss_megakernel import MegaModel
 from host.conversation import Conversation
+from host.launch import BLOCKS_CPU
 from host.sampling import GREEDY, Sampling
+from load_model import open_checkpoint
 from system.errors import InputError
 from tokenizer_util import Tokenizer
 
@@ -27,6 +32,10 @@ class Scripted:
         self.config = SimpleNamespace(stop_ids=(self.stop_id, tokenizer.token_id("<|call|>")))
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
+        self.n_resets = 0
+
+    def reset(self):
+        self.n_resets += 1
 
     def generate(self, prompt, n, sampling=GREEDY):
         self.prompts.append(prompt)
@@ -56,7 +65,22 @@ def test_an_answer_and_its_history(tokenizer):
     assert model.samplings == [GREEDY, Sampling(1.0, 4)]
     assert (conversation.turn.finish, conversation.turn.prompt_tokens) == ("stop", len(model.prompts[1]))
     conversation.reset()
-    assert conversation.messages == []
+    assert conversation.messages == [] and model.n_resets == 1
+
+
+def test_a_conversation_repeats_bit_for_bit_after_a_reset(tokenizer):
+    """Though the one between them shares the beginning of its prompt, so that less would be fed, in another way."""
+    blocks = dataclasses.replace(BLOCKS_CPU, min_tokens=8)  # of which 73 and 18 have fewer behind them
+    model = MegaModel(open_checkpoint(FOLDER), max_context=80, kv_dtype=torch.float32, blocks=blocks)
+    conversation, sampling = Conversation(model, tokenizer), Sampling(1.5, seed=5)
+    answers, caches = [], []
+    for sonnet in (18, 73, 18):
+        pieces = conversation.answer(f"Recite sonnet {sonnet}.", sampling, max_new_tokens=4)
+        answers.append([piece.text for piece in pieces])
+        caches.append(model.state.v_cache[:, :, : model.n_fed].clone())
+        conversation.reset()
+    assert answers[0] == answers[2]
+    assert torch.equal(caches[0], caches[2])
 
 
 def test_a_prompt_begins_with_the_one_before(tokenizer):

@@ -113,6 +113,18 @@ def test_a_pipe_gets_final_answers_alone(tmp_path):
     assert content["messages"][1]["content"] == answer.rstrip("\n")
 
 
+def test_a_seed_repeats_a_conversation_after_a_reset(tmp_path):
+    words = ("--max-new-tokens", "40", "--temperature", "1.5", "--seed", "3")
+    conversations = [
+        f"Recite sonnet {sonnet}.\n/save {tmp_path / str(n)}\n/reset\n" for n, sonnet in enumerate((18, 73, 18))
+    ]
+    done = piped("".join(conversations), *words)
+    assert done.returncode == 0, done.stderr
+    first, other, again = ((tmp_path / str(n)).read_text() for n in range(3))
+    assert first == again != other
+    assert len(json.loads(first)["messages"]) > 1, "there is nothing to compare"
+
+
 BAD_LINES = {
     b"/nonsense": "/nonsense: no such command; /help lists them",
     b"/reasoning huge": "reasoning effort 'huge': expected one of low, medium, high",
