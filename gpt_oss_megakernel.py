@@ -10,6 +10,7 @@ launches it; `main` is the command line. What differs between machines is behind
 
 import host.start
 
+import functools
 import sys
 from pathlib import Path
 
@@ -38,7 +39,8 @@ from host import cli, generation
 from host.backend import usable_device
 from host.decoder import Decoder
 from host.limits import context_length
-from load_model import files_of, open_checkpoint, open_model
+from host.talk import Talks
+from load_model import files_of, open_checkpoint, open_model, open_tokenizer
 from measure import trace
 from prefill import Launch, Prefill
 from system.errors import InputError
@@ -421,10 +423,11 @@ def argmax_phase(ctx, BUILD: tl.constexpr, BLOCK_P: tl.constexpr):
             tl.store(s.tokens + ctx.position + 1, token)
 
 
-class MegaModel(Decoder):
-    """A GPT-OSS model on one device, decoded greedily by one launch of the megakernel per token.
+class MegaModel(Talks, Decoder):
+    """A GPT-OSS model on one device, decoded by one launch of the megakernel per token.
 
-    host.decoder.Decoder documents its methods, and which threads may call them when.
+    host.decoder.Decoder documents its methods, and which threads may call them when; host.talk.Talks adds `chat` and
+    `complete`, which take and give text.
     """
 
     @classmethod
@@ -438,10 +441,13 @@ class MegaModel(Decoder):
     ) -> "MegaModel":
         """Load an .iris archive, a checkpoint folder in the Hugging Face layout, or a hub id.
 
-        See Decoder for the options and for the errors that are raised.
+        See Decoder for the options and for the errors that are raised. Its tokenizer is opened by the first use.
         """
         device = usable_device(device)  # before anything is loaded
-        return cls(open_checkpoint(path), quant, max_context, device, **options)
+        checkpoint = open_checkpoint(path)
+        model = cls(checkpoint, quant, max_context, device, **options)
+        model._open_tokenizer = functools.partial(open_tokenizer, checkpoint)
+        return model
 
     def _new_prefill(self) -> Prefill:
         return Prefill(self.config, self.build, self.blocks, self.weights, self.state)

@@ -178,7 +178,7 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"the text is not valid UTF-8 (character {error.start})") from error
+            raise InputError(f"the text is not valid UTF-8 (character {error.start})") from None
         return _call_backend(f"{self._source}: cannot encode this text", self._backend.encode, text, plain)
 
     def token_bytes(self, token_id: int) -> bytes:

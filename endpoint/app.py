@@ -15,13 +15,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from checkpoints.harmony import DEFAULT_SETTING, Setting
-from endpoint.answers import Event, Finished, Order, chat_order, completion_order
 from endpoint.errors import SERVER, ApiError
 from endpoint.requests import ChatRequest, CompletionRequest, RequestType, parse
 from endpoint.requests import Request as ApiRequest
 from endpoint.responses import DONE, ChatForm, CompletionForm, ResponseForm, server_sent
-from endpoint.translation import messages_of, prompt_of, sampling_of, setting_of, token_limit
+from endpoint.translation import conversation_of, prompt_of, sampling_of, token_limit
 from endpoint.worker import Job, Worker
+from host.answers import Event, Finished, Order, chat_order, completion_order
 
 CLIENT_GONE = 499  # a status that nobody receives
 JSON = "application/json"
@@ -119,7 +119,7 @@ class Endpoint:
         if len(asked.messages) > self._settings.max_messages:
             message = f"{len(asked.messages)} messages are more than {self._settings.max_messages}"
             raise ApiError(400, message, "messages", "too_many_messages")
-        setting, messages = setting_of(asked, self._settings.setting), messages_of(asked)
+        setting, messages = conversation_of(asked, self._settings.setting)
         return chat_order(setting, messages, token_limit(asked), sampling_of(asked), asked.stop or ())
 
     async def completion(self, request: Request) -> Response:

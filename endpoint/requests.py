@@ -47,68 +47,6 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_parts(value: Any) -> Any:
-    if not isinstance(value, str | list):
-        raise ValueError("expected text, or a list of parts")
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class TextPart(Fields):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-Content = Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_as_parts)]
-
-
-class CalledFunction(Fields):
-    """A function that the model called."""
-
-    name: Name
-    arguments: str
-
-
-class ToolCall(Fields):
-    """A call in an earlier answer."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class ChatMessage(Fields):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The content's parts, each on lines of its own."""
-        return "\n".join(part.text for part in self.content or ())
-
-
-class FunctionFields(Fields):
-    """The declaration of a function."""
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(Fields):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: FunctionFields
-
-
 class StreamOptions(Fields):
     """What a stream holds besides the answer."""
 
@@ -144,10 +82,10 @@ class Request(Fields):
 class ChatRequest(Request):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: list[Any]  # checkpoints.openai_messages checks them and the tools
     max_completion_tokens: TokenLimit | None = None
     reasoning_effort: Literal[REASONING_EFFORTS] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[Any], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Any = None
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from endpoint.answers import CONTENT, CallArguments, CallStart, Event, Finished, Text
+from host.answers import CallArguments, CallStart, Event, Finished, Text, ToolCall, whole_of
 
 DONE = b"data: [DONE]\n\n"
 
@@ -19,17 +19,14 @@ def server_sent(content: dict) -> bytes:
 
 def usage_of(finished: Finished) -> dict:
     """Return the tokens that an answer took."""
+    usage = finished.usage
     return {
-        "prompt_tokens": finished.prompt_tokens,
-        "completion_tokens": finished.answer_tokens,
-        "total_tokens": finished.prompt_tokens + finished.answer_tokens,
-        "prompt_tokens_details": {"cached_tokens": finished.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": finished.reasoning_tokens},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
-
-
-def _call_start(event: CallStart) -> dict:
-    return {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
 
 
 @dataclass
@@ -85,24 +82,13 @@ class ChatForm(ResponseForm):
         return [self._chunk({"delta": {"role": "assistant", "content": ""}}, None, includes_usage)]
 
     def _content(self, events: Sequence[Event]) -> dict:
-        texts = {CONTENT: "", "reasoning_content": ""}
-        calls: list[dict] = []
-        for event in events:
-            if isinstance(event, Text):
-                texts[event.field] += event.text
-            elif isinstance(event, CallStart):
-                calls.append(_call_start(event))
-            elif isinstance(event, CallArguments):
-                calls[event.index]["function"]["arguments"] += event.text
-        message = {"role": "assistant", "content": texts[CONTENT] or (None if calls else "")}
-        message |= {"reasoning_content": texts["reasoning_content"] or None, "refusal": None}
-        return {"message": message | ({"tool_calls": calls} if calls else {})}
+        return {"message": whole_of(events).as_message() | {"refusal": None}}
 
     def _delta(self, event: Event | None) -> dict:
         if isinstance(event, Text):
             return {"delta": {event.field: event.text}}
         if isinstance(event, CallStart):
-            return {"delta": {"tool_calls": [{"index": event.index, **_call_start(event)}]}}
+            return {"delta": {"tool_calls": [{"index": event.index, **ToolCall(event.id, event.name).as_dict()}]}}
         if isinstance(event, CallArguments):
             return {"delta": {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}}
         return {"delta": {}}
@@ -114,7 +100,7 @@ class CompletionForm(ResponseForm):
     id_prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def _content(self, events: Sequence[Event]) -> dict:
-        return {"text": "".join(event.text for event in events if isinstance(event, Text))}
+        return {"text": whole_of(events).text}
 
     def _delta(self, event: Event | None) -> dict:
         return {"text": event.text if isinstance(event, Text) else ""}

@@ -1,14 +1,14 @@
 """What the API calls a request, in the model's terms: a setting, harmony messages, and how tokens are drawn."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
-from checkpoints.harmony import TOOLS_PREFIX, Function, Message, Setting
+from checkpoints import openai_messages
+from checkpoints.harmony import Message, Setting
 from endpoint.errors import ApiError
-from endpoint.requests import ChatMessage, ChatRequest, CompletionRequest, Request
+from endpoint.requests import ChatRequest, CompletionRequest, Request
 from host.sampling import GREEDY, MIN_TEMPERATURE, Sampling, new_seed
 from system.errors import InputError
 
-INSTRUCTING = ("system", "developer")  # roles
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -33,70 +33,20 @@ def token_limit(request: Request) -> int | None:
     return request.max_tokens or DEFAULT_COMPLETION_TOKENS
 
 
-def setting_of(request: ChatRequest, default: Setting) -> Setting:
-    """Return a conversation's setting: its first system and developer messages are the developer's instructions."""
-    texts = [message.text for message in request.messages[: _n_instructing(request.messages)]]
-    tools = request.tools if request.tools and request.tool_choice != "none" else ()
-    functions = [Function(t.function.name, t.function.description or "", t.function.parameters) for t in tools]
-    instructions = "\n\n".join(text for text in texts if text) or default.instructions
+def conversation_of(request: ChatRequest, default: Setting) -> tuple[Setting, list[Message]]:
+    """Return a conversation's setting and messages. Raise ApiError, naming the field, for what makes no sense."""
     try:
-        return Setting(
-            request.reasoning_effort or default.reasoning,
-            default.date,
-            instructions,
-            tuple(functions),
-            default.identity,
+        instructions, messages = openai_messages.conversation_of(request.messages)
+        functions = openai_messages.functions_of(request.tools or ())
+        setting = replace(
+            default,
+            reasoning=request.reasoning_effort or default.reasoning,
+            instructions=instructions or default.instructions,
+            functions=() if request.tool_choice == "none" else functions,
         )
     except InputError as error:
-        raise ApiError(400, str(error), "messages") from None
-
-
-def messages_of(request: ChatRequest) -> list[Message]:
-    """Return the messages behind the instructions. Raise ApiError, naming the field, for one that makes no sense."""
-    start = _n_instructing(request.messages)
-    name_of: dict[str, str] = {}  # of the function behind a call's id
-    messages = []
-    for n, message in enumerate(request.messages[start:], start):
-        param = f"messages.{n}"
-        if message.role == "assistant":
-            messages += _said(message, param)
-            name_of |= {call.id: call.function.name for call in message.tool_calls or ()}
-        elif message.role == "tool":
-            messages.append(_result(message, name_of, param))
-        elif message.content is None:
-            raise ApiError(400, f"{param}.content is missing", f"{param}.content")
-        elif message.role in INSTRUCTING:
-            messages.append(Message("developer", f"# Instructions\n\n{message.text}"))
-        else:
-            messages.append(Message("user", message.text))
-    return messages
-
-
-def _n_instructing(messages: Sequence[ChatMessage]) -> int:
-    return next((n for n, message in enumerate(messages) if message.role not in INSTRUCTING), len(messages))
-
-
-def _said(message: ChatMessage, param: str) -> list[Message]:
-    """Return an earlier answer's reasoning, text and calls. Text before calls is commentary."""
-    said = [Message("assistant", message.reasoning_content, "analysis")] if message.reasoning_content else []
-    if message.content is not None:
-        said.append(Message("assistant", message.text, "commentary" if message.tool_calls else "final"))
-    said += [
-        Message("assistant", call.function.arguments, "commentary", TOOLS_PREFIX + call.function.name, None, "json")
-        for call in message.tool_calls or ()
-    ]
-    if not said:
-        raise ApiError(400, f"{param} has neither content nor tool_calls", f"{param}.content")
-    return said
-
-
-def _result(message: ChatMessage, name_of: dict[str, str], param: str) -> Message:
-    if message.tool_call_id not in name_of:
-        raise ApiError(400, f"{param}.tool_call_id names no earlier tool call", f"{param}.tool_call_id")
-    if message.content is None:
-        raise ApiError(400, f"{param}.content is missing", f"{param}.content")
-    name = TOOLS_PREFIX + name_of[message.tool_call_id]
-    return Message("tool", message.text, "commentary", "assistant", name)
+        raise ApiError(400, str(error), getattr(error, "field", "messages")) from None
+    return setting, messages
 
 
 def prompt_of(request: CompletionRequest) -> str | list[int]:

@@ -6,10 +6,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from endpoint.answers import Event, Order, answer
 from endpoint.errors import SERVER, ApiError, draining
+from host.answers import Event, Order, PromptTooLong, answer
 from system.errors import InputError, MegakernelAborted, printable
 
 RETRY_SECONDS = range(1, 61)  # that a refused client is told to wait
@@ -119,7 +119,7 @@ class Worker:
 
     def _answer(self, job: Job) -> None:
         try:
-            for events in answer(self._model, self._tokenizer, job.order):
+            for events in self._begin(job.order):
                 if job.is_cancelled:
                     break
                 for event in events:
@@ -138,6 +138,15 @@ class Worker:
         except Exception:  # noqa: BLE001 - the next request must find a thread
             traceback.print_exc()
             job.emit(_failed("internal error"))
+
+    def _begin(self, order: Order) -> Iterator[list[Event]]:
+        """Return an iterator over an answer's events. Raise ApiError if its prompt is refused."""
+        try:
+            return answer(self._model, self._tokenizer, order)[1]
+        except PromptTooLong as error:
+            raise ApiError(400, str(error), order.param, "context_length_exceeded") from None
+        except InputError as error:
+            raise ApiError(400, str(error), order.param) from None
 
     def _reset(self) -> None:
         """Reset the model. If that fails too, the next job's failure tries it again."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from checkpoints.harmony import DEFAULT_SETTING, Message, Parser, Piece, Setting, encode, pieces, prompt_parts
+from host.answers import PromptTooLong, answer_limit
 from host.sampling import GREEDY, Sampling
 from system.errors import InputError
 
@@ -57,13 +58,10 @@ class Conversation:
         """
         messages = [*self.messages, Message("user", text)]
         prompt = encode(self._tokenizer, prompt_parts(self.setting, messages))
-        room = self._model.max_context - len(prompt) + 1
-        if room < 1:
-            raise InputError(
-                f"the conversation has {len(prompt)} tokens: a context of {self._model.max_context} has no room for an "
-                "answer; see --max-context"
-            )
-        limit = room if max_new_tokens is None else min(room, max_new_tokens)
+        try:
+            limit = answer_limit(self._model, prompt, max_new_tokens)
+        except PromptTooLong as error:
+            raise InputError(f"{error}; see --max-context") from None
         tokens = self._model.generate(prompt, limit, sampling=sampling)
         return self._answer(messages, len(prompt), limit, tokens)
 

@@ -140,6 +140,9 @@ class Generation:
     finish: str  # "stop" behind a stop token, "length" at --max-new-tokens or the context's end
     temperature: float = 0.0
     seed: int | None = None  # with which the answer can be drawn again
+    top_k: int | None = None  # this and the next two: what was left out, as in host.sampling; None: nothing
+    top_p: float | None = None
+    min_p: float | None = None
 
 
 def print_answer(
@@ -212,6 +215,9 @@ def stream_generation(
         finish="stop" if stopped else "length",
         temperature=sampling.temperature,
         seed=sampling.seed if sampling.temperature else None,
+        top_k=sampling.top_k or None,
+        top_p=sampling.top_p if sampling.top_p < 1 else None,
+        min_p=sampling.min_p or None,
     )
     print(json.dumps(generation.__dict__) if as_json else "", flush=True)
     if not as_json:

@@ -98,6 +98,12 @@ class RankModel(MegaModel):
             **options,
         )
 
+    def _new_seed(self) -> int:
+        """Return a seed for an answer. Raise InputError if other processes would draw with another one."""
+        if len(self.ranks) < len(self.shares):
+            raise InputError("seed: None would be another one in each process, so that their answers would differ")
+        return super()._new_seed()
+
     # ------------------------------------------------------------ loading
 
     def _load(self, checkpoint, show_progress: bool) -> Weights:

@@ -3,6 +3,8 @@
 A value of the right type that is out of range raises an InputError.
 """
 
+import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Set
 from types import UnionType
@@ -43,6 +45,33 @@ def integers(values: Iterable, name: str) -> list[int]:
     except TypeError:
         raise _wrong_type(name, "a sequence of integers", values) from None
     return [integer(value, f"{name}[{n}]") for n, value in enumerate(items)]
+
+
+def sequence(values: Iterable, name: str, expected: str) -> list:
+    """Return the items of an ordered iterable. Raise TypeError if it is none, or text; `expected` says what is."""
+    if isinstance(values, str | bytes | bytearray | Mapping | Set) or not isinstance(values, Iterable):
+        raise _wrong_type(name, expected, values)
+    return list(values)
+
+
+def number(value: float, name: str) -> float:
+    """Return a real number, such as an int or a NumPy float, as a float; an int beyond all floats is infinite.
+
+    Raise TypeError for another type.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _wrong_type(name, "a number", value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def text(value: str, name: str) -> str:
+    """Return a str. Raise TypeError for another type."""
+    if not isinstance(value, str):
+        raise _wrong_type(name, "a text", value)
+    return value
 
 
 def boolean(value, name: str) -> bool:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import openai
 
+from checkpoints.config import check_token
 from checkpoints.harmony import Message, encode, parts_of
 from endpoint.app import Endpoint, Settings
 from endpoint.server import Server, address_of, bound_socket
@@ -62,6 +63,11 @@ class PreparedModel:
         self.n_resets += 1
 
     def generate(self, prompt: Sequence[int], n: int, sampling: Sampling) -> Iterator[int]:
+        for token_id in prompt:
+            check_token(token_id, self.config)
+        return self._generate(prompt, n, sampling)
+
+    def _generate(self, prompt: Sequence[int], n: int, sampling: Sampling) -> Iterator[int]:
         self.prompts.append(list(prompt))
         self.samplings.append(sampling)
         ids = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]

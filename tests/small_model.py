@@ -26,6 +26,9 @@ REPORT_KEYS = [
     "finish",
     "temperature",
     "seed",
+    "top_k",
+    "top_p",
+    "min_p",
 ]  # --json
 
 

@@ -32,6 +32,7 @@ from checkpoints.checkpoint import RandomCheckpoint, write_checkpoint
 from checkpoints.config import GPT_OSS_120B, ModelConfig, expected_tensors
 from checkpoints.iris_compare import first_difference
 from checkpoints.iris_writer import write_archive
+from gpt_oss_megakernel import MegaModel
 from host.launch import tuning_for
 from host.weights import load_weights
 from load_iris import open_archive
@@ -1014,6 +1015,22 @@ def test_wrong_name_without_a_network_is_one_line(serve, monkeypatch):
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
     assert len(traceback.format_exception(caught.value)) < 12
+
+
+@pytest.mark.parametrize("use", [load_hf.open_checkpoint, MegaModel.from_pretrained])
+def test_a_wrong_name_in_python_prints_one_traceback(use, serve):
+    """It is that of the InputError alone, not also those of the client's layers that could not connect."""
+    hub = serve({})
+    hub.shutdown()
+    hub.server_close()
+    for name, reason in ((REPO, "the Hugging Face hub cannot be reached"), ("./no-such", "not a hub id")):
+        with pytest.raises(InputError, match=f"no such folder, .*{reason}") as caught:
+            use(name)
+        printed = "".join(traceback.format_exception(caught.value))
+        assert printed.count("Traceback (most recent call last)") == 1
+        assert printed.splitlines()[-1].startswith(
+            f"system.errors.InputError: {name if name == REPO else repr(name)}: no"
+        )
 
 
 def test_id_that_the_hub_does_not_allow(serve):

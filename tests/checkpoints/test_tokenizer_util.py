@@ -150,8 +150,9 @@ def test_stream_shows_a_special_token_after_an_unfinished_character(tokenizer):
 
 
 def test_text_that_is_not_utf8_is_an_input_error(tokenizer):
-    with pytest.raises(InputError, match="not valid UTF-8"):
+    with pytest.raises(InputError, match="not valid UTF-8") as caught:
         tokenizer.encode("a\udcff")
+    assert caught.value.__cause__ is None
 
 
 def test_missing_tokenizer_is_an_input_error_naming_the_file(tmp_path):

@@ -114,7 +114,7 @@ def test_a_pipe_gets_final_answers_alone(tmp_path):
 
 
 def test_a_seed_repeats_a_conversation_after_a_reset(tmp_path):
-    words = ("--max-new-tokens", "40", "--temperature", "1.5", "--seed", "3")
+    words = ("--max-new-tokens", "24", "--temperature", "1.5", "--seed", "3")
     conversations = [
         f"Recite sonnet {sonnet}.\n/save {tmp_path / str(n)}\n/reset\n" for n, sonnet in enumerate((18, 73, 18))
     ]

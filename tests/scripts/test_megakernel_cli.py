@@ -79,11 +79,17 @@ def test_equal_seeds_draw_equal_answers(run, run_json):
     assert err.splitlines()[0].endswith(f"temperature 1.5, seed {drawn['seed']}]")
 
 
+CUTS = {"top_k": 1, "top_p": 1e-6, "min_p": 1.0}
+
+
 def test_unlikely_tokens_are_left_out(run_json):
     words = ("--prompt", PROMPT, "--max-new-tokens", 9)
-    likeliest = run_json(*words)["token_ids"]
-    for cut in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1.0)):
-        assert run_json(*words, "--temperature", 2, *cut)["token_ids"] == likeliest
+    likeliest = run_json(*words)
+    assert {name: likeliest[name] for name in CUTS} == dict.fromkeys(CUTS)
+    for name, value in CUTS.items():
+        found = run_json(*words, "--temperature", 2, f"--{name.replace('_', '-')}", value)
+        assert found["token_ids"] == likeliest["token_ids"]
+        assert {name: found[name] for name in CUTS} == dict.fromkeys(CUTS) | {name: value}
 
 
 def greedy(checkpoint, prompt_ids: list[int], n: int, **options) -> list[int]:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endpoint.answers import StopSearch
+from host.answers import StopSearch
 
 TEXTS = st.text("ab", max_size=12)
 

@@ -1,13 +1,11 @@
-"""Generate an answer and cut it into what a client gets: text, reasoning, tool calls, and why it ended."""
+"""Generate an answer and cut it into what its reader gets: text, reasoning, tool calls, and why it ended."""
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from checkpoints.config import check_token
 from checkpoints.harmony import CALL, RETURN, TOOLS_PREFIX, Message, Parser, Setting, encode, prompt_parts
-from endpoint.errors import ApiError
 from host.sampling import Sampling
 from system.errors import InputError
 
@@ -39,18 +37,76 @@ class CallArguments:
     text: str
 
 
+@dataclass
+class Usage:
+    """The tokens that an answer has taken so far."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0  # of the prompt, that the model's cache held
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion
+
+    @property
+    def total_tokens(self) -> int:
+        """The tokens of prompt and completion."""
+        return self.prompt_tokens + self.completion_tokens
+
+
 @dataclass(frozen=True)
 class Finished:
     """The answer's end, and the tokens that it took."""
 
     reason: str  # "stop", "length" or "tool_calls"
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt, that the model's cache held
-    answer_tokens: int
-    reasoning_tokens: int
+    usage: Usage
 
 
 Event = Text | CallStart | CallArguments | Finished
+
+
+@dataclass
+class ToolCall:
+    """A call of a function, as far as it has come."""
+
+    id: str
+    name: str
+    arguments: str = ""  # JSON, as the model wrote it
+
+    def as_dict(self) -> dict:
+        """Return the call as the OpenAI API writes it."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass
+class Whole:
+    """What the events of an answer add up to."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def as_message(self) -> dict:
+        """Return the answer as a message of the OpenAI API, whose reasoning is None if there was none."""
+        content = self.text or (None if self.tool_calls else "")
+        message = {"role": "assistant", "content": content, "reasoning_content": self.reasoning or None}
+        return message | ({"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {})
+
+
+def whole_of(events: Iterable[Event]) -> Whole:
+    """Return what events add up to."""
+    parts: dict[str, list[str]] = {CONTENT: [], REASONING: []}
+    calls: list[ToolCall] = []
+    for event in events:
+        if isinstance(event, Text):
+            parts[event.field].append(event.text)
+        elif isinstance(event, CallStart):
+            calls.append(ToolCall(event.id, event.name))
+        elif isinstance(event, CallArguments):
+            calls[event.index].arguments += event.text
+    return Whole("".join(parts[CONTENT]), "".join(parts[REASONING]), calls)
+
+
+class PromptTooLong(InputError):
+    """A prompt leaves no room for an answer in the context."""
 
 
 class Reader(Protocol):
@@ -72,7 +128,7 @@ class Order:
 
     encode: Callable[..., list[int]]  # of a tokenizer, to the prompt
     reader: Callable[..., Reader]  # of a tokenizer
-    param: str  # the request's field that the prompt comes from
+    param: str  # the request's field, or the function's argument, that the prompt comes from
     limit: int | None  # of tokens
     sampling: Sampling
     stops: tuple[str, ...]
@@ -204,18 +260,43 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def answer(model, tokenizer, order: Order) -> Iterator[list[Event]]:
-    """Yield the events of each token of an answer, possibly none; the last one is Finished.
+def answer(model, tokenizer, order: Order) -> tuple[Usage, Iterator[list[Event]]]:
+    """Return the tokens that an answer takes, which are counted as it comes, and an iterator over its events.
 
-    model: host.decoder.Decoder. Raise ApiError if the prompt cannot be encoded or does not fit; later what
-    Decoder.generate raises.
+    The iterator yields the events of each token, possibly none; the last one is Finished. model: host.decoder.Decoder.
+    At the call, raise InputError if the prompt cannot be encoded, is empty or has a token outside the vocabulary, and
+    PromptTooLong (an InputError) if it leaves no room; at an event what Decoder.generate raises then.
     """
-    prompt, limit = _prompt_and_limit(model, tokenizer, order)
-    reader, search = order.reader(tokenizer), StopSearch(order.stops)
+    prompt = order.encode(tokenizer)
+    if not prompt:
+        raise InputError("the prompt is empty")
+    limit = answer_limit(model, prompt, order.limit)
+    usage = Usage(len(prompt))
+    tokens = model.generate(prompt, limit, sampling=order.sampling)
+    return usage, _events(model, tokenizer, order, tokens, usage)
+
+
+def answer_limit(model, prompt: Sequence[int], requested: int | None) -> int:
+    """Return how many tokens may follow a prompt: those that are requested, or fewer if the context has less room.
+
+    Raise PromptTooLong if there is no room at all.
+    """
+    room = model.max_context - len(prompt) + 1
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {len(prompt)} tokens: a context of {model.max_context} has no room for an answer"
+        )
+    return room if requested is None else min(room, requested)
+
+
+def _events(model, tokenizer, order: Order, tokens: Iterator[int], usage: Usage) -> Iterator[list[Event]]:
+    reader, search, reason = order.reader(tokenizer), StopSearch(order.stops), "length"
     end_ids = {*model.config.stop_ids, *map(tokenizer.token_id, order.end_tokens)}
-    reason, n_answer, n_reasoning = "length", 0, 0
-    for token_id in model.generate(prompt, limit, sampling=order.sampling):
-        n_answer, n_reasoning = n_answer + 1, n_reasoning + reader.is_reasoning
+    for token_id in tokens:
+        if usage.completion_tokens == 0:  # before another use of the model says what it reuses
+            usage.cached_tokens = min(model.n_reused, usage.prompt_tokens)
+        usage.completion_tokens += 1
+        usage.reasoning_tokens += reader.is_reasoning
         if token_id in end_ids:  # it has no text
             reason = "tool_calls" if reader.n_calls else "stop"
             break
@@ -225,24 +306,7 @@ def answer(model, tokenizer, order: Order) -> Iterator[list[Event]]:
     last = [] if search.is_found else [*_until_stop(reader.end(), search), *_texts(search.flush())]
     if search.is_found:  # in what the reader or the search had held back, too
         reason = "stop"
-    yield [*last, Finished(reason, len(prompt), min(model.n_reused, len(prompt)), n_answer, n_reasoning)]
-
-
-def _prompt_and_limit(model, tokenizer, order: Order) -> tuple[list[int], int]:
-    """Return the prompt's tokens, and how many may follow. Raise ApiError if there is no prompt or no room."""
-    try:
-        prompt = order.encode(tokenizer)
-        for token_id in prompt[: model.max_context + 1]:  # a longer one is refused below
-            check_token(token_id, model.config)
-    except InputError as error:
-        raise ApiError(400, str(error), order.param) from None
-    if not prompt:
-        raise ApiError(400, "the prompt is empty", order.param)
-    room = model.max_context - len(prompt) + 1
-    if room < 1:
-        message = f"the prompt has {len(prompt)} tokens, and the context is {model.max_context}"
-        raise ApiError(400, message, order.param, "context_length_exceeded")
-    return prompt, room if order.limit is None else min(room, order.limit)
+    yield [*last, Finished(reason, usage)]
 
 
 def _until_stop(events: Iterator[Event], search: StopSearch) -> Iterator[Event]:
