@@ -8,12 +8,11 @@ Blocks are int32 words [rows, K / 8], eight E2M1 elements each; scales are E8M0 
 import triton
 import triton.language as tl
 
-from common.fp4 import HALF_BIAS, e2m1_to_float32
 from common.quant import GROUP, e8m0_halves, e8m0_to_float32
 
-MAX_MAGNITUDE = tl.constexpr(2.0**60)  # of a float32 vector, so that its elements times HALF_BIAS are finite
+MAX_MAGNITUDE = tl.constexpr(2.0**60)  # of a float32 vector, so that its elements times 2^63 are finite
 DOWN = tl.constexpr(2.0**-68)  # brings the largest float32 below MAX_MAGNITUDE
-DOT_N = tl.constexpr(16)  # columns of the smallest scaled MFMA tile: the vector is the first, the others are zeros
+DOT_N, DOT_K = tl.constexpr(16), tl.constexpr(128)  # columns and depth of the smallest scaled MFMA
 
 
 @triton.jit
@@ -23,15 +22,16 @@ def fp4_vector_prescale(largest):
 
 
 @triton.jit
-def gemv_fp4(matrix, x_ptr, row0, MATRIX: tl.constexpr, x_scales_ptr=None):
+def gemv_fp4(matrix, x_ptr, row0, MATRIX: tl.constexpr, EXPERTS: tl.constexpr, x_scales_ptr=None):
     """Return rows row0 .. row0 + tile_rows of W @ x, float32 [tile_rows]; rows beyond the matrix give 0.
 
     `matrix` is W's Operand. x_ptr is float32 [k], times fp4_vector_prescale, or float8e4nv [k] with x_scales_ptr uint8
-    [k / 32]. Activations below 1e-19 lose precision (see common/fp4.py).
+    [k / 32]. EXPERTS, a common.machine.Experts, decodes. Activations below 1e-19 lose precision (see common/fp4.py).
     """
     K: tl.constexpr = MATRIX.k
     BLOCK_M: tl.constexpr = MATRIX.tile_rows
     BLOCK_K: tl.constexpr = MATRIX.k_block
+    HALF_BIAS: tl.constexpr = EXPERTS.e2m1_half_bias
     rows = _rows_inside(row0, MATRIX.rows, BLOCK_M)
     blocks_ptr = matrix.ptr + tl.cast(row0, tl.int64) * (K // 8)
     scales_ptr = matrix.scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
@@ -42,9 +42,9 @@ def gemv_fp4(matrix, x_ptr, row0, MATRIX: tl.constexpr, x_scales_ptr=None):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         products = tl.zeros([BLOCK_M, BLOCK_K // 8], tl.float32)
-        eighths = _eighths(x * HALF_BIAS)
+        elements, eighths = EXPERTS.e2m1_words_to_float32(words), _eighths(x * HALF_BIAS)
         for i in tl.static_range(8):
-            products += e2m1_to_float32(words >> (4 * i)) * eighths[i][None, :]
+            products += elements[i] * eighths[i][None, :]
         group = tl.arange(0, BLOCK_K // GROUP) + k0 // GROUP
         scales = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
         sums = tl.sum(tl.reshape(products, (BLOCK_M, BLOCK_K // GROUP, GROUP // 8)), axis=2)
@@ -94,35 +94,45 @@ def _eighths(x):
 
 
 @triton.jit
-def gemv_fp4_fp8(matrix, x, row0, MATRIX: tl.constexpr, DOT_SCALED: tl.constexpr):
+def gemv_fp4_fp8(matrix, x, row0, MATRIX: tl.constexpr, EXPERTS: tl.constexpr, DOT_SCALED: tl.constexpr):
     """Return gemv_fp4 of x in MXFP8, an Operand, with DOT_SCALED on scaled matrix cores."""
     if DOT_SCALED:
         M: tl.constexpr = MATRIX.tile_rows
-        acc = tl.zeros([M, DOT_N], tl.float32)
+        PARTS: tl.constexpr = max(1, min(MATRIX.k_block // DOT_K, DOT_N))
+        acc = tl.zeros([M * PARTS, DOT_N], tl.float32)
         for k0 in tl.range(0, MATRIX.k, MATRIX.k_block, num_stages=2):
-            acc = _dot_scaled(acc, matrix, x, row0, k0, MATRIX)
-        return _zero_beyond(tl.sum(acc, axis=1), row0, MATRIX.rows)
+            acc = _dot_scaled(acc, matrix, x, row0, k0, MATRIX, PARTS)
+        is_own = tl.arange(0, DOT_N)[None, :] == (tl.arange(0, M * PARTS) % PARTS)[:, None]
+        sums = tl.reshape(tl.sum(tl.where(is_own, acc, 0.0), axis=1), (M, PARTS))
+        return _zero_beyond(tl.sum(sums, axis=1), row0, MATRIX.rows)
     else:
-        return gemv_fp4(matrix, x.ptr, row0, MATRIX, x.scales_ptr)
+        return gemv_fp4(matrix, x.ptr, row0, MATRIX, EXPERTS, x.scales_ptr)
 
 
 @triton.jit
-def _dot_scaled(acc, matrix, x, row0, k0, MATRIX: tl.constexpr):
-    """Return acc [tile_rows, DOT_N] + W[:, k0 : k0 + k_block] @ x, with the vector in column 0."""
+def _dot_scaled(acc, matrix, x, row0, k0, MATRIX: tl.constexpr, PARTS: tl.constexpr):
+    """Return acc [tile_rows * PARTS, DOT_N] + W[:, k0 : k0 + k_block] @ x, where a row is cut into PARTS.
+
+             column 0    1    2 ...
+    row 0, part 0   *                   part p of each row meets column p, which holds part p of x: the sums
+    row 0, part 1        *              marked * are wanted. Every wave gets rows of its own, however few a tile has,
+    row 0, part 2             *         and x goes through shared memory once, not once for each part.
+    """
     K: tl.constexpr = MATRIX.k
-    BLOCK_K: tl.constexpr = MATRIX.k_block
-    rows = _rows_inside(row0, MATRIX.rows, MATRIX.tile_rows)
-    byte = _inside(k0 // 2 + tl.arange(0, BLOCK_K // 2), K // 2, 16)[None, :]
+    M: tl.constexpr = MATRIX.tile_rows
+    BYTES: tl.constexpr = MATRIX.k_block // PARTS // 2  # of a part
+    GROUPS: tl.constexpr = MATRIX.k_block // PARTS // GROUP
+    rows = tl.minimum(tl.arange(0, M * PARTS) // PARTS, MATRIX.rows - 1 - row0)[:, None]
+    part = (tl.arange(0, M * PARTS) % PARTS)[:, None]
+    byte = _inside(k0 // 2 + part * BYTES + tl.arange(0, BYTES)[None, :], K // 2, 16)
     bytes_ptr = matrix.ptr.to(tl.pointer_type(tl.uint8)) + tl.cast(row0, tl.int64) * (K // 2)
     w = tl.load(bytes_ptr + rows * (K // 2) + byte)
-    group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
+    group = k0 // GROUP + part * GROUPS + tl.arange(0, GROUPS)[None, :]
     scales_ptr = matrix.scales_ptr + tl.cast(row0, tl.int64) * (K // GROUP)
-    w_scale = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2)[None, :])
-    group = group[None, :]
-    k = (k0 + tl.arange(0, BLOCK_K))[:, None]
+    w_scale = tl.load(scales_ptr + rows * (K // GROUP) + _inside(group, K // GROUP, 2))
     column = tl.arange(0, DOT_N)
-    elements = tl.load(x.ptr + k + column[None, :] * 0, mask=(k < K) & (column == 0)[None, :], other=0.0)
-    x_scale = tl.load(
-        x.scales_ptr + group + column[:, None] * 0, mask=(group < K // GROUP) & (column == 0)[:, None], other=0
-    )
+    k = k0 + column[None, :] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[:, None]
+    elements = tl.load(x.ptr + k, mask=(k < K) & (column < PARTS)[None, :], other=0.0)
+    group = k0 // GROUP + column[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    x_scale = tl.load(x.scales_ptr + group, mask=(group < K // GROUP) & (column < PARTS)[:, None], other=0)
     return tl.dot_scaled(w, w_scale, "e2m1", elements, x_scale, "e4m3", acc)

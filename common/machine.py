@@ -58,6 +58,8 @@ class Experts(NamedTuple):
     store_act: Callable  # (ctx, rank, i, act, BUILD): store elements i of the activations of the experts of that rank
     load_act: Callable  # (ctx, rank, BUILD) -> an expert's activations as `multiply` takes them
     multiply: Callable  # (ctx, layer, feed, choice, vector, tiles, MATRIX, BUILD) -> even rows, odd rows, the feed
+    e2m1_words_to_float32: Callable = None  # (int32 words) -> their eight elements, which lack e2m1_half_bias twice
+    e2m1_half_bias: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from common import fp4
 from common.build import Operand
 from common.experts import element
 from common.gemv_dense import gemv_rows, load_row_vector, load_rows, vector_prescale
@@ -116,6 +117,7 @@ def multiply_expert(ctx, layer, feed, choice, vector, tiles, MATRIX: tl.constexp
 
     Rows are float32 [tile_rows / 2] each.
     """
+    EXPERTS: tl.constexpr = BUILD.machine.experts
     ROWS: tl.constexpr = MATRIX.rows
     K: tl.constexpr = MATRIX.k
     M: tl.constexpr = MATRIX.tile_rows
@@ -127,9 +129,9 @@ def multiply_expert(ctx, layer, feed, choice, vector, tiles, MATRIX: tl.constexp
     matrix = Operand(blocks_ptr + index * (ROWS * (K // 8)), scales_ptr + index * (ROWS * (K // GROUP)))
     row0 = tiles.first * M
     if BUILD.quant:
-        y = gemv_fp4_fp8(matrix, vector, row0, MATRIX, BUILD.tuning.experts.dot_scaled)
+        y = gemv_fp4_fp8(matrix, vector, row0, MATRIX, EXPERTS, BUILD.tuning.experts.dot_scaled)
     else:
-        y = gemv_fp4(matrix, vector.ptr, row0, MATRIX)
+        y = gemv_fp4(matrix, vector.ptr, row0, MATRIX, EXPERTS)
     even, odd = tl.split(tl.reshape(y, (M // 2, 2)))
     return even, odd, feed
 
@@ -190,4 +192,6 @@ EXPERTS = Experts(
     store_act=store_act,
     load_act=load_act,
     multiply=multiply_expert,
+    e2m1_words_to_float32=fp4.e2m1_words_to_float32,
+    e2m1_half_bias=fp4.HALF_BIAS.value,
 )

@@ -142,13 +142,16 @@ def pointer_attributes(target: str, tensor) -> list:
 
 
 @triton.jit
-def expert_tile(out, blocks, scales, x, x_scale, row0, MATRIX: tl.constexpr, QUANT: tl.constexpr):
+def expert_tile(
+    out, blocks, scales, x, x_scale, row0, MATRIX: tl.constexpr, QUANT: tl.constexpr, MACHINE: tl.constexpr
+):
     """Multiply one tile of an expert's matrix, so that its instructions can be counted."""
+    EXPERTS: tl.constexpr = MACHINE.experts
     matrix = Operand(blocks, scales)
     if QUANT:
-        y = gemv_fp4_fp8(matrix, Operand(x, x_scale), row0, MATRIX, True)
+        y = gemv_fp4_fp8(matrix, Operand(x, x_scale), row0, MATRIX, EXPERTS, True)
     else:
-        y = gemv_fp4(matrix, x, row0, MATRIX)
+        y = gemv_fp4(matrix, x, row0, MATRIX, EXPERTS)
     tl.store(out + tl.arange(0, MATRIX.tile_rows), y)
 
 
@@ -163,7 +166,8 @@ def compile_expert_tile(quant: bool, m: int, block_k: int, k: int):
         "x_scale": (small, torch.uint8),
     }
     tensors = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes.items()}
-    constants = {"MATRIX": Matrix("", GPT_OSS_120B.hidden_size, k, "mxfp4", m, block_k), "QUANT": quant}
+    matrix = Matrix("", GPT_OSS_120B.hidden_size, k, "mxfp4", m, block_k)
+    constants = {"MATRIX": matrix, "QUANT": quant, "MACHINE": GFX950.machine}
     arguments, options = tensors | {"row0": 0}, constants | GFX950.options()
     return compile_kernel("gfx950", expert_tile, arguments, options, aligned=("row0",))
 

@@ -125,7 +125,7 @@ def losses(bench: Bench, kinds: list[str], every: int) -> Iterator[Loss]:
     for n in places[::every]:
         text = program.texts[n]
         progress(f"without instruction {n} of {len(program.texts)}: {text}")
-        yield Loss(text.split()[0], n, text, program.places[n], bench.outcome_without(n))
+        yield Loss(text.split()[0], n, text, program.frames[n][0], bench.outcome_without(n))
 
 
 def table(found: list[Loss]) -> str:

@@ -41,6 +41,6 @@ GFX950 = Machine(
         multiply=feed.multiply,
         e4m3_to_float32=asm.e4m3_to_float32,
     ),
-    experts=rows.EXPERTS,
+    experts=rows.EXPERTS._replace(e2m1_words_to_float32=asm.e2m1_words_to_float32, e2m1_half_bias=1.0),
     prompts=ROWS,
 )

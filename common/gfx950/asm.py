@@ -15,6 +15,11 @@ E4M3_TO_FLOAT32 = tl.constexpr("""v_cvt_f32_fp8_sdwa $0, $4 src0_sel:BYTE_0
             v_cvt_f32_fp8_sdwa $2, $4 src0_sel:BYTE_2
             v_cvt_f32_fp8_sdwa $3, $4 src0_sel:BYTE_3""")
 
+E2M1_TO_FLOAT32 = tl.constexpr("""v_cvt_scalef32_pk_f32_fp4 $0, $4, 1.0
+            v_cvt_scalef32_pk_f32_fp4 $1, $4, 1.0 op_sel:[1,0,0]
+            v_cvt_scalef32_pk_f32_fp4 $2, $4, 1.0 op_sel:[0,1,0]
+            v_cvt_scalef32_pk_f32_fp4 $3, $4, 1.0 op_sel:[1,1,0]""")
+
 
 @triton.jit
 def publish():
@@ -76,3 +81,27 @@ def e4m3_to_float32(words):
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def e2m1_words_to_float32(words):
+    """Return the eight E2M1 elements of each int32 as a tuple of float32, lowest bits first."""
+    pairs = tl.inline_asm_elementwise(
+        E2M1_TO_FLOAT32,
+        "=&v,=&v,=&v,=&v,v",
+        [words],
+        dtype=(tl.int64, tl.int64, tl.int64, tl.int64),
+        is_pure=True,
+        pack=1,
+    )
+    x0, x1 = _halves(pairs[0])
+    x2, x3 = _halves(pairs[1])
+    x4, x5 = _halves(pairs[2])
+    x6, x7 = _halves(pairs[3])
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _halves(pair):
+    """Return the low and the high half of each int64, as float32."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common import build
+from common import build, rows
 from common.build import Operand
 from common.gemv_fp4 import gemv_fp4, gemv_fp4_fp8
 
@@ -35,12 +35,13 @@ def gemv_kernel(
 ):
     tile = tl.program_id(0)
     M: tl.constexpr = MATRIX.tile_rows
+    EXPERTS: tl.constexpr = rows.EXPERTS
     row0 = first_row + tile * M
     matrix = Operand(blocks_ptr, scales_ptr)
     if WAY == "float32":
-        y = gemv_fp4(matrix, x_ptr, row0, MATRIX)
+        y = gemv_fp4(matrix, x_ptr, row0, MATRIX, EXPERTS)
     else:
-        y = gemv_fp4_fp8(matrix, Operand(x_ptr, x_scale_ptr), row0, MATRIX, WAY == "dot_scaled")
+        y = gemv_fp4_fp8(matrix, Operand(x_ptr, x_scale_ptr), row0, MATRIX, EXPERTS, WAY == "dot_scaled")
     tl.store(out_ptr + tile * M + tl.arange(0, M), y)
 
 

@@ -164,11 +164,13 @@ static void store_pairs(Wave *w, const Instruction *ins, const u64 *result) {
 static int lanes_64(Machine *m, Wave *w, const Instruction *ins) {
   (void)m;
   u64 source[3][LANES] = {{0}}, result[LANES];
+  const u32 byte_shift = 8 * (ins->op_sel & 3);
   fetch_pairs(w, ins, source);
 #define DO_LANE_64(VALUE)                                                       \
   for (int lane = 0; lane < LANES; lane++) {                                    \
     u64 A = source[0][lane], B = source[1][lane], C = source[2][lane];          \
-    (void)B, (void)C;                                                           \
+    const u32 BYTE = A >> byte_shift & 255;                                     \
+    (void)B, (void)C, (void)BYTE;                                               \
     result[lane] = (u64)VALUE;                                                  \
   }                                                                             \
   break;
@@ -395,6 +397,20 @@ static void set_addresses(const Wave *w, const Instruction *ins, Pending *p) {
     for (int lane = 0; lane < LANES; lane++) p->address[lane] = pair(low[lane], high[lane]) + (i64)ins->offset;
   }
 }
+static void count_traffic(Machine *m, const Instruction *ins, const Pending *p, u64 lanes) {
+  u64 *traffic = (u64 *)m->launch->traffic + (u64)ins->number * (TRAFFIC_WEIGHT_BYTES + 1), last = ~0ull;
+  int n = ins->bytes * n_pieces(ins);
+  if (!lanes) return;
+  for (int lane = 0; lane < LANES; lane++) {
+    u64 sector = p->address[lane] / SECTOR_BYTES;
+    if (!(lanes >> lane & 1) || sector == last) continue;
+    traffic[TRAFFIC_SECTORS] += 1 + (n - 1) / SECTOR_BYTES;
+    last = sector;
+  }
+  traffic[TRAFFIC_BYTES] += n * __builtin_popcountll(lanes);
+  Region *r = ins->space == SPACE_LDS ? NULL : region_of(m, p->address[__builtin_ctzll(lanes)], 1);
+  if (r && !r->is_writable) traffic[TRAFFIC_WEIGHT_BYTES] += n * __builtin_popcountll(lanes);
+}
 static int memory(Machine *m, Wave *w, const Instruction *ins) { /* issue: the queues do the rest */
   int is_scalar = ins->space == SPACE_SCALAR_CACHE, is_lds = is_scalar || ins->space == SPACE_LDS;
   if (!is_lds && w->n_vector == VECTOR_QUEUE - 1) wait_vector(m, w, VECTOR_QUEUE - 2);
@@ -406,12 +422,14 @@ static int memory(Machine *m, Wave *w, const Instruction *ins) { /* issue: the q
     u32 extra = ins->src[1].kind ? scalar_word(w, &ins->src[1]) : 0;
     p->address[0] = (scalar_pair(w, ins->src[0].value) + (i64)ins->offset + extra) & ~3ull;
     for (int k = 0; k < ins->bytes / 4; k++) w->scalar_pending[ins->dst.value + k]++;
+    count_traffic(m, ins, p, 1);
   } else if (ins->access == ACCESS_PERMUTE) {
     permute(w, ins, p);
   } else if (ins->access == ACCESS_WRITE_BACK) {
     if (ins->scope) race_issue_write_back(&m->races, wave_index(m, w));
   } else {
     set_addresses(w, ins, p);
+    count_traffic(m, ins, p, p->active);
     if (ins->access != ACCESS_STORE) memset(p->data2, 0, sizeof p->data2);
     if (ins->src[1].kind)
       for (int k = 0; k < ins->src[1].words; k++) fetch(w, &ins->src[1], k, p->data[k]);
@@ -498,6 +516,7 @@ static int move(Machine *m, Wave *w, const Instruction *ins) {
     case OP_v_writelane_b32: to[scalar_word(w, &ins->src[1]) % LANES] = scalar_word(w, &ins->src[0]); return 1;
     case OP_v_accvgpr_read_b32:
     case OP_v_accvgpr_write_b32:
+    case OP_v_accvgpr_mov_b32:
       fetch(w, &ins->src[0], 0, x);
       store_lanes(to, x, exec);
       return 1;
@@ -536,7 +555,7 @@ static void step(Machine *m, Wave *w) {
     return;
   }
   const Instruction *ins = &m->code[w->pc];
-  ((u64 *)launch->counts)[w->pc]++;
+  ((u64 *)launch->counts)[(u64)w->workgroup * launch->n_instructions + w->pc]++;
   w->pc++;
   launch->executed++;
   if ((w->n_vector | w->n_lds) && ins->opcode != OP_s_waitcnt && ins->opcode != OP_s_endpgm) {

@@ -376,7 +376,8 @@ def _half_selection(ins, name, modifiers, n_sources: int) -> None:
     is_packed = name.startswith("v_pk_")
     if not is_packed and "op_sel" in modifiers:
         ins.op_sel = _as_bits(modifiers["op_sel"])
-        if ins.op_sel & ~(1 if name.endswith("_fp8") else 8) or not name.startswith("v_cvt_"):
+        choices = 3 if name.endswith("_fp4") else 1 if name.endswith("_fp8") else 8
+        if ins.op_sel & ~choices or not name.startswith("v_cvt_"):
             raise ValueError("op_sel")
     if not is_packed:
         return

@@ -26,7 +26,7 @@ import torch
 
 from system.errors import InputError
 from tools.gfx950.decode import UnknownInstruction, decode
-from tools.gfx950.layout import PROBLEM_TEXT, Instruction, Launch, Mode, Outcome, Problem, Region, c_files
+from tools.gfx950.layout import PROBLEM_TEXT, Instruction, Launch, Mode, Outcome, Problem, Region, Traffic, c_files
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("core.c", "memory.h", "races.h", "matrix.h", "numbers.h")
@@ -91,7 +91,13 @@ class Result:
     outcome: Outcome
     executed: int  # instructions, of all waves
     findings: tuple[Finding, ...]
-    counts: np.ndarray  # uint64 [instructions]: how often each was executed
+    counts_of_workgroups: np.ndarray  # uint64 [workgroups, instructions]: how often each was executed
+    traffic: np.ndarray  # uint64 [instructions, Traffic]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each instruction was executed, uint64 [instructions]."""
+        return self.counts_of_workgroups.sum(0)
 
     @property
     def is_clean(self) -> bool:
@@ -140,7 +146,7 @@ class Program:
     def __init__(self, asm: str):
         """Decode a kernel's assembly. Raise UnknownInstruction, naming all that have no meaning here."""
         self.texts: list[str] = []
-        self.places: list[str] = []
+        self.frames: list[tuple[str, ...]] = []  # file and line of the Triton source, then of the calls that led there
         labels = self._read(asm)
         self.code = (Instruction * len(self.texts))()
         unknown = dict.fromkeys(filter(None, (self._decode(n, labels) for n in range(len(self.texts)))))
@@ -156,18 +162,16 @@ class Program:
 
     def _read(self, asm: str) -> dict[str, int]:
         """Collect the instructions, and the source lines that they come from. Return label -> instruction."""
-        labels, files, place = {}, {}, ""
+        labels, frames = {}, ("",)
         for line in asm.splitlines():
             code = re.split(r";|//", line)[0].strip()
-            if match := re.match(r'\.file\s+(\d+) "(?:.*?)" "(.*?)"', code):
-                files[match[1]] = match[2]
-            elif match := re.match(r"\.loc\s+(\d+) (\d+)", code):
-                place = f"{files.get(match[1], '?')}:{match[2]}"
+            if code.startswith(".loc"):
+                frames = tuple(re.findall(r"([\w.]+:\d+):\d+", line.partition(";")[2])) or frames
             elif match := re.match(r"([\w.$]+):$", code):
                 labels[match[1]] = len(self.texts)
             elif re.match(r"[a-z]+_\w+(\s|$)", code):
                 self.texts.append(re.sub(r"\s+", " ", code))
-                self.places.append(place)
+                self.frames.append(frames)
         return labels
 
     def _decode(self, n: int, labels: dict[str, int]) -> str | None:
@@ -213,12 +217,14 @@ class Program:
             value = hidden.get(kind, 1) if is_grid else values.get(n, 0)
             kernarg[offset : offset + size] = list((value & (1 << 8 * size) - 1).to_bytes(size, "little"))
         add_region(kernarg.ctypes.data, kernarg.nbytes, False)
-        counts = np.zeros(len(self.texts), np.uint64)
+        counts = np.zeros((n_workgroups, len(self.texts)), np.uint64)
+        traffic = np.zeros((len(self.texts), len(Traffic)), np.uint64)
         region_array = (Region * len(regions))(*regions)
         launch = Launch(
             code=ctypes.addressof(self.code),
             regions=ctypes.addressof(region_array),
             counts=counts.ctypes.data,
+            traffic=traffic.ctypes.data,
             preload=kernarg.ctypes.data,
             kernarg=kernarg.ctypes.data,
             seed=conditions.seed,
@@ -236,11 +242,11 @@ class Program:
         )
         outcome = Outcome(core().run(ctypes.byref(launch)))
         findings = tuple(self._finding(report) for report in launch.reports[: launch.n_reports])
-        return Result(outcome, launch.executed, findings, counts)
+        return Result(outcome, launch.executed, findings, counts, traffic)
 
     def _finding(self, report) -> Finding:
         n = report.number
-        place = (self.texts[n], self.places[n], report.workgroup, report.wave, report.detail, report.address)
+        place = (self.texts[n], self.frames[n][0], report.workgroup, report.wave, report.detail, report.address)
         return Finding(Problem(report.problem), n, *place, report.count)
 
     @contextlib.contextmanager

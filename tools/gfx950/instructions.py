@@ -10,6 +10,7 @@ An expression may use the functions of core.c's part "number formats", and:
     D            what the destination held before
     lane         the lane's number
     PART         the half of A that op_sel chooses; HIGH: whether the result goes to the upper half of D
+    BYTE         the byte of A that the two low bits of op_sel choose
     CLAMPED, SATURATE, TABLE    the instruction's clamp, MODE.FP16_OVFL, and bitop3
     vcc, mask    64-bit masks of lanes: VCC, and the third source
     x, y         scalar sources; scc: the condition code
@@ -157,6 +158,7 @@ v_lshrrev_b64           B >> (A & 63)
 v_ashrrev_i64           (i64)B >> (A & 63)
 v_mad_u64_u32           (u64)(u32)A * (u32)B + C
 v_mad_i64_i32           (i64)(i32)A * (i32)B + C
+v_cvt_scalef32_pk_f32_fp4 pair(word(rescaled(of_e2m1(BYTE), (u32)B)), word(rescaled(of_e2m1(BYTE >> 4), (u32)B)))
 """)
 
 # VOP2 and VOP3 with a carry: bit 32 of the expression.
@@ -312,6 +314,7 @@ MOVE = (
     "v_writelane_b32",
     "v_accvgpr_read_b32",
     "v_accvgpr_write_b32",
+    "v_accvgpr_mov_b32",
     "v_permlane16_swap_b32",
     "v_permlane32_swap_b32",
     "v_swap_b32",

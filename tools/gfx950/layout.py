@@ -179,6 +179,14 @@ PROBLEM_TEXT = {
 }
 
 
+class Traffic(IntEnum):
+    """What is counted of an instruction that accesses memory, over all launches of its waves."""
+
+    BYTES = 0  # of its lanes
+    SECTORS = 1  # of 64 bytes, as far as neighbouring lanes do not share them
+    WEIGHT_BYTES = 2  # of the first, those in read-only tensors
+
+
 class Outcome(IntEnum):
     """How a launch ended."""
 
@@ -197,7 +205,23 @@ class Register(IntEnum):
     EXEC = 126
 
 
-ENUMS = (Kind, Modifier, Form, Space, Access, Select, Dpp, Number, Atomic, Format, Mode, Problem, Outcome, Register)
+ENUMS = (
+    Kind,
+    Modifier,
+    Form,
+    Space,
+    Access,
+    Select,
+    Dpp,
+    Number,
+    Atomic,
+    Format,
+    Mode,
+    Problem,
+    Traffic,
+    Outcome,
+    Register,
+)
 FORM_OF = {name: form for form in Form for name in getattr(instructions, form.name, ())}
 OPCODES = {name: number for number, name in enumerate(FORM_OF, start=1)}
 
@@ -261,7 +285,8 @@ class Launch(ctypes.Structure):
     _fields_ = [
         ("code", ctypes.c_void_p),
         ("regions", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),  # uint64, of each instruction
+        ("counts", ctypes.c_void_p),  # uint64 [workgroups, instructions]: how often each was executed
+        ("traffic", ctypes.c_void_p),  # uint64 [instructions, Traffic]
         ("preload", ctypes.c_void_p),
         ("kernarg", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),

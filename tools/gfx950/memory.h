@@ -4,7 +4,7 @@
  * covers the load. With MODE_LATE, memory itself is read and written only then. With MODE_CACHES, each workgroup has a
  * write-back cache that nothing but buffer_wbl2 sc1 and buffer_inv sc1 keeps coherent with the others'.
  */
-enum { LANES = 64, N_VECTOR = 512, N_ACCUMULATOR = 256, N_SCALAR = 128, LINE_BYTES = 128, WORDS = 4 };
+enum { LANES = 64, N_VECTOR = 512, N_ACCUMULATOR = 256, N_SCALAR = 128, LINE_BYTES = 128, SECTOR_BYTES = 64, WORDS = 4 };
 enum { VECTOR_QUEUE = 64, LDS_QUEUE = 128 };
 enum State { READY, AT_BARRIER, ENDED };
 

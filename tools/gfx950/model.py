@@ -15,7 +15,7 @@ from host.launch import LAUNCH_TABLE
 from prefill import Launch, Prefill
 from system.errors import MegakernelAborted
 from tools.compile_report import compile_kernel
-from tools.gfx950.emulator import STRICT, Conditions, Finding, Program
+from tools.gfx950.emulator import STRICT, Conditions, Finding, Program, Result
 
 TARGET = "gfx950"
 ROW = LAUNCH_TABLE[TARGET]
@@ -57,13 +57,17 @@ class Emulator:
         protected = {tensor.data_ptr() for tensor in read_only}
         places = [n for n, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor) and leaf.data_ptr() in protected]
         result = program.launch(grid[0], n_warps, shared_bytes, flat, self.conditions, places)
+        self.keep(program, result)
+        if result.outcome:
+            raise RuntimeError(f"{kernel.__name__}: {result.outcome.name.lower()} after {result.executed} instructions")
+
+    def keep(self, program: Program, result: Result) -> None:
+        """Log what a launch has executed and reported."""
         self.counts[program] = self.counts.get(program, 0) + result.counts
         self.log.launches += 1
         self.log.executed += result.executed
         self.log.mnemonics += program.mnemonics(result)
         self.log.findings += result.findings
-        if result.outcome:
-            raise RuntimeError(f"{kernel.__name__}: {result.outcome.name.lower()} after {result.executed} instructions")
 
     def _program_of(self, kernel, named: dict, options: dict) -> tuple[Program, int, int]:
         types = [leaf.dtype if isinstance(leaf, torch.Tensor) else int for leaf in leaves(tuple(named.values()))]
