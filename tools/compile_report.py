@@ -175,7 +175,7 @@ def compile_expert_tile(quant: bool, m: int, block_k: int, k: int):
 def amd_tile_report(quant: bool) -> dict:
     """Count the scaled MFMAs of a wave for a block over K of each expert tile, and check its loops' pipelining.
 
-    Loads are ahead if products stand between them and the wait for them; a tile's first block comes first.
+    Loads are ahead if products stand between them and the wait for them, in front if they stand before all products.
     """
     k = GPT_OSS_120B.hidden_size
     figures = {}
@@ -192,8 +192,10 @@ def amd_tile_report(quant: bool) -> dict:
         figures[f"{name}_first_loads"] = len(expert_loads(Program.from_amdgcn(one_block)))
         program = Program.from_amdgcn(compile_expert_tile(quant, m, block_k, k).asm["amdgcn"])
         product = SCALED_MFMA if quant else PRODUCT
-        ahead = [i for i in expert_loads(program) if product_before_wait(program, i, product)]
-        figures[f"{name}_loads"] = len(expert_loads(program))
+        loads, first_product = expert_loads(program), program.find(product)[0]
+        ahead = [i for i in loads if product_before_wait(program, i, product)]
+        figures[f"{name}_loads"] = len(loads)
+        figures[f"{name}_loads_in_front"] = sum(i < first_product for i in loads)
         figures[f"{name}_loads_ahead"] = len(ahead)
     return figures
 

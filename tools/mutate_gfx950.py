@@ -27,6 +27,8 @@ from checkpoints.checkpoint import RandomCheckpoint, WithoutStopIds
 from checkpoints.config import ModelConfig
 from command_line.parser import ArgumentParser, positive_int
 from command_line.run import run_main
+from common.machine import Machine
+from host.launch import GFX950
 from measure.report import markdown_table, progress, write_file
 from system.errors import LogitsNotFinite, MegakernelAborted
 from system.output_file import output_path
@@ -45,7 +47,8 @@ CONFIG = ModelConfig(
     sliding_window=20,
     layer_is_sliding=(True, False),
 )
-TOKENS = (7, 11)
+TOKENS = {3: 7, 41: 11}  # position -> token: one program attends for a head, or several share its keys
+ATTENTION = dataclasses.replace(GFX950.attention, head_keys=32, min_split_keys=16, max_splits=3)
 N_PROGRAMS = 3
 CONTEXT = 64
 # Waves in turn and at random, in long and in short runs: a race shows only in some orders.
@@ -70,42 +73,44 @@ class Loss:
     outcome: str
 
 
+State = tuple[torch.Tensor, ...]
+
+
 class Bench:
-    """A model that runs two tokens, with its code whole or changed."""
+    """A model that runs two tokens under each of ORDERS."""
 
-    def __init__(self, quant: bool):
+    def __init__(self, quant: bool, machine: Machine = GFX950.machine, limit: int = Conditions().max_instructions):
+        """limit: instructions of a launch, over which it is taken for one that does not end."""
         checkpoint = WithoutStopIds(RandomCheckpoint(CONFIG))
-        self.model = EmulatedModel(checkpoint, quant, CONTEXT, num_programs=N_PROGRAMS)
-        self.limit = Conditions().max_instructions
-        self.run(Conditions())  # compiles
-        (self.program,) = self.model.emulator.programs
-        self.executed = self.model.emulator.counts[self.program]
-        self.limit = SLACK * int(self.executed.sum())
-        self.expected = {order: self._expected(order) for order in ORDERS}
+        tuning = dataclasses.replace(GFX950, machine=machine, attention=ATTENTION)
+        self.model = EmulatedModel(checkpoint, quant, CONTEXT, num_programs=N_PROGRAMS, tuning=tuning)
+        self.limit = limit
 
-    def _expected(self, order: Conditions) -> tuple[torch.Tensor, ...]:
-        state = self.run(order)
-        if self.model.emulator.log.findings:
-            raise AssertionError("the whole code is reported")
-        return state
-
-    def run(self, order: Conditions) -> tuple[torch.Tensor, ...]:
+    def run(self, order: Conditions) -> State:
         """Feed both tokens, and return copies of what the launches have left."""
         emulator = self.model.emulator
         emulator.conditions = dataclasses.replace(order, max_instructions=self.limit)
         emulator.log.findings.clear()
         self.model.reset()
-        for position, token in enumerate(TOKENS):
+        for position, token in TOKENS.items():
             self.model.logits(token, position)
         state = self.model.state
         return tuple(t.clone() for t in (state.logits, state.k_cache, state.v_cache, state.x, state.expert_out))
 
-    def outcome_without(self, number: int) -> str:
-        """Return what comes of the code without one instruction."""
-        with self.program.without(number):
-            return next(filter(None, map(self._noticed, ORDERS)), UNNOTICED)
+    def expected(self) -> dict[Conditions, State]:
+        """Return what the whole code leaves, of which nothing may be reported."""
+        found = {}
+        for order in ORDERS:
+            found[order] = self.run(order)
+            if findings := self.model.emulator.log.findings:
+                raise AssertionError(f"the whole code is reported: {findings[0]}")
+        return found
 
-    def _noticed(self, order: Conditions) -> str | None:
+    def outcome(self, expected: dict[Conditions, State]) -> str:
+        """Return what comes of the code as it is now."""
+        return next(filter(None, (self._noticed(order, state) for order, state in expected.items())), UNNOTICED)
+
+    def _noticed(self, order: Conditions, expected: State) -> str | None:
         try:
             state = self.run(order)
         except MegakernelAborted:
@@ -114,18 +119,22 @@ class Bench:
             return CHANGED
         if self.model.emulator.log.findings:
             return REPORTED
-        same = all(map(torch.equal, state, self.expected[order]))
-        return None if same else CHANGED
+        return None if all(map(torch.equal, state, expected)) else CHANGED
 
 
-def losses(bench: Bench, kinds: list[str], every: int) -> Iterator[Loss]:
+def losses(quant: bool, kinds: list[str], every: int) -> Iterator[Loss]:
     """Yield what comes of each loss: of every n-th instruction of these kinds that a launch executes."""
-    program = bench.program
-    places = [n for n, text in enumerate(program.texts) if bench.executed[n] and text.split()[0] in kinds]
+    bench = Bench(quant)
+    expected = bench.expected()
+    (program,) = bench.model.emulator.programs
+    executed = bench.model.emulator.counts[program]
+    bench.limit = SLACK * int(executed.sum()) // (len(ORDERS) * len(TOKENS))
+    places = [n for n, text in enumerate(program.texts) if executed[n] and text.split()[0] in kinds]
     for n in places[::every]:
         text = program.texts[n]
         progress(f"without instruction {n} of {len(program.texts)}: {text}")
-        yield Loss(text.split()[0], n, text, program.frames[n][0], bench.outcome_without(n))
+        with program.without(n):
+            yield Loss(text.split()[0], n, text, program.frames[n][0], bench.outcome(expected))
 
 
 def table(found: list[Loss]) -> str:
@@ -144,7 +153,7 @@ def main() -> None:
     parser.add_argument("--every", metavar="N", type=positive_int, default=1, help="of each N, the first only")
     parser.add_argument("--json", metavar="FILE", type=output_path, help="write all losses as JSON")
     args = parser.parse_args()
-    found = list(losses(Bench(args.quant), args.kind, args.every))
+    found = list(losses(args.quant, args.kind, args.every))
     print(table(found))
     if args.json:
         data = json.dumps([dataclasses.asdict(loss) for loss in found], indent=2) + "\n"

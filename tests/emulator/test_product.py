@@ -113,3 +113,11 @@ def test_other_orders_of_waves(wave_seed, tmp_path):
     other = emulated(dataclasses.replace(case, wave_seed=wave_seed), tmp_path)
     assert other["tokens"] == first["tokens"]
     assert torch.equal(other["logits"], first["logits"])
+
+
+@pytest.mark.parametrize("quant", [False, True])
+def test_a_program_that_never_arrives_ends_the_launch(quant, tmp_path):
+    """The others give up within their bound of polls, and after a reset the model answers again."""
+    answer = emulated(Case("shipped", CHAT, quant=quant, n_programs=4, n_absent=1), tmp_path)
+    assert answer["error"].startswith("a program did not arrive at the barrier after the embedding")
+    assert answer["after"] == answer["before"]

@@ -24,12 +24,16 @@ from checkpoints.checkpoint import RandomCheckpoint, WithoutStopIds
 from checkpoints.config import GPT_OSS_120B, DenseFormats
 from command_line.run import run_main
 from host.decoder import Decoder
+from host.launch import GFX950
 from load_model import open_checkpoint
 from measure.random_cache import fill_cache
+from system.errors import MegakernelAborted
 from tools.gfx950.emulator import STRICT, Conditions
+from tools.gfx950.layout import Problem
 from tools.gfx950.model import EmulatedModel
 
 SEED = 3
+SPINS = 200  # polls of a program that waits in vain
 FORCED = 2  # a token that does not depend on the logits before it
 
 
@@ -48,6 +52,7 @@ class Case:
     n_cached: int = 0  # positions of random keys and values before the forced token
     is_plain: bool = False
     wave_seed: int = STRICT.seed
+    n_absent: int = 0  # programs that never start, of a launch for a token
 
     def checkpoint(self):
         if self.model == "shipped":
@@ -76,11 +81,30 @@ def answer_of(model: Decoder, case: Case) -> dict:
     return {"tokens": tokens, "keys": keys, "logits": model.logits(FORCED, position).clone()}
 
 
+def answer_without(model: EmulatedModel, case: Case) -> dict:
+    """Return what a launch with absent programs raises, and the tokens before it and after a reset.
+
+    Races of that launch do not count: all barriers are open once a program has given up, and its results are dropped.
+    """
+    whole = model.grid
+    before = model.step(FORCED, 0)
+    model.grid = (whole[0] - case.n_absent,)
+    try:
+        error = f"none: {model.step(FORCED, 0)}"
+    except MegakernelAborted as aborted:
+        error, log = str(aborted), model.emulator.log
+        log.findings = [finding for finding in log.findings if finding.problem != Problem.RACE]
+    model.grid = whole
+    model.reset()
+    return {"error": error, "before": before, "after": model.step(FORCED, 0)}
+
+
 def main() -> None:
     case = Case(**json.loads(Path(sys.argv[1]).read_text()))
     case = dataclasses.replace(case, prompt_ids=tuple(case.prompt_ids))
-    model = EmulatedModel(case.checkpoint(), conditions=case.conditions(), **case.options())
-    answer, log = answer_of(model, case), model.emulator.log
+    tuning = dataclasses.replace(GFX950, spin_limit=SPINS) if case.n_absent else None
+    model = EmulatedModel(case.checkpoint(), conditions=case.conditions(), tuning=tuning, **case.options())
+    answer, log = answer_without(model, case) if case.n_absent else answer_of(model, case), model.emulator.log
     answer |= {"findings": [str(finding) for finding in log.findings], "executed": log.executed}
     answer |= {"mnemonics": dict(log.mnemonics), "launches": log.launches}
     torch.save(answer, sys.argv[2])

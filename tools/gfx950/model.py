@@ -12,6 +12,7 @@ import torch
 
 from gpt_oss_megakernel import MegaModel
 from host.launch import LAUNCH_TABLE
+from host.tuning import Tuning
 from prefill import Launch, Prefill
 from system.errors import MegakernelAborted
 from tools.compile_report import compile_kernel
@@ -103,12 +104,20 @@ class EmulatedPrefill(Prefill):
 class EmulatedModel(MegaModel):
     """Decodes by emulated launches, with the weights laid out and the launches tuned as for gfx950."""
 
-    def __init__(self, checkpoint, *arguments, num_programs: int, conditions: Conditions = STRICT, **options):
+    def __init__(
+        self,
+        checkpoint,
+        *arguments,
+        num_programs: int,
+        tuning: Tuning | None = None,
+        conditions: Conditions = STRICT,
+        **options,
+    ):
         """Load a checkpoint. See Decoder for the other arguments; num_programs may be any number."""
         self.emulator = Emulator(conditions)
-        tuning, blocks = ROW.tuning(checkpoint.config), ROW.blocks
+        tuning = tuning or ROW.tuning(checkpoint.config)
         super().__init__(
-            checkpoint, *arguments, device="cpu", num_programs=num_programs, tuning=tuning, blocks=blocks, **options
+            checkpoint, *arguments, device="cpu", num_programs=num_programs, tuning=tuning, blocks=ROW.blocks, **options
         )
 
     @staticmethod
