@@ -163,19 +163,22 @@ static void store_pairs(Wave *w, const Instruction *ins, const u64 *result) {
 }
 static int lanes_64(Machine *m, Wave *w, const Instruction *ins) {
   (void)m;
-  u64 source[3][LANES] = {{0}}, result[LANES];
+  u64 source[3][LANES] = {{0}}, result[LANES], exec = scalar_pair(w, REGISTER_EXEC), carries = 0;
   fetch_pairs(w, ins, source);
 #define DO_LANE_64(VALUE)                                                       \
   for (int lane = 0; lane < LANES; lane++) {                                    \
     u64 A = source[0][lane], B = source[1][lane], C = source[2][lane];          \
     (void)B, (void)C;                                                           \
-    result[lane] = (u64)VALUE;                                                  \
+    u128 r = (u128)VALUE;                                                       \
+    result[lane] = (u64)r;                                                      \
+    if (r >> 64 & 1 && exec >> lane & 1) carries |= 1ull << lane;               \
   }                                                                             \
   break;
   switch (ins->opcode) {
 #include "cases_lane_64.h"
   }
   store_pairs(w, ins, result);
+  if (ins->dst2.kind) set_pair(w, ins->dst2.value, carries);
   return 1;
 }
 static int lanes_carry(Machine *m, Wave *w, const Instruction *ins) {

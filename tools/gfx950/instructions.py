@@ -66,7 +66,7 @@ v_lshl_or_b32           (A << (B & 31)) | C
 v_and_or_b32            (A & B) | C
 v_or3_b32               A | B | C
 v_bfe_u32               A >> (B & 31) & low_ones(C & 31)
-v_bfe_i32               sign_extended(A >> (B & 31), C & 31)
+v_bfe_i32               sign_extended((i32)A >> (B & 31), C & 31)
 v_bfi_b32               (A & B) | (~A & C)
 v_bfm_b32               low_ones(A & 31) << (B & 31)
 v_alignbit_b32          pair(B, A) >> (C & 31)
@@ -148,15 +148,15 @@ v_div_fmas_f32          word(vcc >> lane & 1 ? scaled(fmaf(a, b, c), exponent_bi
 v_div_fixup_f32         word(fixed_quotient(a, b, c))
 """)
 
-# VOP1 and VOP3 with a 64-bit result; A, B and C are register pairs.
+# VOP1 and VOP3 with a 64-bit result; A, B and C are register pairs. Bit 64 of the expression is the carry.
 LANE_64 = table("""
 v_mov_b64               A
-v_lshl_add_u64          (A << (B & 63)) + C
+v_lshl_add_u64          (u64)((A << (B & 7)) + C)
 v_lshlrev_b64           B << (A & 63)
 v_lshrrev_b64           B >> (A & 63)
 v_ashrrev_i64           (i64)B >> (A & 63)
-v_mad_u64_u32           (u64)(u32)A * (u32)B + C
-v_mad_i64_i32           (i64)(i32)A * (i32)B + C
+v_mad_u64_u32           (u128)(u32)A * (u32)B + C
+v_mad_i64_i32           (i128)((i64)(i32)A * (i32)B) + (i64)C
 """)
 
 # VOP2 and VOP3 with a carry: bit 32 of the expression.

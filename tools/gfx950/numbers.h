@@ -11,6 +11,8 @@ typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
+typedef __int128 i128;
+typedef unsigned __int128 u128;
 
 static inline float float_of(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 static inline u32 word(float x) { u32 y; memcpy(&y, &x, 4); return y; }
