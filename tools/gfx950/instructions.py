@@ -131,7 +131,7 @@ v_floor_f32             word(floorf(a))
 v_ceil_f32              word(ceilf(a))
 v_trunc_f32             word(truncf(a))
 v_rndne_f32             word(rintf(a))
-v_fract_f32             word(fminf(a - floorf(a), 0x1.fffffep-1f))
+v_fract_f32             word(isfinite(a) ? fminf(a - floorf(a), 0x1.fffffep-1f) : NAN)
 v_ldexp_f32             word(scaled(a, (i32)B))
 v_frexp_exp_i32_f32     isfinite(a) ? exponent_of(a) : 0
 v_frexp_mant_f32        isfinite(a) ? word(mantissa_of(a)) : A
@@ -144,7 +144,7 @@ v_cvt_pk_fp8_f32        into_half(D, to_e4m3(a, SATURATE) | to_e4m3(b, SATURATE)
 v_cvt_scalef32_pk_fp8_f32 into_half(D, to_e4m3(unscaled(a, C), SATURATE) | to_e4m3(unscaled(b, C), SATURATE) << 8, HIGH)
 v_cvt_scalef32_pk_bf16_fp8 to_bf16(rescaled(of_e4m3(PART), B)) | to_bf16(rescaled(of_e4m3(PART >> 8), B)) << 16
 v_cvt_scalef32_pk_f16_fp8 to_half(rescaled(of_e4m3(PART), B)) | to_half(rescaled(of_e4m3(PART >> 8), B)) << 16
-v_div_fmas_f32          word(vcc >> lane & 1 ? scaled(fmaf(a, b, c), exponent_bits(c) > 127 ? 64 : -64) : fmaf(a, b, c))
+v_div_fmas_f32          word(vcc >> lane & 1 ? scaled_fma(a, b, c, exponent_bits(c) > 127 ? 64 : -64) : fmaf(a, b, c))
 v_div_fixup_f32         word(fixed_quotient(a, b, c))
 """)
 

@@ -66,11 +66,18 @@ static inline float scaled(float x, i32 exponent) {
 }
 static inline u32 exponent_of(float x) { int e; frexpf(x, &e); return x == 0 ? 0 : (u32)e; }
 static inline float mantissa_of(float x) { int e; return frexpf(x, &e); }
+static inline int is_signalling(float x) { return isnan(x) && !(word(x) & 0x400000); }
+static inline float quieted(float x) { return float_of(word(x) | 0x400000); }
+/* In IEEE mode, which Triton sets: a number before a quiet NaN, and a signalling one before both. */
+static inline float before_nan(float x, float y) {
+  if (is_signalling(x) || is_signalling(y)) return quieted(is_signalling(x) ? x : y);
+  return isnan(x) ? y : x;
+}
 static inline float larger(float x, float y) {
-  return isnan(x) ? y : isnan(y) ? x : x == y ? (signbit(x) ? y : x) : x > y ? x : y;
+  return isnan(x) || isnan(y) ? before_nan(x, y) : x == y ? (signbit(x) ? y : x) : x > y ? x : y;
 }
 static inline float smaller(float x, float y) {
-  return isnan(x) ? y : isnan(y) ? x : x == y ? (signbit(x) ? x : y) : x < y ? x : y;
+  return isnan(x) || isnan(y) ? before_nan(x, y) : x == y ? (signbit(x) ? x : y) : x < y ? x : y;
 }
 static inline float middle(float x, float y, float z) {
   if (isnan(x) || isnan(y) || isnan(z)) return smaller(smaller(x, y), z);
@@ -92,7 +99,7 @@ static float div_scale(float x, float denominator, float numerator, int *scales_
   if (is_denormal(denominator)) return ldexpf(x, 64);
   if (small_reciprocal && small_quotient) {
     *scales_back = 1;
-    return is_denominator ? ldexpf(x, 64) : x;
+    return is_denominator ? ldexpf(x, -64) : x;
   }
   if (small_reciprocal) return ldexpf(x, -64);
   if (small_quotient) {
@@ -100,6 +107,11 @@ static float div_scale(float x, float denominator, float numerator, int *scales_
     return is_numerator ? ldexpf(x, 64) : x;
   }
   return exponent_bits(numerator) <= 23 ? ldexpf(x, 64) : x;
+}
+/* Rounded once, which a correctly rounded denormal quotient needs; the ISA document is silent. */
+static float scaled_fma(float x, float y, float z, int exponent) {
+  float r = scaled(fmaf(x, y, z), exponent);
+  return fabsf(r) <= 0x1p-126f ? (float)ldexp(fma(x, y, z), exponent) : r;
 }
 static float fixed_quotient(float quotient, float denominator, float numerator) {
   float r;
