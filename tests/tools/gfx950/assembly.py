@@ -132,7 +132,9 @@ def evaluate(code: str, *sources: np.ndarray, words=1, old=None, mask=None, shar
     return Lanes(out[:n, :4], bits.reshape(-1)[:n].astype(bool))
 
 
-def evaluate_scalar(code: str, x: Sequence[int], y: Sequence[int], old: Sequence[int], scc: Sequence[int]) -> np.ndarray:
+def evaluate_scalar(
+    code: str, x: Sequence[int], y: Sequence[int], old: Sequence[int], scc: Sequence[int]
+) -> np.ndarray:
     """Execute code for each x, y, what the destination holds and SCC. Return result and SCC, uint64 [n, 2].
 
     {x}, {y}, {d} stand for 32 bits, {x2}, {y2}, {d2} for 64.

@@ -14,7 +14,30 @@ from assembly import LANES, evaluate
 
 FULL = 2**32 - 1
 CORNERS = [
-    *(0, 1, 2, 3, 7, 15, 16, 31, 32, 33, 63, 64, 127, 128, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000),
+    *(
+        0,
+        1,
+        2,
+        3,
+        7,
+        15,
+        16,
+        31,
+        32,
+        33,
+        63,
+        64,
+        127,
+        128,
+        255,
+        256,
+        0x7FFF,
+        0x8000,
+        0xFFFF,
+        0x10000,
+        0x7FFFFF,
+        0x800000,
+    ),
     *(0xFFFFFF, 0x1000000, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFF8000, 0xFFFFFFFE, FULL, 0xAAAAAAAA, 0xDEADBEEF),
 ]
 
@@ -230,7 +253,13 @@ def test_mbcnt_counts_a_masks_bits_below_the_lane():
 
 def test_literals_and_scalars_are_the_same_in_all_lanes():
     x = tuples(1)[:, 0]
-    for text, value in (("0x12345678", 0x12345678), ("-16", -16), ("64", 64), ("1.0", 0x3F800000), ("-4.0", 0xC0800000)):
+    for text, value in (
+        ("0x12345678", 0x12345678),
+        ("-16", -16),
+        ("64", 64),
+        ("1.0", 0x3F800000),
+        ("-4.0", 0xC0800000),
+    ):
         found = evaluate(f"s_mov_b32 s40, {text}\nv_add_u32 {{d}}, s40, {{a}}\nv_xor_b32 {{d}}, {text}, {{d}}", x)
         np.testing.assert_array_equal(found.word, [(int(a) + value) % 2**32 ^ value % 2**32 for a in x])
 
