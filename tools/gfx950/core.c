@@ -40,10 +40,13 @@ static void store_lanes(u32 *to, const u32 *from, u64 lanes) {
     for (int lane = 0; lane < LANES; lane++)
       if (lanes >> lane & 1) to[lane] = from[lane];
 }
-static void change_sign(u32 *x, int modifiers) {
+static void change_sign(const Instruction *ins, int k, u32 *x) { /* as the k-th source's modifiers say */
+  int modifiers = ins->src[k].modifiers;
+  u32 sign = 1u << ins->sign_bit;
+  if (!(modifiers & (MODIFIER_NEGATIVE | MODIFIER_ABSOLUTE))) return;
   for (int lane = 0; lane < LANES; lane++) {
-    if (modifiers & MODIFIER_ABSOLUTE) x[lane] &= 0x7fffffff;
-    if (modifiers & MODIFIER_NEGATIVE) x[lane] ^= 0x80000000;
+    if (modifiers & MODIFIER_ABSOLUTE) x[lane] &= ~sign;
+    if (modifiers & MODIFIER_NEGATIVE) x[lane] ^= sign;
   }
 }
 
@@ -117,8 +120,7 @@ static int lanes(Machine *m, Wave *w, const Instruction *ins) {
   if (ins->is_sdwa)
     for (int k = 0; k < 2; k++) select_part(source[k], &ins->src[k]);
   if (ins->dpp) written = move_lanes(ins, source[0], exec);
-  for (int k = 0; k < 3; k++)
-    if (ins->src[k].modifiers & (MODIFIER_NEGATIVE | MODIFIER_ABSOLUTE)) change_sign(source[k], ins->src[k].modifiers);
+  for (int k = 0; k < 3; k++) change_sign(ins, k, source[k]);
   const int CLAMPED = ins->saturate_integer, SATURATE = w->saturates, HIGH = ins->op_sel >> 3 & 1;
   const u32 TABLE = ins->truth_table, part_shift = 16 * (ins->op_sel & 1);
 #define DO_LANE(VALUE)                                                               \
@@ -133,10 +135,8 @@ static int lanes(Machine *m, Wave *w, const Instruction *ins) {
   switch (ins->opcode) {
 #include "cases_lane.h"
   }
-  for (int lane = 0; lane < LANES; lane++) {
-    if (ins->output_exponent) result[lane] = word(ldexpf(float_of(result[lane]), ins->output_exponent));
-    if (ins->clamp) result[lane] = word(smaller(larger(float_of(result[lane]), 0), 1));
-  }
+  if (ins->clamp)
+    for (int lane = 0; lane < LANES; lane++) result[lane] = word(smaller(larger(float_of(result[lane]), 0), 1));
   if (ins->is_sdwa) place_part(ins, result, old);
   store_lanes(registers(w, &ins->dst)[0], result, written);
   return 1;
@@ -233,7 +233,8 @@ static int lanes_pair_f16(Machine *m, Wave *w, const Instruction *ins) {
     if (ins->src[k].kind) fetch(w, &ins->src[k], 0, source[k]);
   for (int half = 0; half < 2; half++)
     for (int lane = 0; lane < LANES; lane++) {
-      float value[3], r = 0;
+      float value[3];
+      double r = 0;
       for (int k = 0; k < 3; k++) {
         value[k] = of_half(source[k][lane] >> 16 * part_of(ins, half, k) & 0xffff);
         if (is_negated(ins, half, k)) value[k] = -value[k];
@@ -244,7 +245,7 @@ static int lanes_pair_f16(Machine *m, Wave *w, const Instruction *ins) {
       switch (ins->opcode) {
 #include "cases_lane_pair_f16.h"
   }
-      result[lane] |= to_half(r) << 16 * half;
+      result[lane] |= to_half(r, w->saturates) << 16 * half;
     }
   store_lanes(registers(w, &ins->dst)[0], result, scalar_pair(w, REGISTER_EXEC));
   return 1;
@@ -274,7 +275,7 @@ static int lanes_compare(Machine *m, Wave *w, const Instruction *ins) {
     fetch(w, o, 0, low[k]);
     if (is_wide) fetch(w, o, 1, high[k]);
     if (ins->is_sdwa) select_part(low[k], o);
-    if (o->modifiers & (MODIFIER_NEGATIVE | MODIFIER_ABSOLUTE)) change_sign(low[k], o->modifiers);
+    change_sign(ins, k, low[k]);
   }
   for (int lane = 0; lane < LANES; lane++) {
     u64 x = pair(low[0][lane], is_wide ? high[0][lane] : 0), y = pair(low[1][lane], is_wide ? high[1][lane] : 0);
@@ -463,7 +464,7 @@ static void scale_for_division(Wave *w, const Instruction *ins) {
   u64 exec = scalar_pair(w, REGISTER_EXEC), back = 0;
   for (int k = 0; k < 3; k++) {
     fetch(w, &ins->src[k], 0, source[k]);
-    change_sign(source[k], ins->src[k].modifiers);
+    change_sign(ins, k, source[k]);
   }
   for (int lane = 0; lane < LANES; lane++) {
     int scales_back;

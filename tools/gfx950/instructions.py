@@ -137,13 +137,13 @@ v_frexp_exp_i32_f32     isfinite(a) ? exponent_of(a) : 0
 v_frexp_mant_f32        isfinite(a) ? word(mantissa_of(a)) : A
 v_cvt_u32_f32           isnan(a) || a <= 0 ? 0 : a >= 0x1p32f ? ~0u : (u32)a
 v_cvt_i32_f32           isnan(a) ? 0 : a >= 0x1p31f ? 0x7fffffff : a <= -0x1p31f ? 0x80000000 : (u32)(i32)a
-v_cvt_f16_f32           to_half(a)
-v_cvt_pk_f16_f32        to_half(a) | to_half(b) << 16
+v_cvt_f16_f32           to_half(a, SATURATE)
+v_cvt_pk_f16_f32        half_pair(a, b, SATURATE)
 v_cvt_pk_bf16_f32       to_bf16(a) | to_bf16(b) << 16
 v_cvt_pk_fp8_f32        into_half(D, to_e4m3(a, SATURATE) | to_e4m3(b, SATURATE) << 8, HIGH)
 v_cvt_scalef32_pk_fp8_f32 into_half(D, to_e4m3(unscaled(a, C), SATURATE) | to_e4m3(unscaled(b, C), SATURATE) << 8, HIGH)
 v_cvt_scalef32_pk_bf16_fp8 to_bf16(rescaled(of_e4m3(PART), B)) | to_bf16(rescaled(of_e4m3(PART >> 8), B)) << 16
-v_cvt_scalef32_pk_f16_fp8 to_half(rescaled(of_e4m3(PART), B)) | to_half(rescaled(of_e4m3(PART >> 8), B)) << 16
+v_cvt_scalef32_pk_f16_fp8 half_pair(rescaled(of_e4m3(PART), B), rescaled(of_e4m3(PART >> 8), B), SATURATE)
 v_div_fmas_f32          word(vcc >> lane & 1 ? scaled_fma(a, b, c, exponent_bits(c) > 127 ? 64 : -64) : fmaf(a, b, c))
 v_div_fixup_f32         word(fixed_quotient(a, b, c))
 """)
@@ -169,16 +169,16 @@ v_subrev_co_u32         (u64)B - A
 v_subbrev_co_u32        (u64)B - A - (mask >> lane & 1)
 """)
 
-# VOP3P: float32 pairs, and float16 pairs in a word, which are rounded from float32; p, q and s are floats.
+# VOP3P: float32 pairs, and float16 pairs in a word, which are rounded from double precision; p, q and s are floats.
 LANE_PAIR_F32 = table("""
 v_pk_add_f32            p + q
 v_pk_mul_f32            p * q
 v_pk_fma_f32            fmaf(p, q, s)
 """)
 LANE_PAIR_F16 = table("""
-v_pk_add_f16            p + q
-v_pk_mul_f16            p * q
-v_pk_fma_f16            (float)((double)p * q + s)
+v_pk_add_f16            (double)p + q
+v_pk_mul_f16            (double)p * q
+v_pk_fma_f16            (double)p * q + s
 v_pk_max_f16            larger(p, q)
 v_pk_min_f16            smaller(p, q)
 """)

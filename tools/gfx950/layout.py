@@ -223,7 +223,7 @@ FIELDS = (
     *("offset", "second_offset", "scope", "has_offset_register", "permutation"),  # second_offset: -1 without
     *("rows", "depth", "format_a", "format_b", "scale_byte_a", "scale_byte_b"),  # scale bytes: -1 without
     *("op_sel", "op_sel_hi", "neg_lo", "neg_hi", "truth_table"),
-    *("clamp", "saturate_integer", "output_exponent", "condition", "number_type", "to_exec"),
+    *("clamp", "saturate_integer", "sign_bit", "condition", "number_type", "to_exec"),
     *("is_sdwa", "dst_select", "dst_unused", "dpp", "dpp_argument", "row_mask", "bank_mask", "bound_control"),
 )
 

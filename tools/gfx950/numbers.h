@@ -132,11 +132,14 @@ static float of_half(u32 x) {
   float r = exponent ? ldexpf(1024 + mantissa, (int)exponent - 25) : ldexpf(mantissa, -24);
   return sign ? -r : r;
 }
-static u32 to_half(float x) {
+static u32 to_half(double x, int saturates) { /* rounded once; MODE.FP16_OVFL keeps infinity, and finite numbers finite */
   _Float16 half = (_Float16)x;
   u16 y;
   memcpy(&y, &half, 2);
-  return y;
+  return saturates && (y & 0x7fff) == 0x7c00 && isfinite(x) ? y - 1u : y;
+}
+static u32 half_pair(double low, double high, int saturates) {
+  return to_half(low, saturates) | to_half(high, saturates) << 16;
 }
 static float of_bf16(u32 x) { return float_of(x << 16); }
 static u32 to_bf16(float x) {
