@@ -13,8 +13,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from assembly import evaluate
+from exact import LARGEST, SMALLEST_NORMAL, TINY, assert_floats, fused, near_floats, random_floats, rounded
 
-TINY, SMALLEST_NORMAL, LARGEST = 2.0**-149, 2.0**-126, float(np.finfo(np.float32).max)
 MAGNITUDES = [
     *(
         0.0,
@@ -55,19 +55,6 @@ def without_warnings():
         yield
 
 
-def random_floats(n: int, seed: int = 0) -> np.ndarray:
-    """Return random bit patterns without NaN, of all exponents."""
-    bits = np.random.default_rng(seed).integers(0, 2**32, 2 * n, np.uint64).astype(np.uint32)
-    values = bits.view(np.float32)
-    return values[~np.isnan(values)][:n]
-
-
-def near_floats(n: int, seed: int = 0) -> np.ndarray:
-    """Return random numbers of moderate exponents."""
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal(n) * 2.0 ** rng.integers(-6, 7, n)).astype(np.float32)
-
-
 def rows_of(n: int) -> np.ndarray:
     """Return rows of n operands: corners in all pairs, some triples, and random ones."""
     if n == 1:
@@ -79,27 +66,6 @@ def rows_of(n: int) -> np.ndarray:
         pairs = np.concatenate([pairs, rng.choice(CORNERS, (1000, 3))])
     more = [np.stack([make(400, seed) for seed in range(n)], 1) for make in (random_floats, near_floats)]
     return np.concatenate([pairs, *more])
-
-
-def rounded(x: Fraction, digits: int = 24, lowest: int = -149, largest: float = LARGEST) -> float:
-    """Return the number with so many binary digits, none below 2**lowest, that is nearest to x, even on ties."""
-    if x == 0:
-        return 0.0
-    exponent = math.floor(math.log2(abs(x.numerator)) - math.log2(x.denominator)) + 1
-    unit = Fraction(2) ** max(exponent - digits, lowest)
-    if abs(x) / unit >= 2**digits:  # the logarithm was rounded up to a whole number
-        unit *= 2
-    value = round(x / unit) * unit  # Python rounds ties to even
-    return math.copysign(math.inf, x) if abs(value) > largest else float(value)
-
-
-def fused(a: float, b: float, c: float) -> float:
-    """Return a * b + c, rounded once."""
-    plain = float(np.float64(a) * np.float64(b) + np.float64(c))
-    if not all(map(math.isfinite, (a, b, c))) or a * b == 0:
-        return plain
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    return rounded(exact) or math.copysign(0.0, plain if exact == 0 else exact)
 
 
 def fmas(a, b, c) -> np.ndarray:
@@ -163,14 +129,6 @@ FLOATS = {
 }
 N_SOURCES = {"v_max3_f32": 3, "v_min3_f32": 3, "v_maximum3_f32": 3, "v_minimum3_f32": 3, "v_max_f32": 2, "v_min_f32": 2}
 N_SOURCES |= dict.fromkeys(("v_floor_f32", "v_ceil_f32", "v_trunc_f32", "v_rndne_f32"), 1)
-
-
-def assert_floats(found: np.ndarray, expected: np.ndarray, *rows: np.ndarray) -> None:
-    """Check that bits are the same, but for those of NaN."""
-    expected = expected.astype(np.float32)
-    same = (found.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(found) & np.isnan(expected))
-    wrong = [(*(row[n] for row in rows), found[n], expected[n]) for n in np.flatnonzero(~same)[:5]]
-    assert same.all(), f"{(~same).sum()} of {len(same)}: {wrong}"
 
 
 @pytest.mark.parametrize("name", FLOATS)
