@@ -54,7 +54,7 @@ static inline u32 truth_table(u32 x, u32 y, u32 z, u32 table) {
   return r;
 }
 static inline u32 into_half(u32 old, u32 half, int is_high) {
-  return is_high ? (old & 0xffff) | half << 16 : (old & 0xffff0000) | half;
+  return is_high ? (old & 0xffff) | half << 16 : (old & 0xffff0000) | (half & 0xffff);
 }
 
 /* ---- float32 ---- */
