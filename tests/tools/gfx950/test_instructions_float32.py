@@ -1,8 +1,8 @@
 """float32 vector instructions, against numpy and exact fractions.
 
-What they compute: AMD's "CDNA4 Instruction Set Architecture", VOP1, VOP2, VOP3 and VOP3P, with the modes that Triton sets:
-denormals are kept, IEEE_MODE and DX10_CLAMP are on. Transcendental instructions flush denormals and are right to an ulp.
-Division is LLVM's sequence for a correctly rounded quotient (AMDGPUTargetLowering, LowerFDIV32).
+What they compute: AMD's "CDNA4 Instruction Set Architecture", VOP1, VOP2, VOP3 and VOP3P, with the modes that Triton
+sets: denormals are kept, IEEE_MODE and DX10_CLAMP are on. Transcendental instructions flush denormals and are right to
+an ulp. Division is LLVM's sequence for a correctly rounded quotient (SITargetLowering::LowerFDIV32).
 """
 
 import inspect
@@ -220,7 +220,7 @@ def test_division_is_rounded_once():
 
 
 def test_division_by_parts():
-    """What each part does at its corners: the cases that the ISA document lists for V_DIV_SCALE_F32 and V_DIV_FIXUP_F32."""
+    """What v_div_scale_f32 does in the cases that the ISA document lists."""
     big, small = 2.0**100, 2.0**-100
     cases = [  # denominator, numerator, the scaled denominator and numerator, whether the quotient is scaled back
         (1.0, 3.0, 1.0, 3.0, False),
@@ -305,7 +305,7 @@ PACKED = {
 @pytest.mark.parametrize("low", [(0, 0, 0), (1, 0, 1), (0, 1, 1)], ids=str)
 @pytest.mark.parametrize("high", [(1, 1, 1), (0, 1, 0)], ids=str)
 def test_packed_float32(name, low, high):
-    """op_sel and op_sel_hi choose the words that the low and the high result are made of; neg_lo, neg_hi their signs."""
+    """op_sel and op_sel_hi choose the words that the low and the high result are made of; neg_lo and neg_hi signs."""
     n = len(inspect.signature(PACKED[name]).parameters)
     rows = rows_of(3)[-1200:]
     pairs = [np.stack([rows[:, k], np.roll(rows[:, k], 7)], 1) for k in range(n)]

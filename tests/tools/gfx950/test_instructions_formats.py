@@ -218,7 +218,7 @@ def half_rows() -> np.ndarray:
     ids=["plain", "crossed", "mixed"],
 )
 def test_packed_half(name, chosen):
-    """op_sel and op_sel_hi choose the halves that the low and the high result are made of; neg_lo, neg_hi their signs."""
+    """op_sel and op_sel_hi choose the halves that the low and the high result are made of; neg_lo and neg_hi signs."""
     n, function = PACKED_HALF[name]
     rows = half_rows()[:, :n]
     pairs = np.stack([rows, np.roll(rows, 3, 0)])

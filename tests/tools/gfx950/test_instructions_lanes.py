@@ -65,7 +65,8 @@ def test_comparison(kind, name):
     expected = np.array([compare(*row) for row in zip(*numbers, strict=True)])
     assert (evaluate(f"v_cmp_{name}_{kind}_e64 {{out}}, {{a}}, {{b}}", x, y).mask == expected).all()
     active = np.arange(len(x)) % 3 != 0
-    code = f"s_mov_b64 exec, {{mask}}\nv_cmpx_{name}_{kind}_e32 vcc, {{a}}, {{b}}\ns_mov_b64 {{out}}, vcc\nv_mov_b32 {{d}}, 1"
+    code = f"s_mov_b64 exec, {{mask}}\nv_cmpx_{name}_{kind}_e32 vcc, {{a}}, {{b}}\n"
+    code += "s_mov_b64 {out}, vcc\nv_mov_b32 {d}, 1"
     found = evaluate(code, x, y, mask=active, old=np.zeros(len(x), np.uint32))
     np.testing.assert_array_equal(found.mask, expected & active)
     np.testing.assert_array_equal(found.word, expected & active)
@@ -98,7 +99,8 @@ def test_readlane_and_readfirstlane():
 
 def test_writelane():
     x = np.arange(LANES, dtype=np.uint32)
-    code = "s_mov_b32 s40, 77\ns_mov_b32 s41, 9\ns_mov_b64 exec, 1\nv_writelane_b32 {d}, s40, 5\nv_writelane_b32 {d}, -3, s41"
+    code = "s_mov_b32 s40, 77\ns_mov_b32 s41, 9\ns_mov_b64 exec, 1\n"
+    code += "v_writelane_b32 {d}, s40, 5\nv_writelane_b32 {d}, -3, s41"
     expected = x.copy()
     expected[5], expected[9] = 77, 2**32 - 3
     np.testing.assert_array_equal(evaluate(code, x, old=x).word, expected)

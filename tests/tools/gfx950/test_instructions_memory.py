@@ -1,7 +1,7 @@
 """Loads, stores and atomics of every width, in memory and in LDS, against bytes in numpy.
 
-What they do: AMD's "CDNA4 Instruction Set Architecture", chapters "Vector memory operations", "Flat memory instructions"
-and "Data share operations"; the layout of ds_read_b64_tr_*: LLVM's AMDGPU usage guide.
+What they do: AMD's "CDNA4 Instruction Set Architecture", chapters "Vector memory operations", "Flat memory
+instructions" and "Data share operations"; the layout of ds_read_b64_tr_*: LLVM's AMDGPU usage guide.
 """
 
 import numpy as np

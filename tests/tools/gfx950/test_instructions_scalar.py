@@ -285,7 +285,8 @@ def test_jumps(name):
 
 def test_what_has_no_effect_on_values():
     x = np.arange(LANES, dtype=np.uint32)
-    idle = "s_nop 3\ns_sleep 1\ns_setprio 2\ns_icache_inv\ns_dcache_wb\nv_nop\ns_barrier\nbuffer_wbl2 sc1\nbuffer_inv sc1\n"
+    idle = "s_nop 3\ns_sleep 1\ns_setprio 2\ns_icache_inv\ns_dcache_wb\nv_nop\ns_barrier\n"
+    idle += "buffer_wbl2 sc1\nbuffer_inv sc1\n"
     np.testing.assert_array_equal(evaluate(idle + "v_mov_b32 {d}, {a}", x).word, x)
 
 
