@@ -224,6 +224,8 @@ def test_division_by_parts():
     big, small = 2.0**100, 2.0**-100
     cases = [  # denominator, numerator, the scaled denominator and numerator, whether the quotient is scaled back
         (1.0, 3.0, 1.0, 3.0, False),
+        (1.0, 2.0**95, 1.0, 2.0**95, False),
+        (1.0, 2.0**96, 2.0**64, 2.0**96, True),
         (small, big, small * 2.0**64, big, True),  # a quotient near the largest
         (2.0**-130, 2.0**-60, 2.0**-66, 16.0, False),  # a denormal denominator
         (2.0**127, 2.0**20, 2.0**63, 2.0**-44, False),  # a denormal reciprocal
