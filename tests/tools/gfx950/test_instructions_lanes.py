@@ -159,7 +159,7 @@ SWIZZLES = {
     "swizzle(BROADCAST,4,2)": lambda lane: lane // 4 * 4 + 2,
     "swizzle(BROADCAST,32,17)": lambda lane: lane // 32 * 32 + 17,
     "swizzle(QUAD_PERM,3,0,0,2)": lambda lane: lane // 4 * 4 + (3, 0, 0, 2)[lane % 4],
-    f"{0b00011_00100_11010:#x}": lambda lane: lane // 32 * 32 + (((lane & 0b11010) | 0b00100) ^ 0b00011),
+    f"{0b00111_00100_11010:#x}": lambda lane: lane // 32 * 32 + (((lane & 0b11010) | 0b00100) ^ 0b00111),
 }
 
 
