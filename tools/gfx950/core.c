@@ -7,6 +7,7 @@
 #include "numbers.h"
 #include "layout.h"
 #include "memory.h"
+#include "hazards.h"
 #include "matrix.h"
 
 /* ---- operands ---- */
@@ -541,8 +542,9 @@ static void step(Machine *m, Wave *w) {
   }
   const Instruction *ins = &m->code[w->pc];
   ((u64 *)launch->counts)[w->pc]++;
-  w->pc++;
+  int next = ++w->pc;
   launch->executed++;
+  if (launch->mode & MODE_CHECK_HAZARDS) check_hazards(m, w, ins);
   if ((w->n_vector | w->n_lds) && ins->opcode != OP_s_waitcnt && ins->opcode != OP_s_endpgm) {
     for (int k = 0; k < 4; k++) check_arrived(m, w, ins, &ins->src[k]);
     check_arrived(m, w, ins, &ins->dst2);
@@ -552,6 +554,7 @@ static void step(Machine *m, Wave *w) {
     report(m, w, ins, PROBLEM_UNKNOWN, 0, 0);
     w->state = ENDED;
   }
+  if (w->pc != next) record_jump(w, ins);
 }
 
 static u64 next_random(u64 *state) {
@@ -622,6 +625,7 @@ static void start_wave(const Launch *launch, Wave *w, int index) {
   memcpy(&w->scalar[2], launch->preload, 4 * launch->n_preload);
   w->scalar[launch->n_user_registers] = w->workgroup;
   set_pair(w, REGISTER_EXEC, ~0ull);
+  w->jumps[0] = w->jumps[1] = -LONGEST_HAZARD - 1;
 }
 static void start_lds(const Launch *launch, Lds *lds) {
   int n = launch->lds_bytes + 4;
@@ -641,7 +645,8 @@ static void fill_cache(Machine *m, Cache *c) {
 int run(Launch *launch) {
   int n = launch->n_workgroups * launch->waves_per_workgroup;
   Machine machine = {launch, launch->code, launch->regions, calloc(n, sizeof(Wave)), calloc(launch->n_workgroups, sizeof(Lds)),
-                     calloc(launch->n_workgroups, sizeof(Cache)), 0, {0}}, *m = &machine;
+                     calloc(launch->n_workgroups, sizeof(Cache)), 0, {0}, calloc(2 * launch->n_instructions, sizeof(int))},
+          *m = &machine;
   start_races(&m->races, launch, m->regions);
   fill_element_values();
   for (int i = 0; i < n; i++) start_wave(launch, &m->waves[i], i);
@@ -661,7 +666,7 @@ int run(Launch *launch) {
     free(w->vector), free(w->accumulator), free(w->vector_queue), free(w->lds_queue);
   }
   end_races(&m->races, launch);
-  free(m->waves), free(m->lds), free(m->caches);
+  free(m->waves), free(m->lds), free(m->caches), free(m->checked);
   return outcome;
 }
 int launch_bytes(void) { return sizeof(Launch); }

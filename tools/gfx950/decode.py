@@ -21,7 +21,9 @@ from tools.gfx950.layout import (
     Register,
     Select,
     Space,
+    Used,
 )
+from tools.gfx950.uses import uses_of
 
 REGISTER_FILES = {"v": Kind.VECTOR, "s": Kind.SCALAR, "a": Kind.ACCUMULATOR}
 PAIRS = {
@@ -79,7 +81,8 @@ class UnknownInstruction(Exception):
 
 def decode(line: str, number: int, labels: dict[str, int]) -> Instruction:
     """Return instruction `number` of a program. labels: name -> number. Raise UnknownInstruction."""
-    ins = Instruction(number=number, second_offset=-1, scale_byte_a=-1, scale_byte_b=-1, vmcnt=-1, lgkmcnt=-1)
+    unset = dict.fromkeys(("second_offset", "scale_byte_a", "scale_byte_b", "vmcnt", "lgkmcnt"), -1)
+    ins = Instruction(number=number, wait_states=1, **unset)
     name, _, rest = line.partition(" ")
     base = re.sub(r"_(e32|e64|dpp|sdwa)$", "", name)
     arguments, modifiers = split_arguments(rest)
@@ -89,6 +92,8 @@ def decode(line: str, number: int, labels: dict[str, int]) -> Instruction:
         decoder(ins, base, arguments, modifiers, labels)
         if "_sdwa" in name or "_dpp" in name:
             _lane_selection(ins, modifiers, is_sdwa="_sdwa" in name)
+        uses = [*uses_of(ins, base)]
+        ins.n_uses, ins.uses[: len(uses)] = len(uses), [Used(*use) for use in uses]
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise UnknownInstruction(f"{line} ({error!r})") from error
     return ins
@@ -165,7 +170,8 @@ def _decoder_of(name: str, form: int) -> Callable:
 
 
 def _nothing(ins, name, arguments, modifiers, labels) -> None:
-    pass
+    if name == "s_nop":
+        ins.wait_states = int(arguments[0], 0) + 1
 
 
 def _branch(ins, name, arguments, modifiers, labels) -> None:
