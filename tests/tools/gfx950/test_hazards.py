@@ -52,6 +52,7 @@ RESULT_USES = [
     "buffer_store_dword v66, v1, s[8:11], 0 offen",
     f"global_load_dword v66, v1, {pointer(0)}",
     "ds_write_b32 v1, v66",
+    "ds_write2_b32 v1, v4, v66 offset1:1",
     "ds_read_b32 v66, v1",
     "v_mfma_f32_16x16x32_f16 v[80:83], v[64:67], v[24:27], v[48:51]",
     "v_mfma_f32_16x16x4_f32 v[80:83], v16, v66, v[48:51]",
@@ -81,6 +82,7 @@ ROWS = [
     (TO_EXEC, XDL_4, 4),
     (TO_EXEC, "v_mov_b32 v9, exec_lo", 2),
     (TO_VECTOR, DPP, 2),
+    ("v_swap_b32 v5, v4", DPP, 2),
     ("v_mov_b32 v9, 0", "v_mov_b32_dpp v9, v4 row_shl:4 row_mask:0xf bank_mask:0x5", 2),
     (TO_VECTOR, "v_permlane16_swap_b32 v5, v4", 2),
     (TO_VECTOR, "v_readlane_b32 s21, v4, 0", 1),
@@ -173,6 +175,33 @@ def test_a_hazard_across_a_jump():
     (finding,) = hazards(loop.format(""))
     assert finding.text == f"{TO_VECTOR} -> {DPP}: 1 of 2"
     assert not hazards(loop.format("s_nop 0"))
+
+
+def test_each_way_to_an_instruction_is_looked_at():
+    """The first jump to it comes from afar, the second from right behind a write."""
+    ways = f"""
+        s_mov_b32 s21, 0
+        again:
+        s_cmp_eq_u32 s21, 0
+        s_cbranch_scc0 second
+        s_nop 15
+        s_nop 15
+        s_branch target
+        second:
+        s_nop 15
+        s_nop 15
+        {TO_VECTOR}
+        s_branch target
+        s_nop 0
+        target:
+        {DPP}
+        s_nop 15
+        s_nop 15
+        s_add_u32 s21, s21, 1
+        s_cmp_lt_u32 s21, 2
+        s_cbranch_scc1 again"""
+    (finding,) = hazards(ways)
+    assert finding.text == f"{TO_VECTOR} -> {DPP}: 1 of 2"
 
 
 def arguments_of(name: str) -> list:
