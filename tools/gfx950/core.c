@@ -7,6 +7,7 @@
 #include "numbers.h"
 #include "layout.h"
 #include "memory.h"
+#include "hazards.h"
 #include "matrix.h"
 
 /* ---- operands ---- */
@@ -40,10 +41,13 @@ static void store_lanes(u32 *to, const u32 *from, u64 lanes) {
     for (int lane = 0; lane < LANES; lane++)
       if (lanes >> lane & 1) to[lane] = from[lane];
 }
-static void change_sign(u32 *x, int modifiers) {
+static void change_sign(const Instruction *ins, int k, u32 *x) { /* as the k-th source's modifiers say */
+  int modifiers = ins->src[k].modifiers;
+  u32 sign = 1u << ins->sign_bit;
+  if (!(modifiers & (MODIFIER_NEGATIVE | MODIFIER_ABSOLUTE))) return;
   for (int lane = 0; lane < LANES; lane++) {
-    if (modifiers & MODIFIER_ABSOLUTE) x[lane] &= 0x7fffffff;
-    if (modifiers & MODIFIER_NEGATIVE) x[lane] ^= 0x80000000;
+    if (modifiers & MODIFIER_ABSOLUTE) x[lane] &= ~sign;
+    if (modifiers & MODIFIER_NEGATIVE) x[lane] ^= sign;
   }
 }
 
@@ -117,8 +121,7 @@ static int lanes(Machine *m, Wave *w, const Instruction *ins) {
   if (ins->is_sdwa)
     for (int k = 0; k < 2; k++) select_part(source[k], &ins->src[k]);
   if (ins->dpp) written = move_lanes(ins, source[0], exec);
-  for (int k = 0; k < 3; k++)
-    if (ins->src[k].modifiers & (MODIFIER_NEGATIVE | MODIFIER_ABSOLUTE)) change_sign(source[k], ins->src[k].modifiers);
+  for (int k = 0; k < 3; k++) change_sign(ins, k, source[k]);
   const int CLAMPED = ins->saturate_integer, SATURATE = w->saturates, HIGH = ins->op_sel >> 3 & 1;
   const u32 TABLE = ins->truth_table, part_shift = 16 * (ins->op_sel & 1);
 #define DO_LANE(VALUE)                                                               \
@@ -133,10 +136,8 @@ static int lanes(Machine *m, Wave *w, const Instruction *ins) {
   switch (ins->opcode) {
 #include "cases_lane.h"
   }
-  for (int lane = 0; lane < LANES; lane++) {
-    if (ins->output_exponent) result[lane] = word(ldexpf(float_of(result[lane]), ins->output_exponent));
-    if (ins->clamp) result[lane] = word(smaller(larger(float_of(result[lane]), 0), 1));
-  }
+  if (ins->clamp)
+    for (int lane = 0; lane < LANES; lane++) result[lane] = word(smaller(larger(float_of(result[lane]), 0), 1));
   if (ins->is_sdwa) place_part(ins, result, old);
   store_lanes(registers(w, &ins->dst)[0], result, written);
   return 1;
@@ -163,7 +164,7 @@ static void store_pairs(Wave *w, const Instruction *ins, const u64 *result) {
 }
 static int lanes_64(Machine *m, Wave *w, const Instruction *ins) {
   (void)m;
-  u64 source[3][LANES] = {{0}}, result[LANES];
+  u64 source[3][LANES] = {{0}}, result[LANES], exec = scalar_pair(w, REGISTER_EXEC), carries = 0;
   const u32 byte_shift = 8 * (ins->op_sel & 3);
   fetch_pairs(w, ins, source);
 #define DO_LANE_64(VALUE)                                                       \
@@ -171,13 +172,16 @@ static int lanes_64(Machine *m, Wave *w, const Instruction *ins) {
     u64 A = source[0][lane], B = source[1][lane], C = source[2][lane];          \
     const u32 BYTE = A >> byte_shift & 255;                                     \
     (void)B, (void)C, (void)BYTE;                                               \
-    result[lane] = (u64)VALUE;                                                  \
+    u128 r = (u128)VALUE;                                                       \
+    result[lane] = (u64)r;                                                      \
+    if (r >> 64 & 1 && exec >> lane & 1) carries |= 1ull << lane;               \
   }                                                                             \
   break;
   switch (ins->opcode) {
 #include "cases_lane_64.h"
   }
   store_pairs(w, ins, result);
+  if (ins->dst2.kind) set_pair(w, ins->dst2.value, carries);
   return 1;
 }
 static int lanes_carry(Machine *m, Wave *w, const Instruction *ins) {
@@ -232,7 +236,8 @@ static int lanes_pair_f16(Machine *m, Wave *w, const Instruction *ins) {
     if (ins->src[k].kind) fetch(w, &ins->src[k], 0, source[k]);
   for (int half = 0; half < 2; half++)
     for (int lane = 0; lane < LANES; lane++) {
-      float value[3], r = 0;
+      float value[3];
+      double r = 0;
       for (int k = 0; k < 3; k++) {
         value[k] = of_half(source[k][lane] >> 16 * part_of(ins, half, k) & 0xffff);
         if (is_negated(ins, half, k)) value[k] = -value[k];
@@ -243,7 +248,7 @@ static int lanes_pair_f16(Machine *m, Wave *w, const Instruction *ins) {
       switch (ins->opcode) {
 #include "cases_lane_pair_f16.h"
   }
-      result[lane] |= to_half(r) << 16 * half;
+      result[lane] |= to_half(r, w->saturates) << 16 * half;
     }
   store_lanes(registers(w, &ins->dst)[0], result, scalar_pair(w, REGISTER_EXEC));
   return 1;
@@ -273,7 +278,7 @@ static int lanes_compare(Machine *m, Wave *w, const Instruction *ins) {
     fetch(w, o, 0, low[k]);
     if (is_wide) fetch(w, o, 1, high[k]);
     if (ins->is_sdwa) select_part(low[k], o);
-    if (o->modifiers & (MODIFIER_NEGATIVE | MODIFIER_ABSOLUTE)) change_sign(low[k], o->modifiers);
+    change_sign(ins, k, low[k]);
   }
   for (int lane = 0; lane < LANES; lane++) {
     u64 x = pair(low[0][lane], is_wide ? high[0][lane] : 0), y = pair(low[1][lane], is_wide ? high[1][lane] : 0);
@@ -478,7 +483,7 @@ static void scale_for_division(Wave *w, const Instruction *ins) {
   u64 exec = scalar_pair(w, REGISTER_EXEC), back = 0;
   for (int k = 0; k < 3; k++) {
     fetch(w, &ins->src[k], 0, source[k]);
-    change_sign(source[k], ins->src[k].modifiers);
+    change_sign(ins, k, source[k]);
   }
   for (int lane = 0; lane < LANES; lane++) {
     int scales_back;
@@ -556,8 +561,9 @@ static void step(Machine *m, Wave *w) {
   }
   const Instruction *ins = &m->code[w->pc];
   ((u64 *)launch->counts)[(u64)w->workgroup * launch->n_instructions + w->pc]++;
-  w->pc++;
+  int next = ++w->pc;
   launch->executed++;
+  if (launch->mode & MODE_CHECK_HAZARDS) check_hazards(m, w, ins);
   if ((w->n_vector | w->n_lds) && ins->opcode != OP_s_waitcnt && ins->opcode != OP_s_endpgm) {
     for (int k = 0; k < 4; k++) check_arrived(m, w, ins, &ins->src[k]);
     check_arrived(m, w, ins, &ins->dst2);
@@ -567,6 +573,7 @@ static void step(Machine *m, Wave *w) {
     report(m, w, ins, PROBLEM_UNKNOWN, 0, 0);
     w->state = ENDED;
   }
+  if (w->pc != next) record_jump(w, ins);
 }
 
 static u64 next_random(u64 *state) {
@@ -637,6 +644,7 @@ static void start_wave(const Launch *launch, Wave *w, int index) {
   memcpy(&w->scalar[2], launch->preload, 4 * launch->n_preload);
   w->scalar[launch->n_user_registers] = w->workgroup;
   set_pair(w, REGISTER_EXEC, ~0ull);
+  w->jumps[0] = w->jumps[1] = -LONGEST_HAZARD - 1;
 }
 static void start_lds(const Launch *launch, Lds *lds) {
   int n = launch->lds_bytes + 4;
@@ -656,7 +664,8 @@ static void fill_cache(Machine *m, Cache *c) {
 int run(Launch *launch) {
   int n = launch->n_workgroups * launch->waves_per_workgroup;
   Machine machine = {launch, launch->code, launch->regions, calloc(n, sizeof(Wave)), calloc(launch->n_workgroups, sizeof(Lds)),
-                     calloc(launch->n_workgroups, sizeof(Cache)), 0, {0}}, *m = &machine;
+                     calloc(launch->n_workgroups, sizeof(Cache)), 0, {0}, calloc(2 * launch->n_instructions, sizeof(int))},
+          *m = &machine;
   start_races(&m->races, launch, m->regions);
   fill_element_values();
   for (int i = 0; i < n; i++) start_wave(launch, &m->waves[i], i);
@@ -676,7 +685,7 @@ int run(Launch *launch) {
     free(w->vector), free(w->accumulator), free(w->vector_queue), free(w->lds_queue);
   }
   end_races(&m->races, launch);
-  free(m->waves), free(m->lds), free(m->caches);
+  free(m->waves), free(m->lds), free(m->caches), free(m->checked);
   return outcome;
 }
 int launch_bytes(void) { return sizeof(Launch); }

@@ -21,7 +21,9 @@ from tools.gfx950.layout import (
     Register,
     Select,
     Space,
+    Used,
 )
+from tools.gfx950.uses import uses_of
 
 REGISTER_FILES = {"v": Kind.VECTOR, "s": Kind.SCALAR, "a": Kind.ACCUMULATOR}
 PAIRS = {
@@ -64,6 +66,10 @@ PLAIN_FORMATS = {
     "fp8_fp8": Format.E4M3,
     "bf8_bf8": Format.E5M2,
 }
+# Bits of op_sel that choose a part of the source.
+PARTS_OF_SOURCE = {"v_cvt_scalef32_pk_bf16_fp8": 1, "v_cvt_scalef32_pk_f16_fp8": 1, "v_cvt_scalef32_pk_f32_fp4": 2}
+HALVES_OF_RESULT = ("v_cvt_pk_fp8_f32", "v_cvt_scalef32_pk_fp8_f32")
+HALF_SOURCES = ("v_cvt_f32_f16", "v_pack_b32_f16")  # float16 in a word's lower half
 KNOWN_MODIFIERS = {
     *("dst_sel", "dst_unused", "src0_sel", "src1_sel", "clamp", "mul", "div", "bitop3", "op_sel", "op_sel_hi"),
     *("neg_lo", "neg_hi", "row_mask", "bank_mask", "bound_ctrl", *(dpp.name.lower() for dpp in Dpp)),
@@ -76,7 +82,8 @@ class UnknownInstruction(Exception):
 
 def decode(line: str, number: int, labels: dict[str, int]) -> Instruction:
     """Return instruction `number` of a program. labels: name -> number. Raise UnknownInstruction."""
-    ins = Instruction(number=number, second_offset=-1, scale_byte_a=-1, scale_byte_b=-1, vmcnt=-1, lgkmcnt=-1)
+    unset = dict.fromkeys(("second_offset", "scale_byte_a", "scale_byte_b", "vmcnt", "lgkmcnt"), -1)
+    ins = Instruction(number=number, wait_states=1, **unset)
     name, _, rest = line.partition(" ")
     base = re.sub(r"_(e32|e64|dpp|sdwa)$", "", name)
     arguments, modifiers = split_arguments(rest)
@@ -86,6 +93,8 @@ def decode(line: str, number: int, labels: dict[str, int]) -> Instruction:
         decoder(ins, base, arguments, modifiers, labels)
         if "_sdwa" in name or "_dpp" in name:
             _lane_selection(ins, modifiers, is_sdwa="_sdwa" in name)
+        uses = [*uses_of(ins, base)]
+        ins.n_uses, ins.uses[: len(uses)] = len(uses), [Used(*use) for use in uses]
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise UnknownInstruction(f"{line} ({error!r})") from error
     return ins
@@ -162,7 +171,8 @@ def _decoder_of(name: str, form: int) -> Callable:
 
 
 def _nothing(ins, name, arguments, modifiers, labels) -> None:
-    pass
+    if name == "s_nop":
+        ins.wait_states = int(arguments[0], 0) + 1
 
 
 def _branch(ins, name, arguments, modifiers, labels) -> None:
@@ -334,7 +344,7 @@ def _compare(ins, name, arguments, modifiers, labels) -> None:
     match = re.fullmatch(r"v_cmp(x?)_(\w+?)_(\w\d+)", name)
     ins.form, ins.condition, ins.to_exec = Form.LANE_COMPARE, CONDITIONS[match[2]], bool(match[1])
     ins.number_type = Number[match[3].upper()]
-    dtype = "f16" if ins.number_type == Number.F16 else "f32"
+    dtype, ins.sign_bit = ("f16", 15) if ins.number_type == Number.F16 else ("f32", 31)
     ins.dst = operand(arguments[0])
     ins.src[0], ins.src[1] = (operand(text, 2, dtype) for text in arguments[1:])
 
@@ -344,7 +354,8 @@ def _lanes(ins, name, arguments, modifiers, labels) -> None:
     if modifiers.keys() - KNOWN_MODIFIERS:
         raise ValueError(f"modifiers {modifiers}")
     words = 2 if re.search(r"[iub]64$", name) else 1
-    dtype = "f16" if name.endswith("f16") and not name.startswith("v_cvt") else "f32"
+    is_half = name in HALF_SOURCES or (name.endswith("f16") and not name.startswith("v_cvt"))
+    dtype, ins.sign_bit = ("f16", 15) if is_half else ("f32", 31)
     has_two = ins.form == Form.LANE_CARRY or name in ("v_div_scale_f32", "v_mad_u64_u32", "v_mad_i64_i32")
     ins.dst, sources = operand(arguments[0]), arguments[1:]
     if has_two:
@@ -365,20 +376,19 @@ def _lanes(ins, name, arguments, modifiers, labels) -> None:
             ins.clamp = 1
         else:
             raise ValueError("clamp")
-    if "mul" in modifiers:
-        ins.output_exponent = {"2": 1, "4": 2}[modifiers["mul"]]
-    if "div" in modifiers:
-        ins.output_exponent = -1
+    if modifiers.keys() & {"mul", "div"}:
+        raise ValueError("output modifiers, which chips ignore where denormals are kept")
 
 
 def _half_selection(ins, name, modifiers, n_sources: int) -> None:
     """Decode op_sel and its like: a bit for each source."""
     is_packed = name.startswith("v_pk_")
     if not is_packed and "op_sel" in modifiers:
-        ins.op_sel = _as_bits(modifiers["op_sel"])
-        choices = 3 if name.endswith("_fp4") else 1 if name.endswith("_fp8") else 8
-        if ins.op_sel & ~choices or not name.startswith("v_cvt_"):
+        bits, n_chosen = bits_of(modifiers["op_sel"]), PARTS_OF_SOURCE.get(name, 0)
+        high = any(bits[n_sources:])
+        if any(bits[n_chosen:n_sources]) or (high and name not in HALVES_OF_RESULT):
             raise ValueError("op_sel")
+        ins.op_sel = sum(bit << n for n, bit in enumerate(bits[:n_chosen])) | high << 3
     if not is_packed:
         return
     everyone = (1 << n_sources) - 1
@@ -399,12 +409,16 @@ def _as_bits(text: str) -> int:
 def _lane_selection(ins, modifiers, is_sdwa: bool) -> None:
     """Decode SDWA, which takes parts of words, or DPP, which takes the first source from other lanes."""
     if is_sdwa:
+        if ins.form not in (Form.LANE, Form.LANE_COMPARE):
+            raise ValueError("SDWA")
         ins.is_sdwa = 1
         ins.dst_select = Select[modifiers.get("dst_sel", "DWORD")]
         ins.dst_unused = UNUSED[modifiers.get("dst_unused", "UNUSED_PAD")]
         for n in (0, 1):
             ins.src[n].select = Select[modifiers.get(f"src{n}_sel", "DWORD")]
         return
+    if ins.form != Form.LANE:
+        raise ValueError("DPP")
     (move,) = modifiers.keys() & {dpp.name.lower() for dpp in Dpp}
     ins.dpp = Dpp[move.upper()]
     if ins.dpp == Dpp.QUAD_PERM:

@@ -29,7 +29,7 @@ from tools.gfx950.decode import UnknownInstruction, decode
 from tools.gfx950.layout import PROBLEM_TEXT, Instruction, Launch, Mode, Outcome, Problem, Region, Traffic, c_files
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("core.c", "memory.h", "races.h", "matrix.h", "numbers.h")
+SOURCES = ("core.c", "memory.h", "races.h", "hazards.h", "matrix.h", "numbers.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
 LANES = 64
 KERNARG_ALIGNMENT = 64
@@ -73,7 +73,7 @@ class Finding:
     place: str  # file and line of the Triton source
     workgroup: int
     wave: int
-    detail: int  # a register (a scalar one from 1000 on) or a lane
+    detail: int  # a register (a scalar one from 1000 on), a lane, or the earlier instruction of a hazard
     address: int
     count: int
 
@@ -112,6 +112,7 @@ class Conditions:
     caches: workgroups see each other's stores only after buffer_wbl2 sc1 and buffer_inv sc1.
     stall: with a seed, a wave may fall far behind the others.
     check_races: report what no barrier orders, whatever the order of waves was; up to 64 waves.
+    check_hazards: report instructions that follow each other too closely.
     seed: 0 lets waves run in turn, another number at random, up to `quantum` instructions at a time.
     """
 
@@ -120,6 +121,7 @@ class Conditions:
     stall: bool = False
     check_lds: bool = True
     check_races: bool = False
+    check_hazards: bool = False
     seed: int = 0
     quantum: int = 1000
     poison: int = POISON
@@ -133,11 +135,12 @@ class Conditions:
             Mode.STALL: self.stall,
             Mode.CHECK_LDS: self.check_lds,
             Mode.CHECK_RACES: self.check_races,
+            Mode.CHECK_HAZARDS: self.check_hazards,
         }
         return sum(flag for flag, is_set in flags.items() if is_set)
 
 
-STRICT = Conditions(late=True, caches=True, stall=True, check_races=True, seed=1, quantum=100)
+STRICT = Conditions(late=True, caches=True, stall=True, check_races=True, check_hazards=True, seed=1, quantum=100)
 
 
 class Program:
@@ -245,8 +248,11 @@ class Program:
         return Result(outcome, launch.executed, findings, counts, traffic)
 
     def _finding(self, report) -> Finding:
-        n = report.number
-        place = (self.texts[n], self.frames[n][0], report.workgroup, report.wave, report.detail, report.address)
+        n, text = report.number, self.texts[report.number]
+        if report.problem == Problem.HAZARD:
+            needed, left = divmod(report.address, 256)
+            text = f"{self.texts[report.detail]} -> {text}: {left} of {needed}"
+        place = (text, self.frames[n][0], report.workgroup, report.wave, report.detail, report.address)
         return Finding(Problem(report.problem), n, *place, report.count)
 
     @contextlib.contextmanager

@@ -67,7 +67,7 @@ v_lshl_or_b32           (A << (B & 31)) | C
 v_and_or_b32            (A & B) | C
 v_or3_b32               A | B | C
 v_bfe_u32               A >> (B & 31) & low_ones(C & 31)
-v_bfe_i32               sign_extended(A >> (B & 31), C & 31)
+v_bfe_i32               sign_extended((i32)A >> (B & 31), C & 31)
 v_bfi_b32               (A & B) | (~A & C)
 v_bfm_b32               low_ones(A & 31) << (B & 31)
 v_alignbit_b32          pair(B, A) >> (C & 31)
@@ -132,32 +132,32 @@ v_floor_f32             word(floorf(a))
 v_ceil_f32              word(ceilf(a))
 v_trunc_f32             word(truncf(a))
 v_rndne_f32             word(rintf(a))
-v_fract_f32             word(fminf(a - floorf(a), 0x1.fffffep-1f))
+v_fract_f32             word(isfinite(a) ? fminf(a - floorf(a), 0x1.fffffep-1f) : NAN)
 v_ldexp_f32             word(scaled(a, (i32)B))
 v_frexp_exp_i32_f32     isfinite(a) ? exponent_of(a) : 0
 v_frexp_mant_f32        isfinite(a) ? word(mantissa_of(a)) : A
 v_cvt_u32_f32           isnan(a) || a <= 0 ? 0 : a >= 0x1p32f ? ~0u : (u32)a
 v_cvt_i32_f32           isnan(a) ? 0 : a >= 0x1p31f ? 0x7fffffff : a <= -0x1p31f ? 0x80000000 : (u32)(i32)a
-v_cvt_f16_f32           to_half(a)
-v_cvt_pk_f16_f32        to_half(a) | to_half(b) << 16
+v_cvt_f16_f32           to_half(a, SATURATE)
+v_cvt_pk_f16_f32        half_pair(a, b, SATURATE)
 v_cvt_pk_bf16_f32       to_bf16(a) | to_bf16(b) << 16
 v_cvt_pk_fp8_f32        into_half(D, to_e4m3(a, SATURATE) | to_e4m3(b, SATURATE) << 8, HIGH)
 v_cvt_scalef32_pk_fp8_f32 into_half(D, to_e4m3(unscaled(a, C), SATURATE) | to_e4m3(unscaled(b, C), SATURATE) << 8, HIGH)
 v_cvt_scalef32_pk_bf16_fp8 to_bf16(rescaled(of_e4m3(PART), B)) | to_bf16(rescaled(of_e4m3(PART >> 8), B)) << 16
-v_cvt_scalef32_pk_f16_fp8 to_half(rescaled(of_e4m3(PART), B)) | to_half(rescaled(of_e4m3(PART >> 8), B)) << 16
-v_div_fmas_f32          word(vcc >> lane & 1 ? scaled(fmaf(a, b, c), exponent_bits(c) > 127 ? 64 : -64) : fmaf(a, b, c))
+v_cvt_scalef32_pk_f16_fp8 half_pair(rescaled(of_e4m3(PART), B), rescaled(of_e4m3(PART >> 8), B), SATURATE)
+v_div_fmas_f32          word(vcc >> lane & 1 ? scaled_fma(a, b, c, exponent_bits(c) > 127 ? 64 : -64) : fmaf(a, b, c))
 v_div_fixup_f32         word(fixed_quotient(a, b, c))
 """)
 
-# VOP1 and VOP3 with a 64-bit result; A, B and C are register pairs.
+# VOP1 and VOP3 with a 64-bit result; A, B and C are register pairs. Bit 64 of the expression is the carry.
 LANE_64 = table("""
 v_mov_b64               A
-v_lshl_add_u64          (A << (B & 63)) + C
+v_lshl_add_u64          (u64)((A << (B & 7)) + C)
 v_lshlrev_b64           B << (A & 63)
 v_lshrrev_b64           B >> (A & 63)
 v_ashrrev_i64           (i64)B >> (A & 63)
-v_mad_u64_u32           (u64)(u32)A * (u32)B + C
-v_mad_i64_i32           (i64)(i32)A * (i32)B + C
+v_mad_u64_u32           (u128)(u32)A * (u32)B + C
+v_mad_i64_i32           (i128)((i64)(i32)A * (i32)B) + (i64)C
 v_cvt_scalef32_pk_f32_fp4 pair(word(rescaled(of_e2m1(BYTE), (u32)B)), word(rescaled(of_e2m1(BYTE >> 4), (u32)B)))
 """)
 
@@ -171,16 +171,16 @@ v_subrev_co_u32         (u64)B - A
 v_subbrev_co_u32        (u64)B - A - (mask >> lane & 1)
 """)
 
-# VOP3P: float32 pairs, and float16 pairs in a word, which are rounded from float32; p, q and s are floats.
+# VOP3P: float32 pairs, and float16 pairs in a word, which are rounded from double precision; p, q and s are floats.
 LANE_PAIR_F32 = table("""
 v_pk_add_f32            p + q
 v_pk_mul_f32            p * q
 v_pk_fma_f32            fmaf(p, q, s)
 """)
 LANE_PAIR_F16 = table("""
-v_pk_add_f16            p + q
-v_pk_mul_f16            p * q
-v_pk_fma_f16            (float)((double)p * q + s)
+v_pk_add_f16            (double)p + q
+v_pk_mul_f16            (double)p * q
+v_pk_fma_f16            (double)p * q + s
 v_pk_max_f16            larger(p, q)
 v_pk_min_f16            smaller(p, q)
 """)

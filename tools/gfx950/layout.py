@@ -4,8 +4,11 @@ import ctypes
 from enum import IntEnum
 
 from tools.gfx950 import instructions
+from tools.gfx950.hazards import Use, wait_states
 
 N_SOURCES = 4
+N_USES = 12
+FIRST_ACCUMULATOR, FIRST_SCALAR = 512, 1024  # where all registers are numbered
 MAX_REPORTS = 256
 
 
@@ -148,6 +151,7 @@ class Mode(IntEnum):
     CHECK_LDS = 4
     STALL = 8
     CHECK_RACES = 16
+    CHECK_HAZARDS = 32
 
 
 class Problem(IntEnum):
@@ -163,6 +167,7 @@ class Problem(IntEnum):
     FELL_OFF = 8
     MISALIGNED = 9
     RACE = 10
+    HAZARD = 11
 
 
 PROBLEM_TEXT = {
@@ -176,6 +181,7 @@ PROBLEM_TEXT = {
     Problem.FELL_OFF: "ran off the end",
     Problem.MISALIGNED: "misaligned access",
     Problem.RACE: "race between workgroups",
+    Problem.HAZARD: "too few wait states between two instructions",
 }
 
 
@@ -221,6 +227,7 @@ ENUMS = (
     Traffic,
     Outcome,
     Register,
+    Use,
 )
 FORM_OF = {name: form for form in Form for name in getattr(instructions, form.name, ())}
 OPCODES = {name: number for number, name in enumerate(FORM_OF, start=1)}
@@ -239,15 +246,21 @@ class Operand(ctypes.Structure):
     ]
 
 
+class Used(ctypes.Structure):
+    """What an instruction does to registers: `words` from `first` on, as all registers are numbered."""
+
+    _fields_ = [("use", ctypes.c_uint8), ("words", ctypes.c_uint8), ("first", ctypes.c_uint16)]
+
+
 # What an instruction has besides operands; each form reads its own.
 FIELDS = (
-    *("opcode", "form", "number"),  # number: in the program
+    *("opcode", "form", "number", "wait_states", "n_uses"),  # number: in the program
     *("target", "vmcnt", "lgkmcnt"),  # of jumps and waits; a count of -1 is not waited for
     *("space", "access", "bytes", "is_signed", "half", "transposed", "atomic", "returns"),  # half: 1 low, 2 high
     *("offset", "second_offset", "scope", "has_offset_register", "permutation"),  # second_offset: -1 without
     *("rows", "depth", "format_a", "format_b", "scale_byte_a", "scale_byte_b"),  # scale bytes: -1 without
     *("op_sel", "op_sel_hi", "neg_lo", "neg_hi", "truth_table"),
-    *("clamp", "saturate_integer", "output_exponent", "condition", "number_type", "to_exec"),
+    *("clamp", "saturate_integer", "sign_bit", "condition", "number_type", "to_exec"),
     *("is_sdwa", "dst_select", "dst_unused", "dpp", "dpp_argument", "row_mask", "bank_mask", "bound_control"),
 )
 
@@ -258,6 +271,7 @@ class Instruction(ctypes.Structure):
         ("dst", Operand),
         ("dst2", Operand),
         ("src", Operand * N_SOURCES),
+        ("uses", Used * N_USES),
     ]
 
 
@@ -318,7 +332,7 @@ def c_files() -> dict[str, str]:
 
     A case calls the macro that core.c defines for the form, with the expressions of the line.
     """
-    files = {"layout.h": "\n".join([*_enums(), *_structures(), ""])}
+    files = {"layout.h": "\n".join([*_enums(), *_hazards(), *_structures(), ""])}
     for form in Form:
         meanings = getattr(instructions, form.name, ())
         if isinstance(meanings, dict):
@@ -339,9 +353,19 @@ def _enums() -> list[str]:
     return [*lines, "enum { " + ", ".join(f"OP_{name} = {number}" for name, number in OPCODES.items()) + " };"]
 
 
+def _hazards() -> list[str]:
+    needed = wait_states()
+    rows = ", ".join("{" + ", ".join(map(str, row)) + "}" for row in needed)
+    return [
+        f"static const uint8_t WAIT_STATES[{len(needed)}][{len(needed)}] = {{{rows}}};",
+        f"enum {{ LONGEST_HAZARD = {max(map(max, needed))} }};",
+    ]
+
+
 def _structures() -> list[str]:
     names = {
         ctypes.c_uint8: "uint8_t",
+        ctypes.c_uint16: "uint16_t",
         ctypes.c_int32: "int32_t",
         ctypes.c_uint32: "uint32_t",
         ctypes.c_int64: "int64_t",
@@ -350,9 +374,10 @@ def _structures() -> list[str]:
         Operand * N_SOURCES: f"Operand[{N_SOURCES}]",
         Report * MAX_REPORTS: f"Report[{MAX_REPORTS}]",
         Operand: "Operand",
+        Used * N_USES: f"Used[{N_USES}]",
     }
     lines = []
-    for structure in (Operand, Instruction, Region, Report, Launch):
+    for structure in (Operand, Used, Instruction, Region, Report, Launch):
         members = []
         for name, kind in structure._fields_:
             base, _, count = names[kind].partition("[")

@@ -5,7 +5,7 @@
  * write-back cache that nothing but buffer_wbl2 sc1 and buffer_inv sc1 keeps coherent with the others'.
  */
 enum { LANES = 64, N_VECTOR = 512, N_ACCUMULATOR = 256, N_SCALAR = 128, LINE_BYTES = 128, SECTOR_BYTES = 64, WORDS = 4 };
-enum { VECTOR_QUEUE = 64, LDS_QUEUE = 128 };
+enum { VECTOR_QUEUE = 64, LDS_QUEUE = 128, RECENT = 32 };
 enum State { READY, AT_BARRIER, ENDED };
 
 typedef struct { u64 number; u8 data[LINE_BYTES], valid[LINE_BYTES], dirty[LINE_BYTES]; } Line;
@@ -21,6 +21,7 @@ typedef struct {
   u32 data[WORDS][LANES], data2[WORDS][LANES]; /* to store; loaded values replace the second */
 } Pending;
 
+typedef struct { const Instruction *ins; i64 time; } Issued; /* time: wait states since the wave's start */
 typedef struct {
   u32 scalar[N_SCALAR];
   u32 (*vector)[LANES], (*accumulator)[LANES];
@@ -28,6 +29,10 @@ typedef struct {
   Pending *vector_queue, *lds_queue; /* what vmcnt and lgkmcnt count */
   int n_vector, first_vector, n_lds;
   u8 vector_pending[N_VECTOR], scalar_pending[N_SCALAR]; /* loads into a register */
+  Issued recent[RECENT];
+  i64 time, jumps[2]; /* when the last two jumps were, and where the last one came from */
+  u32 n_issued;
+  int jumped_from;
 } Wave;
 
 typedef struct {
@@ -46,6 +51,7 @@ typedef struct {
   Cache *caches;
   int last_region;
   Races races;
+  int *checked; /* for each instruction: the ways to it whose hazards were looked for */
 } Machine;
 
 static void report(Machine *m, const Wave *w, const Instruction *ins, int problem, int detail, u64 address) {

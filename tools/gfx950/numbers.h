@@ -11,6 +11,8 @@ typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
+typedef __int128 i128;
+typedef unsigned __int128 u128;
 
 static inline float float_of(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 static inline u32 word(float x) { u32 y; memcpy(&y, &x, 4); return y; }
@@ -52,7 +54,7 @@ static inline u32 truth_table(u32 x, u32 y, u32 z, u32 table) {
   return r;
 }
 static inline u32 into_half(u32 old, u32 half, int is_high) {
-  return is_high ? (old & 0xffff) | half << 16 : (old & 0xffff0000) | half;
+  return is_high ? (old & 0xffff) | half << 16 : (old & 0xffff0000) | (half & 0xffff);
 }
 
 /* ---- float32 ---- */
@@ -64,11 +66,18 @@ static inline float scaled(float x, i32 exponent) {
 }
 static inline u32 exponent_of(float x) { int e; frexpf(x, &e); return x == 0 ? 0 : (u32)e; }
 static inline float mantissa_of(float x) { int e; return frexpf(x, &e); }
+static inline int is_signalling(float x) { return isnan(x) && !(word(x) & 0x400000); }
+static inline float quieted(float x) { return float_of(word(x) | 0x400000); }
+/* In IEEE mode, which Triton sets: a number before a quiet NaN, and a signalling one before both. */
+static inline float before_nan(float x, float y) {
+  if (is_signalling(x) || is_signalling(y)) return quieted(is_signalling(x) ? x : y);
+  return isnan(x) ? y : x;
+}
 static inline float larger(float x, float y) {
-  return isnan(x) ? y : isnan(y) ? x : x == y ? (signbit(x) ? y : x) : x > y ? x : y;
+  return isnan(x) || isnan(y) ? before_nan(x, y) : x == y ? (signbit(x) ? y : x) : x > y ? x : y;
 }
 static inline float smaller(float x, float y) {
-  return isnan(x) ? y : isnan(y) ? x : x == y ? (signbit(x) ? x : y) : x < y ? x : y;
+  return isnan(x) || isnan(y) ? before_nan(x, y) : x == y ? (signbit(x) ? x : y) : x < y ? x : y;
 }
 static inline float middle(float x, float y, float z) {
   if (isnan(x) || isnan(y) || isnan(z)) return smaller(smaller(x, y), z);
@@ -90,7 +99,7 @@ static float div_scale(float x, float denominator, float numerator, int *scales_
   if (is_denormal(denominator)) return ldexpf(x, 64);
   if (small_reciprocal && small_quotient) {
     *scales_back = 1;
-    return is_denominator ? ldexpf(x, 64) : x;
+    return is_denominator ? ldexpf(x, -64) : x;
   }
   if (small_reciprocal) return ldexpf(x, -64);
   if (small_quotient) {
@@ -98,6 +107,11 @@ static float div_scale(float x, float denominator, float numerator, int *scales_
     return is_numerator ? ldexpf(x, 64) : x;
   }
   return exponent_bits(numerator) <= 23 ? ldexpf(x, 64) : x;
+}
+/* Rounded once, which a correctly rounded denormal quotient needs; the ISA document is silent. */
+static float scaled_fma(float x, float y, float z, int exponent) {
+  float r = scaled(fmaf(x, y, z), exponent);
+  return fabsf(r) <= 0x1p-126f ? (float)ldexp(fma(x, y, z), exponent) : r;
 }
 static float fixed_quotient(float quotient, float denominator, float numerator) {
   float r;
@@ -118,11 +132,14 @@ static float of_half(u32 x) {
   float r = exponent ? ldexpf(1024 + mantissa, (int)exponent - 25) : ldexpf(mantissa, -24);
   return sign ? -r : r;
 }
-static u32 to_half(float x) {
+static u32 to_half(double x, int saturates) { /* rounded once; MODE.FP16_OVFL keeps infinity, and finite numbers finite */
   _Float16 half = (_Float16)x;
   u16 y;
   memcpy(&y, &half, 2);
-  return y;
+  return saturates && (y & 0x7fff) == 0x7c00 && isfinite(x) ? y - 1u : y;
+}
+static u32 half_pair(double low, double high, int saturates) {
+  return to_half(low, saturates) | to_half(high, saturates) << 16;
 }
 static float of_bf16(u32 x) { return float_of(x << 16); }
 static u32 to_bf16(float x) {

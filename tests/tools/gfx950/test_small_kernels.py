@@ -2,11 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +10,6 @@ from small_kernels import DOT_SIZES, DOT_TYPES, N_PROGRAMS, N_WARPS, SCALED_SIZE
 from tools.gfx950.emulator import STRICT, Conditions, Program
 from tools.gfx950.layout import Problem
 
-ROOT = Path(__file__).parents[3]
 MODELS = {
     "plain": Conditions(),
     "late": Conditions(late=True),
@@ -24,18 +18,6 @@ MODELS = {
 }
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def kernels(once) -> dict[str, dict]:
-    """Return name -> a case's assembly and LDS, compiled in another process, because this one interprets kernels."""
-
-    def compiled() -> dict:
-        environment = os.environ | {"TRITON_INTERPRET": "0"}
-        command = [sys.executable, "tests/tools/gfx950/small_kernels.py"]
-        return json.loads(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True).stdout)
-
-    return once("gfx950 small kernels", compiled)
 
 
 @pytest.fixture(params=MODELS)
@@ -69,10 +51,7 @@ def test_division_is_rounded_to_nearest(run):
     x[:4], y[:4] = torch.tensor([0.0, 1.0, float("inf"), 3.0]), torch.tensor([2.0, 0.0, 5.0, float("-inf")])
     out = torch.zeros(1024)
     run("divide", 1, x, y, out)
-    expected = x / y
-    is_normal = (expected.abs() >= 2.0**-126) | (expected == 0)
-    assert is_normal.sum() > 700
-    assert torch.equal(out[is_normal], expected[is_normal])
+    assert torch.equal(out, x / y)
 
 
 def test_conversions_are_those_of_torch(run):
@@ -82,7 +61,8 @@ def test_conversions_are_those_of_torch(run):
         torch.zeros(1024, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.uint8, torch.int32)
     )
     run("convert", 1, x, half, bf16, fp8, integer)
-    assert torch.equal(half, x.half())
+    # For FP8, Triton sets MODE.FP16_OVFL, by which float16 saturates too.
+    assert torch.equal(half, x.clamp(-65504, 65504).half())
     assert torch.equal(bf16, x.bfloat16())
     # Triton saturates where torch gives NaN.
     assert torch.equal(fp8, x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
