@@ -15,6 +15,10 @@ from system.errors import InputError, MegakernelAborted, printable
 RETRY_SECONDS = range(1, 61)  # that a refused client is told to wait
 
 
+class Cancelled(Exception):
+    """Nobody wants the answer any more."""
+
+
 class Job:
     """An answer that somebody waits for."""
 
@@ -23,6 +27,11 @@ class Job:
         self.order, self.emit = order, emit
         self.is_cancelled = False
         self.end_error: ApiError | None = None  # what a client that still waits is told about it
+
+    def check_wanted(self) -> None:
+        """Raise Cancelled if the job was cancelled."""
+        if self.is_cancelled:
+            raise Cancelled
 
 
 class Worker:
@@ -95,7 +104,7 @@ class Worker:
             self.cancel(job, draining())
 
     def cancel_running(self) -> None:
-        """End the running job at its next token, if there is one."""
+        """End the running job at its next token, or its prompt's next block, if there is one."""
         running = self._running
         if running is not None:
             self.cancel(running, draining())
@@ -119,12 +128,12 @@ class Worker:
 
     def _answer(self, job: Job) -> None:
         try:
-            for events in self._begin(job.order):
-                if job.is_cancelled:
-                    break
+            for events in self._begin(job):
+                job.check_wanted()
                 for event in events:
                     job.emit(event)
-            if job.is_cancelled and job.end_error:
+        except Cancelled:
+            if job.end_error:
                 job.emit(job.end_error)
         except ApiError as error:
             job.emit(error)
@@ -139,14 +148,14 @@ class Worker:
             traceback.print_exc()
             job.emit(_failed("internal error"))
 
-    def _begin(self, order: Order) -> Iterator[list[Event]]:
+    def _begin(self, job: Job) -> Iterator[list[Event]]:
         """Return an iterator over an answer's events. Raise ApiError if its prompt is refused."""
         try:
-            return answer(self._model, self._tokenizer, order)[1]
+            return answer(self._model, self._tokenizer, job.order, job.check_wanted)[1]
         except PromptTooLong as error:
-            raise ApiError(400, str(error), order.param, "context_length_exceeded") from None
+            raise ApiError(400, str(error), job.order.param, "context_length_exceeded") from None
         except InputError as error:
-            raise ApiError(400, str(error), order.param) from None
+            raise ApiError(400, str(error), job.order.param) from None
 
     def _reset(self) -> None:
         """Reset the model. If that fails too, the next job's failure tries it again."""

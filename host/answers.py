@@ -260,10 +260,13 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def answer(model, tokenizer, order: Order) -> tuple[Usage, Iterator[list[Event]]]:
+def answer(
+    model, tokenizer, order: Order, on_block: Callable[[], None] | None = None
+) -> tuple[Usage, Iterator[list[Event]]]:
     """Return the tokens that an answer takes, which are counted as it comes, and an iterator over its events.
 
-    The iterator yields the events of each token, possibly none; the last one is Finished. model: host.decoder.Decoder.
+    The iterator yields the events of each token, possibly none; the last one is Finished. model: host.decoder.Decoder,
+    whose generate calls on_block.
     At the call, raise InputError if the prompt cannot be encoded, is empty or has a token outside the vocabulary, and
     PromptTooLong (an InputError) if it leaves no room; at an event what Decoder.generate raises then.
     """
@@ -272,7 +275,7 @@ def answer(model, tokenizer, order: Order) -> tuple[Usage, Iterator[list[Event]]
         raise InputError("the prompt is empty")
     limit = answer_limit(model, prompt, order.limit)
     usage = Usage(len(prompt))
-    tokens = model.generate(prompt, limit, sampling=order.sampling)
+    tokens = model.generate(prompt, limit, sampling=order.sampling, on_block=on_block)
     return usage, _events(model, tokenizer, order, tokens, usage)
 
 

@@ -308,6 +308,7 @@ class Decoder:
         max_new_tokens: int,
         on_logits: Callable[[torch.Tensor], None] | None = None,
         sampling: Sampling = GREEDY,
+        on_block: Callable[[], None] | None = None,
     ) -> Iterator[int]:
         """Return an iterator over at most max_new_tokens ids (int) that follow the prompt; a stop id is the last.
 
@@ -315,7 +316,8 @@ class Decoder:
         earlier turns of a chat, is not fed again; the rest is fed in blocks (prefill.py), except its last token. With
         `on_logits` all positions are fed one by one instead, and it receives the logits of each one in the prompt and
         the answer: float32 [vocab], a copy on the model's device. `sampling` says how each token is chosen from its
-        logits.
+        logits. `on_block` is called before each block of the prompt; what it raises ends the generation, and the blocks
+        before count as fed.
 
         At the call, raise TypeError for an argument of the wrong type; InputError if the prompt is empty, too long for
         the context or has an id outside the vocabulary, or if max_new_tokens is negative. At a token, raise
@@ -326,11 +328,12 @@ class Decoder:
         prompt_ids = integers(prompt_ids, "prompt_ids")
         max_new_tokens = integer(max_new_tokens, "max_new_tokens", minimum=0)
         function_or_none(on_logits, "on_logits")
+        function_or_none(on_block, "on_block")
         instance(sampling, Sampling, "sampling")
         if not prompt_ids:
             raise InputError("the prompt is empty")
         self._check_fit(prompt_ids, 0)
-        return self._generate(prompt_ids, max_new_tokens, on_logits, sampling or GREEDY)
+        return self._generate(prompt_ids, max_new_tokens, on_logits, sampling or GREEDY, on_block)
 
     def _generate(
         self,
@@ -338,10 +341,11 @@ class Decoder:
         max_new_tokens: int,
         on_logits: Callable[[torch.Tensor], None] | None,
         sampling: Sampling,
+        on_block: Callable[[], None] | None,
     ) -> Iterator[int]:
         check_unchanged(self._mapped_checkpoint)
         last = len(prompt_ids) - 1
-        turn = self._begin(prompt_ids, on_logits is None, sampling)
+        turn = self._begin(prompt_ids, on_logits is None, sampling, on_block or _nothing)
         if on_logits:
             for position in range(last):
                 on_logits(self._next_logits(turn, position))
@@ -357,7 +361,7 @@ class Decoder:
                 return
 
     @exclusive
-    def _begin(self, prompt_ids: list[int], in_blocks: bool, sampling: Sampling) -> int:
+    def _begin(self, prompt_ids: list[int], in_blocks: bool, sampling: Sampling, on_block: Callable[[], None]) -> int:
         """Begin to use the model for a prompt, and return the turn.
 
         in_blocks: feed all tokens that the cache does not hold yet, except the last one.
@@ -370,10 +374,14 @@ class Decoder:
             return turn
         if last - start < self.blocks.min_tokens or not self.prefill.holds_experts:
             for position in range(start, last):
+                on_block()
                 self._feed(position)
-        else:
-            self._run(range(start, last), self.prefill.feed, start, last - start)
-            self._mark_fed(last)
+            return turn
+        for position in range(start, last, self.prefill.tokens):
+            on_block()
+            n = min(self.prefill.tokens, last - position)
+            self._run(range(position, position + n), self.prefill.feed, position, n)
+            self._mark_fed(position + n)
         return turn
 
     def _shared_prefix_length(self, token_ids: list[int]) -> int:
@@ -584,3 +592,7 @@ class Launched(NamedTuple):
     token: torch.Tensor  # int32 [] on the host
     copied: torch.cuda.Event | None  # the end of the token's copy to the host; None if it has ended
     logits: torch.Tensor | None  # float32 [vocab] on the device, if requested
+
+
+def _nothing() -> None:
+    pass

@@ -19,6 +19,7 @@ from host.sampling import Sampling
 
 SECONDS = 30  # that anything may take on a loaded machine
 KEY = "not-checked"
+BLOCK = 10  # tokens of a prompt
 JSON = {"Content-Type": "application/json"}
 
 
@@ -47,11 +48,11 @@ class PreparedModel:
     def restore(self) -> None:
         """Forget what a test has set and seen."""
         self.answers: list[list[int]] = [answer_ids(self.tokenizer, *said("a b c", "hm"))]
-        self.token_seconds = 0.0
+        self.token_seconds = self.block_seconds = 0.0
         self.error: Exception | None = None  # that the next answer raises after two tokens
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
-        self.n_tokens = self.n_resets = 0
+        self.n_tokens = self.n_blocks = self.n_resets = 0
         self.may_go_on = threading.Event()
         self.may_go_on.set()
 
@@ -62,14 +63,22 @@ class PreparedModel:
     def reset(self) -> None:
         self.n_resets += 1
 
-    def generate(self, prompt: Sequence[int], n: int, sampling: Sampling) -> Iterator[int]:
+    def generate(
+        self, prompt: Sequence[int], n: int, sampling: Sampling, on_block: Callable[[], None] | None = None
+    ) -> Iterator[int]:
         for token_id in prompt:
             check_token(token_id, self.config)
-        return self._generate(prompt, n, sampling)
+        return self._generate(prompt, n, sampling, on_block)
 
-    def _generate(self, prompt: Sequence[int], n: int, sampling: Sampling) -> Iterator[int]:
+    def _generate(
+        self, prompt: Sequence[int], n: int, sampling: Sampling, on_block: Callable[[], None] | None
+    ) -> Iterator[int]:
         self.prompts.append(list(prompt))
         self.samplings.append(sampling)
+        for _ in prompt[::BLOCK] if on_block else ():
+            on_block()
+            self.n_blocks += 1
+            time.sleep(self.block_seconds)
         ids = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         for count, token_id in enumerate(ids[:n]):
             if self.error and count == 2:

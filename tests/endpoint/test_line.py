@@ -111,6 +111,22 @@ def test_a_client_that_leaves_frees_the_model(stream, long):
         assert ask(server, max_tokens=4) is not None
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_its_prompt_is_fed_frees_the_model(stream, long):
+    long.block_seconds = 0.05
+    with serving(long) as server:
+        connection = post(server, {"messages": [{"role": "user", "content": "a b c " * 120}], "stream": stream})
+        until(lambda: long.n_blocks >= 3)
+        connection.close()
+        left_at = long.n_blocks
+        until(lambda: server.worker.is_idle)
+        assert long.n_blocks <= left_at + 3
+        assert long.n_blocks < len(long.prompts[0]) // 10
+        assert long.n_tokens == 0
+        long.block_seconds = 0
+        assert ask(server, max_tokens=4) is not None
+
+
 def test_a_client_that_leaves_the_line_is_not_answered(long):
     long.may_go_on.clear()
     with serving(long, max_waiting=1) as server:

@@ -298,8 +298,8 @@ def test_a_prompt_that_is_refused_does_no_harm(bad, watched, fresh, prompt):
     assert_goes_on(watched, fresh, prompt + tokens[:3] + prompt[:3], held=PROMPT + 3)
 
 
-def test_an_interrupted_prompt_counts_no_block(watched, fresh, prompt, monkeypatch):
-    """Ctrl-C comes between two blocks: none of them counts, but positions held before do."""
+def test_an_interrupted_prompt_counts_the_blocks_before(watched, fresh, prompt, monkeypatch):
+    """Ctrl-C comes in the second block: the first one counts, and so do positions held before."""
     watched.generate(prompt[:6], 1)
     feed_block, blocks = watched.model.prefill._feed_block, []
 
@@ -313,7 +313,27 @@ def test_an_interrupted_prompt_counts_no_block(watched, fresh, prompt, monkeypat
         patch.setattr(watched.model.prefill, "_feed_block", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(watched.model.generate(prompt, 4))
-    assert_goes_on(watched, fresh, prompt, held=6)
+    assert_goes_on(watched, fresh, prompt, held=6 + blocks[0])
+
+
+@pytest.mark.parametrize("n_blocks", [0, 1, 2])
+def test_what_on_block_raises_ends_the_prompt(n_blocks, watched, fresh, prompt):
+    """The blocks before it are held."""
+    calls = []
+
+    def stop():
+        if len(calls) == n_blocks:
+            raise ValueError("enough")
+        calls.append(len(watched.positions))
+
+    watched.model.reset()
+    watched.positions.clear()
+    with pytest.raises(ValueError, match="enough"):
+        list(watched.model.generate(prompt, 4, on_block=stop))
+    n_fed = len(watched.positions)
+    assert n_fed == n_blocks * watched.model.prefill.tokens
+    assert calls == [n * watched.model.prefill.tokens for n in range(n_blocks)]
+    assert_goes_on(watched, fresh, prompt, held=n_fed)
 
 
 def test_a_callback_that_fails_keeps_the_positions_it_saw(watched, fresh, prompt):

@@ -352,8 +352,8 @@ static int branch(Machine *m, Wave *w, const Instruction *ins) {
 static int without_effect(Machine *m, Wave *w, const Instruction *ins) { (void)m, (void)w, (void)ins; return 1; }
 
 /* ---- memory ---- */
-static int overlaps(const Wave *w, const Pending *p) { /* an access of this wave that is still to be performed */
-  for (int i = 0; i < w->n_vector; i++) {
+static int overlaps(const Wave *w, const Pending *p) { /* the last access: with an earlier one still to be performed */
+  for (int i = 0; i < w->n_vector - 1; i++) {
     const Pending *other = &w->vector_queue[(w->first_vector + i) % VECTOR_QUEUE];
     if (other->is_performed || other->ins->access == ACCESS_WRITE_BACK) continue;
     for (int j = 0; j < LANES; j++)
@@ -402,8 +402,11 @@ static void set_addresses(const Wave *w, const Instruction *ins, Pending *p) {
     for (int lane = 0; lane < LANES; lane++) p->address[lane] = pair(low[lane], high[lane]) + (i64)ins->offset;
   }
 }
+static u64 *traffic_of(Machine *m, const Instruction *ins) {
+  return (u64 *)m->launch->traffic + (u64)ins->number * (TRAFFIC_COVERED + 1);
+}
 static void count_traffic(Machine *m, const Instruction *ins, const Pending *p, u64 lanes) {
-  u64 *traffic = (u64 *)m->launch->traffic + (u64)ins->number * (TRAFFIC_WEIGHT_BYTES + 1), last = ~0ull;
+  u64 *traffic = traffic_of(m, ins), last = ~0ull;
   int n = ins->bytes * n_pieces(ins);
   if (!lanes) return;
   for (int lane = 0; lane < LANES; lane++) {
@@ -496,11 +499,14 @@ static void scale_for_division(Wave *w, const Instruction *ins) {
 }
 static int move(Machine *m, Wave *w, const Instruction *ins) {
   u64 exec = scalar_pair(w, REGISTER_EXEC), pairs[3][LANES] = {{0}};
+  int n_before;
   u32 x[LANES], *to = registers(w, &ins->dst)[0], *from = registers(w, &ins->src[0])[0];
   switch (ins->opcode) {
     case OP_s_waitcnt:
+      n_before = w->n_vector + w->n_lds;
       if (ins->vmcnt >= 0) wait_vector(m, w, ins->vmcnt);
       if (ins->lgkmcnt >= 0) wait_lds(m, w, ins->lgkmcnt);
+      traffic_of(m, ins)[TRAFFIC_COVERED] += n_before - w->n_vector - w->n_lds;
       return 1;
     case OP_s_barrier: w->state = AT_BARRIER; return 1;
     case OP_s_endpgm:

@@ -186,11 +186,12 @@ PROBLEM_TEXT = {
 
 
 class Traffic(IntEnum):
-    """What is counted of an instruction that accesses memory, over all launches of its waves."""
+    """What is counted of an instruction, over all waves of a launch."""
 
-    BYTES = 0  # of its lanes
+    BYTES = 0  # that its lanes access
     SECTORS = 1  # of 64 bytes, as far as neighbouring lanes do not share them
     WEIGHT_BYTES = 2  # of the first, those in read-only tensors
+    COVERED = 3  # accesses that an s_waitcnt ended
 
 
 class Outcome(IntEnum):

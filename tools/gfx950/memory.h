@@ -240,9 +240,9 @@ static int wave_index(const Machine *m, const Wave *w) {
 /* What an access says about the order of waves: scoped ones and atomics order them, others must be ordered. */
 static void check_order(Machine *m, const Wave *w, const Instruction *ins, u64 at, const u8 *stored) {
   if (!m->races.n_waves) return;
-  int wave = wave_index(m, w), is_atomic = ins->access == ACCESS_ATOMIC;
-  if (is_atomic || ins->scope) {
-    synchronize(&m->races, wave, at, is_atomic);
+  int wave = wave_index(m, w);
+  if (ins->scope) {
+    synchronize(&m->races, wave, at, 0);
     return;
   }
   Region *r = region_of(m, at, ins->bytes);
@@ -260,7 +260,7 @@ static void access_lane(Machine *m, Wave *w, Pending *p, int lane, int piece, u3
   if (ins->half == 2) stored[0] >>= 16;
   if (is_lds && m->launch->mode & MODE_CHECK_LDS)
     check_lds(m, w, ins, at, n, ins->access == ACCESS_STORE ? (u8 *)stored : NULL);
-  if (!is_lds) check_order(m, w, ins, at, ins->access == ACCESS_STORE ? (u8 *)stored : NULL);
+  if (!is_lds && ins->access != ACCESS_ATOMIC) check_order(m, w, ins, at, ins->access == ACCESS_STORE ? (u8 *)stored : NULL);
   u8 *to = (u8 *)loaded + piece * n;
   if (ins->access == ACCESS_LOAD) {
     if (is_lds) memcpy(to, place, n);
@@ -273,6 +273,7 @@ static void access_lane(Machine *m, Wave *w, Pending *p, int lane, int piece, u3
     memcpy(to, place, 4);
     u32 new = atomic_result(ins->atomic, loaded[0], p->data[0][lane], p->data[1][lane]);
     memcpy(place, &new, 4);
+    if (!is_lds && m->races.n_waves) synchronize(&m->races, wave_index(m, w), at, new != loaded[0]);
     Region *r = is_lds ? NULL : region_of(m, at, 4);
     if (r) memset((u8 *)r->written + (at - r->base), 1, 4);
   }

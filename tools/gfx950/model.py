@@ -39,6 +39,7 @@ class Emulator:
     def __init__(self, conditions: Conditions = STRICT):
         self.conditions, self.log = conditions, Log()
         self.counts: dict[Program, np.ndarray] = {}  # how often each instruction was executed, in all launches
+        self.traffic: dict[Program, np.ndarray] = {}  # [instructions, Traffic], likewise
         self._programs: dict[str, tuple[Program, int, int]] = {}
 
     @property
@@ -65,6 +66,7 @@ class Emulator:
     def keep(self, program: Program, result: Result) -> None:
         """Log what a launch has executed and reported."""
         self.counts[program] = self.counts.get(program, 0) + result.counts
+        self.traffic[program] = self.traffic.get(program, 0) + result.traffic
         self.log.launches += 1
         self.log.executed += result.executed
         self.log.mnemonics += program.mnemonics(result)

@@ -5,7 +5,7 @@
  *
  *     at s_barrier          between the waves of a workgroup
  *     by buffer_wbl2 sc1    to atomics of this wave behind the wait for it: what it had seen when that was issued
- *     by an atomic          to whoever accesses the same word by an atomic, or loads it past all caches
+ *     by an atomic          that changes a word, to whoever accesses it by an atomic, or loads it past all caches
  *     by buffer_inv sc1     from these to the wave: only now are they of use
  *
  * A store counts when it is performed, so that one still in flight at a barrier or a write-back comes after it.
