@@ -146,6 +146,7 @@ PHASES = (
     Phase("last conversations", 26, 7e-4, 0.0, earlier_turns=(0, 1, 2, 2), varies_setting=True, cut_share=0.5),
     Phase("third turns", 20, 5e-4, 0.0, earlier_turns=(0, 1, 2, 2), varies_setting=True, cut_share=0.3),
     Phase("all turns", 24, 6e-4, 0.0, earlier_turns=(0, 1, 1, 1, 2, 2), varies_setting=True, cut_share=0.4),
+    Phase("cut answers", 24, 4e-4, 0.0, earlier_turns=(0, 1, 1, 2, 2), varies_setting=True, cut_share=0.6),
 )
 BATCH_SIZE = 4
 WARMUP_SHARE = 0.03
