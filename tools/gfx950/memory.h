@@ -78,7 +78,7 @@ static Region *region_of(Machine *m, u64 at, u64 n) {
   for (int i = -1; i < m->launch->n_regions; i++) {
     int candidate = i < 0 ? m->last_region : i;
     Region *r = &m->regions[candidate];
-    if (at >= r->base && at + n <= r->base + r->size) {
+    if (at >= r->base && n <= r->size && at - r->base <= r->size - n) {
       m->last_region = candidate;
       return r;
     }

@@ -7,7 +7,9 @@ instructions" and "Data share operations"; the layout of ds_read_b64_tr_*: LLVM'
 import numpy as np
 import pytest
 import torch
-from assembly import FIRST_POINTER, LANES, evaluate, pointer, registers, run
+from assembly import CONDITIONS, FIRST_POINTER, LANES, evaluate, kernel, pointer, registers, run
+
+from tools.gfx950.layout import Problem
 
 LINE = 32  # bytes of a lane
 LOW, HIGH = f"s{FIRST_POINTER}", f"s{FIRST_POINTER + 1}"  # of the first tensor's address
@@ -329,3 +331,17 @@ def test_transposed_reads(bits):
 
     matrices = elements(lines).reshape(4, n, 16)
     np.testing.assert_array_equal(elements(found), matrices.transpose(0, 2, 1).reshape(LANES, n))
+
+
+@pytest.mark.parametrize("address", [8, 2**32, 2**63, 2**64 - 4, 2**64 - 1])
+@pytest.mark.parametrize("name", ["global_load_dword v4, v[2:3], off", "global_store_dword v[2:3], v4, off"])
+def test_an_address_outside_all_tensors_is_reported(name, address):
+    """The lowest and the highest addresses too, where one plus a size begins again at 0."""
+    body = f"""
+        v_mov_b32 v2, {hex(address % 2**32)}
+        v_mov_b32 v3, {hex(address >> 32)}
+        v_mov_b32 v4, 0
+        {name}
+        s_waitcnt vmcnt(0)"""
+    result = kernel(body, 1).launch(1, 1, 0, [torch.zeros(64)], CONDITIONS)
+    assert Problem.OUT_OF_BOUNDS in {finding.problem for finding in result.findings}
