@@ -342,13 +342,14 @@ class RankPrompts:
         self._model = model
         self._prefills = [prefill_of(model, rank) for rank in model.ranks]
         self._prepared: set[int] = set()  # lengths of blocks
+        self.tokens = self._prefills[0].tokens  # of the longest block
         self.holds_experts = model.heap.all_true(all(prefill.holds_experts for prefill in self._prefills))
 
     def feed(self, position: int, n_tokens: int) -> None:
         """Feed the states' n_tokens tokens from `position` on into the caches, which have all earlier positions."""
         model, end = self._model, position + n_tokens
         while position < end:
-            n = min(self._prefills[0].tokens, end - position)
+            n = min(self.tokens, end - position)
             self._prepare(n)
             with compile_errors(model.device):
                 for step in self._steps([prefill.launches(position, n) for prefill in self._prefills]):
