@@ -23,6 +23,7 @@ from common.sm90.tiles import FACTORS, MASKS
 from interpreter.scheduler import Grid
 
 Handle = interpreter.TensorHandle
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 POISON = 0xFF  # fills shared memory that was never written; as a float it is NaN
 REQUEST = re.compile(r"// shared memory behind Triton's own: (\d+) bytes")  # host.shared_memory reads it on a GPU
 
@@ -127,6 +128,13 @@ def decode_word(words, scales):
         place = ((words & MASKS[i // 2]) * FACTORS[i // 2]) & MASKS[0]
         e = e + (as_half(place >> (16 * (i % 2))) * scale,)
     return e
+
+
+def e2m1_pairs(words: np.ndarray) -> list[np.ndarray]:
+    """Return the eight E2M1 elements of each int32 as four int64, each of two float32; see asm.E2M1_TO_FLOAT32."""
+    nibbles = [words >> 4 * n & 15 for n in range(8)]
+    bits = [E2M1[nibble].view(np.uint32).astype(np.uint64) for nibble in nibbles]
+    return [(low | high << np.uint64(32)).view(np.int64) for low, high in zip(bits[::2], bits[1::2])]
 
 
 def multiply_quad(step: int) -> Callable:
@@ -256,6 +264,7 @@ EMULATIONS = {
     asm.ZERO: no_op,
     asm.CLOCK: clock_100_mhz,
     asm.E4M3_TO_FLOAT32: by_language(e4m3_to_float32),
+    asm.E2M1_TO_FLOAT32: e2m1_pairs,
     cpu.CLOCK: clock_ns,
 }
 BY_TEXT = {text.value: emulate for text, emulate in EMULATIONS.items()}

@@ -68,14 +68,14 @@ def test_no_wave_repeats_the_scaled_mfmas_of_another(matrix, rows, reports):
 @pytest.mark.parametrize("case", AMD_CASES)
 @pytest.mark.parametrize("matrix", ["gate_up", "down"])
 def test_expert_loops_are_pipelined(matrix, case, reports):
-    """Two blocks over K are loaded before the first product; a later one before the products of the one before it."""
+    """Two blocks over K or more are loaded before the first product; a later one before products of the one before."""
     figures = reports[case]
     first, loads = figures[f"{matrix}_first_loads"], figures[f"{matrix}_loads"]
     n_blocks = loads // first  # in the code: the first and a loop's, or all three
     assert first > 0
     assert n_blocks == (3 if "quant" in case[1] else 2)
-    assert figures[f"{matrix}_loads_in_front"] == 2 * first
-    assert figures[f"{matrix}_loads_ahead"] == first
+    assert figures[f"{matrix}_loads_in_front"] >= 2 * first
+    assert figures[f"{matrix}_loads_ahead"] >= (first if n_blocks == 2 else loads - figures[f"{matrix}_loads_in_front"])
 
 
 @pytest.mark.parametrize("case", AMD_CASES)
