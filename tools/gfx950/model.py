@@ -51,7 +51,7 @@ class Emulator:
         """Execute a launch. Raise RuntimeError if it does not end; the log gets what was reported."""
         kernel, grid, arguments, options = launch
         if len(grid) > 1 and any(size > 1 for size in grid[1:]):
-            raise NotImplementedError("grids of more than one dimension")
+            raise NotImplementedError(f"{kernel.__name__}: the emulator launches grids of one dimension, not {grid}")
         names = [name for n, name in enumerate(kernel.arg_names) if not kernel.params[n].is_constexpr]
         named = dict(zip(names, arguments))
         program, n_warps, shared_bytes = self._program_of(kernel, named, options)
